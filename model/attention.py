@@ -1,0 +1,167 @@
+"""Attention: multi-head latent (MLA) and grouped-query (GQA), with rotary positions and YaRN.
+
+Shapes: B sequences, S tokens, D dim, H heads, R rotary elements of a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import Attention, ModelConfig, QKNorm
+from model.ops import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Angle per position of each rotating pair, [R/2], and the factor on cosine and sine.
+
+    YaRN (Peng et al. 2023, eq. 23; V3 report section 4.3): pairs that turn more than `beta_fast` times in the
+    original context keep their frequency, those that turn less than `beta_slow` times are interpolated by
+    `rope_factor`, the rest lie on a ramp between.
+    """
+    rotary = _rotary_dim(config)
+    exponents = torch.arange(0, rotary, 2, dtype=torch.float32) / rotary
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_factor <= 1:
+        return frequencies, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        return rotary * math.log(config.original_seq_len / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(config.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(config.beta_slow)), rotary - 1)
+    ramp = ((torch.arange(rotary // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = frequencies / config.rope_factor * ramp + frequencies * (1 - ramp)
+    if config.mscale_all_dim:
+        return frequencies, _mscale(config.rope_factor, config.mscale) / _mscale(
+            config.rope_factor, config.mscale_all_dim)
+    return frequencies, _mscale(config.rope_factor, config.mscale)
+
+
+def rope_table(config: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, each [S, R/2], fp32."""
+    frequencies, factor = rope_frequencies(config)
+    angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies.to(device)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotate the pairs of the last axis of x [B, S, H, R].
+
+    Interleaved input pairs come out de-interleaved: queries and keys alike, so their products do not change.
+    """
+    cos, sin = (t[:, None, :].to(x.dtype) for t in rope)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class LatentAttention(nn.Module):
+    """MLA (V3 report section 2.1.1, eq. 1-11): keys and values are expanded from one small latent per token."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        nope, rope, heads = config.qk_nope_head_dim, config.qk_rope_head_dim, config.n_heads
+        if config.q_lora_rank:
+            self.wq_a = nn.Linear(config.dim, config.q_lora_rank, bias=False)
+            self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps)
+            self.wq_b = nn.Linear(config.q_lora_rank, heads * (nope + rope), bias=False)
+        else:
+            self.wq = nn.Linear(config.dim, heads * (nope + rope), bias=False)
+        self.wkv_a = nn.Linear(config.dim, config.kv_lora_rank + rope, bias=False)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, config.norm_eps)
+        self.wkv_b = nn.Linear(config.kv_lora_rank, heads * (nope + config.v_head_dim), bias=False)
+        self.wo = nn.Linear(heads * config.v_head_dim, config.dim, bias=False)
+        self.scale = softmax_scale(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        config, (batch, seq_len, _) = self.config, x.shape
+        nope, heads = config.qk_nope_head_dim, config.n_heads
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if config.q_lora_rank else self.wq(x)
+        q_nope, q_rope = q.view(batch, seq_len, heads, -1).split([nope, config.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.wkv_a(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        k_nope, v = self.wkv_b(self.kv_norm(latent)).view(batch, seq_len, heads, -1).split(
+            [nope, config.v_head_dim], dim=-1)
+        k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved).expand(-1, -1, heads, -1)
+        q = torch.cat([q_nope, rotate(q_rope, rope, config.rope_interleaved)], dim=-1)
+        k = torch.cat([k_nope, k_rope.to(k_nope.dtype)], dim=-1)
+        return self.wo(_attend(q, k, v, self.scale))
+
+
+class GroupedQueryAttention(nn.Module):
+    """GQA (Ainslie et al. 2023) with optional query-key normalisation and projection biases."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, q_size, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, kv_size, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, kv_size, bias=config.qkv_bias)
+        self.wo = nn.Linear(q_size, config.dim, bias=False)
+        if config.qk_norm is not QKNorm.none:
+            whole = config.qk_norm is QKNorm.full
+            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        config, (batch, seq_len, _) = self.config, x.shape
+        q, k, v = self.wq(x), self.wk(x), self.wv(x).view(batch, seq_len, config.n_kv_heads, -1)
+        if config.qk_norm is QKNorm.full:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(batch, seq_len, config.n_heads, -1)
+        k = k.view(batch, seq_len, config.n_kv_heads, -1)
+        if config.qk_norm is QKNorm.head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (self._rotate(t, rope) for t in (q, k))
+        return self.wo(_attend(q, k, v, config.head_dim**-0.5))
+
+    def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        rotary = _rotary_dim(self.config)
+        if rotary == x.shape[-1]:
+            return rotate(x, rope, self.config.rope_interleaved)
+        turning, still = x[..., :rotary], x[..., rotary:]
+        return torch.cat([rotate(turning, rope, self.config.rope_interleaved), still], dim=-1)
+
+
+def build_attention(config: ModelConfig) -> nn.Module:
+    return LatentAttention(config) if config.attention is Attention.mla else GroupedQueryAttention(config)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1/sqrt(head size), times YaRN's squared attention factor where DeepSeek applies one."""
+    scale = config.qk_head_dim**-0.5
+    if config.rope_factor > 1 and config.mscale_all_dim:
+        scale *= _mscale(config.rope_factor, config.mscale_all_dim) ** 2
+    return scale
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of q [B, S, H, *] over k, v [B, S, KV, *] -> [B, S, H * v]."""
+    groups = q.shape[2] != k.shape[2]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                         is_causal=True, scale=scale, enable_gqa=groups)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _rotary_dim(config: ModelConfig) -> int:
+    if config.attention is Attention.mla:
+        return config.qk_rope_head_dim
+    return int(config.head_dim * config.rotary_fraction)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0

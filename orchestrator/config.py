@@ -1,0 +1,269 @@
+"""Every key a run understands, typed, with units; no torch, no OmegaConf outside `register`.
+
+Hydra composes `conf/` into these dataclasses in `__main__`; everywhere else a `Config` is plain data.
+`from_dict` rebuilds one from a run directory's `config.yaml` where Hydra is not installed.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+
+from model.config import ModelConfig
+
+Schedule = Enum("Schedule", {name: name for name in
+                             ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")})
+Schedule.__doc__ = "Pipeline schedules by the names of the DualPipe README; executed by torch.distributed.pipelining."
+
+
+class Recompute(Enum):
+    """Whether a block's activations are kept (`none`) or computed again in backward (`full`)."""
+
+    none = "none"
+    full = "full"
+
+
+class LRSchedule(Enum):
+    """`wsd`: warm-up, stable, decay. `cosine`: warm-up, then half a cosine."""
+
+    wsd = "wsd"
+    cosine = "cosine"
+
+
+class ComputeDtype(Enum):
+    """`auto` is bf16 on GPUs and fp32 on CPUs. Master weights and gradients are fp32 always."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class WandbMode(Enum):
+    """`offline` writes into the run directory and needs neither key nor network."""
+
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+class ClusterKind(Enum):
+    """`local`: Ray started on this machine, nodes simulated. `ray`: the Ray cluster this process is in."""
+
+    local = "local"
+    ray = "ray"
+
+
+class DataKind(Enum):
+    text = "text"
+    random = "random"
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    """Letters, digits, dot, dash, underscore."""
+    dir: str | None = None
+    """Run directory, any fsspec URL; default `runs/<name>-<time>`."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+    batch_size: int = 16
+    """Sequences per step, over all data-parallel ranks."""
+    batch_start: int = 0
+    """Sequences per step at the start of a ramp; 0 is no ramp (V3 report, section 4.2)."""
+    batch_ramp_steps: int = 0
+    """Steps over which the batch grows from `batch_start` to `batch_size`."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    validate_every: int = 50
+    """Steps between validations; 0 is only at the end."""
+    validate_sequences: int = 64
+    """Sequences per validation."""
+    max_bad_steps: int = 10
+    """Consecutive non-finite steps, each skipped by all ranks, after which the run stops with exit code 17."""
+
+
+@dataclass
+class LayoutConfig:
+    """Ranks = pp x dp. Expert-parallel groups lie inside the data-parallel ranks: ep divides dp."""
+
+    pp: int = 1
+    """Pipeline-parallel degree."""
+    dp: int = 1
+    """Data-parallel degree."""
+    ep: int = 1
+    """Expert-parallel degree."""
+    schedule: Schedule = Schedule["1f1b"]
+    microbatches: int = 1
+    """Parts a data-parallel rank's share of the batch is cut into."""
+    stages_per_rank: int = 2
+    """Virtual stages of a rank under the interleaved schedules; V schedules use 2, the others 1."""
+    recompute: Recompute = Recompute.none
+
+
+@dataclass
+class DataConfig:
+    kind: DataKind = DataKind.text
+    path: str = "stdlib"
+    """fsspec glob(s), comma separated, of .txt/.py/.md..., .jsonl or .parquet; `stdlib` is the running Python's library source."""
+    text_key: str = "text"
+    """Field that holds the text in JSONL and Parquet."""
+    tokenizer: str = "byte"
+    """`byte`, or the path of a Hugging Face `tokenizer.json`."""
+    cache_dir: str = "~/.cache/sparing/tokens"
+    """Where token shards are kept, keyed by content."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; the defaults are those of the V3 report, section 4.2, but for the peak rate."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final over peak learning rate."""
+    schedule: LRSchedule = LRSchedule.wsd
+    warmup_steps: int = 10
+    decay_fraction: float = 0.3
+    """Share of the run that decays (wsd only)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Global gradient norm; 0 is no clipping."""
+
+
+@dataclass
+class PrecisionConfig:
+    compute_dtype: ComputeDtype = ComputeDtype.auto
+
+
+@dataclass
+class CheckpointConfig:
+    dir: str | None = None
+    """Any fsspec URL; default `<run.dir>/checkpoints`."""
+    every: int = 50
+    """Steps between checkpoints; 0 is only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    background: bool = True
+    """Write while training goes on."""
+
+
+@dataclass
+class TrackerConfig:
+    wandb: WandbMode = WandbMode.offline
+    project: str = "sparing"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class HardwareConfig:
+    """One device. Every figure has a source and a date; nothing here is computed."""
+
+    name: str = "auto"
+    """Name of a file in conf/hardware; `auto` picks the one that matches this machine's device."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    match: str = ""
+    """Text found in the device's reported name, for `auto`."""
+    bf16_tflops: float | None = None
+    """Dense peak, 1e12 FLOP/s; none is measured at start (a GEMM in the compute dtype)."""
+    fp32_tflops: float | None = None
+    fp8_tflops: float | None = None
+    memory_gib: float | None = None
+    memory_gb_per_s: float | None = None
+    watts: float | None = None
+    usd_per_h: float | None = None
+    """Price of one device for one hour; none is shown as unknown, never as 0."""
+    market: str = "on_demand"
+    source: str = ""
+    date: str = ""
+    """Day the price was read, YYYY-MM-DD."""
+
+
+@dataclass
+class ClusterConfig:
+    kind: ClusterKind = ClusterKind.local
+    nodes: int = 0
+    """Nodes; 0 derives them from the layout. Under `local` they are simulated."""
+    ranks_per_node: int = 0
+    """Ranks of a node; 0 puts all on one node (local) or one per device (ray)."""
+    threads_per_rank: int = 0
+    """CPU threads of a rank; 0 shares the machine's cores out evenly."""
+    start_timeout_s: float = 120.0
+    """Longest wait for the ranks to be placed and connected."""
+    step_timeout_s: float = 600.0
+    """Longest wait for one step, also the process group's timeout."""
+
+
+@dataclass
+class BudgetConfig:
+    max_usd: float | None = None
+    """The run ends with a checkpoint before it has cost this; none is no limit."""
+
+
+@dataclass
+class LaunchConfig:
+    kind: str = "local"
+    """Where `sparing launch` hands the run to."""
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    seed: int = 0
+    """The one seed; every random stream derives from (seed, purpose, index)."""
+    resume: str = "none"
+    """`none`, `auto` (the newest whole checkpoint of run.dir, if any), or a checkpoint's path."""
+
+
+def to_dict(config: object) -> object:
+    """Plain dicts, lists and scalars (enums by name): what `config.yaml` holds."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, list):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(kind: type, values: dict, path: str = ""):
+    """The dataclass `kind` from `to_dict`'s output; `ValueError` for a key that it does not have."""
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise ValueError(f"{path}{key}: unknown key" + (f"; did you mean {path}{near[0]}?" if near else ""))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{path}{key}.")
+        elif isinstance(hint, type) and issubclass(hint, Enum):
+            if value not in hint.__members__:
+                raise ValueError(f"{path}{key}={value}: must be one of {', '.join(hint.__members__)}")
+            value = hint[value]
+        arguments[key] = value
+    return kind(**arguments)

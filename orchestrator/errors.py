@@ -1,0 +1,37 @@
+"""Errors a user meets, with the exit code that a launcher acts on. No traceback is ever shown for one of these."""
+
+
+class SparingError(Exception):
+    """The run failed."""
+
+    exit_code = 1
+
+
+class BadRequest(SparingError, ValueError):
+    """The user asked for something that cannot be: names the key, the value, the rule and the remedy."""
+
+    exit_code = 2
+
+
+class NotFit(SparingError):
+    """The environment cannot carry the run: no room, no disk, no package."""
+
+    exit_code = 3
+
+
+class NotTrustworthy(SparingError):
+    """Results are not to be believed: non-finite too often, corrupted state. Do not retry blindly."""
+
+    exit_code = 17
+
+
+class Transient(SparingError):
+    """Infrastructure failed in passing; the same command may be run again."""
+
+    exit_code = 33
+
+
+class Preempted(SparingError):
+    """Stopped by notice with a checkpoint; the same command continues."""
+
+    exit_code = 34

@@ -1,0 +1,105 @@
+"""Processes into a rank grid: environment, device, process groups. The only reader of RANK and its kin."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from orchestrator.plan.layout import Coordinate, Layout
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """One process among all; torchrun's meanings."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid as one rank sees it. Groups are None along axes of degree one, where nobody is to be talked to."""
+
+    layout: Layout
+    info: RankInfo
+    device: torch.device
+    coordinate: Coordinate
+    store: dist.Store | None
+    world: dist.ProcessGroup | None
+    pp: dist.ProcessGroup | None
+    ep: dist.ProcessGroup | None
+    dp_mesh: DeviceMesh | None
+    edp_mesh: DeviceMesh | None
+
+    def first_and_last_stage_group(self, last: int) -> dist.ProcessGroup | None:
+        """The ranks of this data-parallel coordinate on pipeline ranks 0 and `last`; None if they are one rank."""
+        if last == 0 or self.coordinate.pp not in (0, last):
+            return None
+        pair = [self.layout.rank(0, self.coordinate.dp), self.layout.rank(last, self.coordinate.dp)]
+        return dist.new_group(pair, use_local_synchronization=True)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank_from_env() -> RankInfo:
+    """What torchrun, Slurm's srun with torchrun's names, or a Ray worker put into the environment."""
+    env = os.environ
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    return RankInfo(rank, world_size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world_size)),
+                    int(env.get("GROUP_RANK", 0)), env.get("MASTER_ADDR", "127.0.0.1"),
+                    int(env.get("MASTER_PORT", 29500)))
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def pick_device(info: RankInfo) -> torch.device:
+    """The rank's own GPU where there is one, else the CPU. Devices are never masked (ray#61073)."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", info.local_rank)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def open_store(info: RankInfo, *, timeout_s: float) -> dist.Store | None:
+    """The key-value store that all ranks share; None for a rank alone. torchrun's agent already serves one."""
+    if info.world_size == 1:
+        return None
+    return dist.TCPStore(info.master_addr, info.master_port, info.world_size,
+                         timeout=datetime.timedelta(seconds=timeout_s),
+                         is_master=info.rank == 0 and not under_torchrun(), multi_tenant=True)
+
+
+def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: float,
+            store: dist.Store | None = None) -> Mesh:
+    """Join all ranks and form the groups of the grid. `timeout_s` bounds every collective from here on."""
+    assert info.world_size == layout.world_size, (info, layout)
+    coordinate = layout.coordinate(info.rank)
+    if layout.world_size == 1:
+        return Mesh(layout, info, device, coordinate, None, None, None, None, None, None)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = store or open_store(info, timeout_s=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("grid", store), rank=info.rank,
+                            world_size=info.world_size, timeout=timeout)
+    mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep), mesh_dim_names=("pp", "edp", "ep"))
+    dp_mesh = mesh["edp", "ep"]._flatten("dp")
+    return Mesh(
+        layout, info, device, coordinate, store, dist.group.WORLD,
+        pp=mesh.get_group("pp") if layout.pp > 1 else None,
+        ep=mesh.get_group("ep") if layout.ep > 1 else None,
+        dp_mesh=dp_mesh if layout.dp > 1 else None,
+        edp_mesh=mesh["edp"] if layout.edp > 1 else None,
+    )

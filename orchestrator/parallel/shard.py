@@ -1,0 +1,154 @@
+"""From an ordinary module to this rank's share of it: experts split, parameters sharded (FSDP2), values drawn.
+
+Here DTensors end: everybody downstream (optimizer, clipping, checkpoint) sees `Shard`s, plain local tensors that
+know which rows of which model-wide parameter they are. Every row has exactly one owner, replicas of the embedding
+aside (`is_copy`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from model.config import ModelConfig
+from model.init import initial_experts, initial_rows
+from model.transformer import Transformer, moe_layers
+from orchestrator.parallel.dispatch import AllToAllDispatcher
+from orchestrator.parallel.mesh import Mesh
+
+EMBEDDING = "tok_embeddings.weight"
+
+
+@dataclass
+class Shard:
+    """This rank's rows of one parameter. `value` aliases the live parameter; `grad()` its summed gradient."""
+
+    name: str
+    """Model-wide name of the parameter, e.g. `layers.3.moe.experts.w13`."""
+    parameter: nn.Parameter
+    value: nn.Parameter
+    """Local rows, a leaf that the optimizer steps."""
+    global_shape: tuple[int, ...]
+    start: int
+    """First row (dimension 0) of the model-wide parameter that is here."""
+    is_expert: bool
+    is_copy: bool
+    """A replica whose owner is elsewhere: kept equal, but neither counted in norms nor saved."""
+
+    def grad(self) -> Tensor:
+        grad = self.parameter.grad
+        if grad is None:
+            return torch.zeros_like(self.value)
+        return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, recompute: bool = False) -> Transformer:
+    """The stage's module on this rank's device: experts split over ep, parameters over dp, values drawn."""
+    experts = mesh.layout.experts_of(mesh.info.rank, config.n_routed_experts)
+    with torch.device("meta"):
+        stage = Transformer(config, layers=layers, num_local_experts=len(experts) or None)
+    stage.recompute = recompute
+    if mesh.ep is not None:
+        for _, moe in moe_layers(stage):
+            moe.dispatcher = AllToAllDispatcher(mesh.ep, config.n_routed_experts)
+    if mesh.dp_mesh is not None:
+        _apply_fsdp(stage, mesh)
+    stage.to_empty(device=mesh.device)
+    for shard in shards_of([stage], config, mesh):
+        _draw(shard, config, seed)
+    for _, buffer in stage.named_buffers():
+        buffer.zero_()
+    return stage
+
+
+def shards_of(stages: Iterable[Transformer], config: ModelConfig, mesh: Mesh) -> list[Shard]:
+    """This rank's shards of all its stages, in model order."""
+    experts = mesh.layout.experts_of(mesh.info.rank, config.n_routed_experts)
+    shards = []
+    for stage in stages:
+        for raw_name, parameter in stage.named_parameters():
+            name = _model_wide(raw_name, config)
+            is_expert = ".moe.experts." in name
+            local, start = _local_rows(parameter)
+            shape = tuple(parameter.shape)
+            if is_expert:
+                start += experts.start
+                shape = (config.n_routed_experts, *shape[1:])
+            value = parameter if local is parameter else nn.Parameter(local)
+            is_copy = name == EMBEDDING and not (stage.is_first and raw_name == EMBEDDING)
+            shards.append(Shard(name, parameter, value, shape, start, is_expert, is_copy))
+    return shards
+
+
+def tie_embedding_grads(shards: list[Shard], group: dist.ProcessGroup | None) -> None:
+    """Sum the gradients of the embedding and of its copies on the last stage, so that all take the same step.
+
+    `group` joins the two ranks that hold them; None when one rank holds all (V schedules) or there is no copy.
+    """
+    held = [shard.grad() for shard in shards if shard.name == EMBEDDING]
+    if not held or (len(held) == 1 and group is None):
+        return
+    total = torch.stack(held).sum(0) if len(held) > 1 else held[0]
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    for grad in held:
+        grad.copy_(total)
+
+
+def set_grad_sync(stage: nn.Module, last: bool) -> None:
+    """Reduce gradients over data-parallel ranks in this backward (`last` microbatch), or only accumulate."""
+    if isinstance(stage, FSDPModule):
+        stage.set_requires_gradient_sync(last)
+        stage.set_is_last_backward(last)
+        stage.set_reshard_after_backward(last)
+
+
+def _apply_fsdp(stage: Transformer, mesh: Mesh) -> None:
+    """FSDP2 block by block: dense parameters over dp, experts over their replicas. Gradients are summed.
+
+    The loss is already divided by the step's tokens over all ranks, hence no division here. Experts without
+    replicas stay outside FSDP: their gradient is complete where they are.
+    """
+    lonely = set()
+    for _, moe in moe_layers(stage):
+        if mesh.edp_mesh is not None:
+            fully_shard(moe.experts, mesh=mesh.edp_mesh, reshard_after_forward=False)
+        else:
+            lonely.update(moe.experts.parameters())
+    blocks = [*stage.layers.values(), *(stage.mtp.values() if hasattr(stage, "mtp") else ())]
+    for block in [*blocks, stage]:
+        fully_shard(block, mesh=mesh.dp_mesh, reshard_after_forward=False, ignored_params=lonely)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """The rows of a parameter that are here and the first one's index; FSDP2 cuts dimension 0 in equal chunks."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    chunk = -(-rows // mesh.size())
+    return parameter.to_local(), min(mesh.get_local_rank() * chunk, rows)
+
+
+@torch.no_grad()
+def _draw(shard: Shard, config: ModelConfig, seed: int) -> None:
+    stop = shard.start + shard.value.shape[0]
+    if shard.is_expert:
+        value = initial_experts(shard.name, tuple(shard.value.shape), range(shard.start, stop), config, seed=seed)
+    else:
+        value = initial_rows(shard.name, shard.global_shape, config, seed=seed)[shard.start : stop]
+    shard.value.copy_(value)
+
+
+def _model_wide(name: str, config: ModelConfig) -> str:
+    """A stage's name for a parameter -> the model's: copies of the embedding go by the embedding's name."""
+    if name.endswith(EMBEDDING) or (config.tie_embeddings and name == "lm_head.weight"):
+        return EMBEDDING
+    return name

@@ -1,0 +1,229 @@
+"""Which rank holds what: degrees, coordinates, stages and experts, as arithmetic. No processes, no torch.
+
+Ranks are ordered pipeline-major, then data-parallel; inside a data-parallel group the expert-parallel ranks are
+consecutive, so that an expert group stays inside a node where one can hold it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from model.config import ModelConfig, divisors
+from orchestrator.config import Config, Schedule
+from orchestrator.errors import BadRequest
+
+V_SCHEDULES = (Schedule.zbv, Schedule.dualpipev)
+LOOPED_SCHEDULES = (Schedule.interleaved_1f1b, Schedule.interleaved_zero_bubble)
+SPLIT_BACKWARD = (Schedule.interleaved_zero_bubble, Schedule.zbv, Schedule.dualpipev)
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Where a rank stands on each axis; `edp` counts the replicas of an expert shard."""
+
+    pp: int
+    dp: int
+    edp: int
+    ep: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of the rank grid: pp x dp ranks, ep dividing dp in the expert layers (MoE parallel folding)."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.dp // self.ep
+
+    def coordinate(self, rank: int) -> Coordinate:
+        pp, dp = divmod(rank, self.dp)
+        edp, ep = divmod(dp, self.ep)
+        return Coordinate(pp, dp, edp, ep)
+
+    def rank(self, pp: int, dp: int) -> int:
+        return pp * self.dp + dp
+
+    def experts_of(self, rank: int, n_routed_experts: int) -> range:
+        """Global indices of the routed experts that `rank` holds in each of its MoE layers."""
+        share = n_routed_experts // self.ep
+        first = self.coordinate(rank).ep * share
+        return range(first, first + share)
+
+
+def layout_of(config: Config) -> Layout:
+    return Layout(config.layout.pp, config.layout.dp, config.layout.ep)
+
+
+def stages_per_rank(schedule: Schedule, requested: int) -> int:
+    """Virtual stages of a rank: V schedules have two, looped ones what is asked for, the others one."""
+    if schedule in V_SCHEDULES:
+        return 2
+    return requested if schedule in LOOPED_SCHEDULES else 1
+
+
+def stages_of(pp_rank: int, pp: int, schedule: Schedule, requested: int = 2) -> list[int]:
+    """Stages that a pipeline rank runs. A V schedule folds the pipeline, so that rank 0 has the first and the last."""
+    if schedule in V_SCHEDULES:
+        return [pp_rank, 2 * pp - 1 - pp_rank]
+    return [pp_rank + pp * i for i in range(stages_per_rank(schedule, requested))]
+
+
+def num_stages(config: Config) -> int:
+    if config.layout.pp == 1:
+        return 1
+    return config.layout.pp * stages_per_rank(config.layout.schedule, config.layout.stages_per_rank)
+
+
+@lru_cache
+def _costs(key: tuple) -> tuple[float, ...]:
+    from model.config import ModelConfig
+    from model.count import embedding_flops, head_flops, layer_flops, mtp_flops
+
+    model, seq_len = ModelConfig(**dict(key[0])), key[1]
+    costs = [float(layer_flops(model, layer, seq_len)) for layer in range(model.n_layers)]
+    costs[0] += embedding_flops(model)
+    costs[-1] += head_flops(model) + mtp_flops(model, seq_len)
+    return tuple(costs)
+
+
+def split_stages(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
+    """Contiguous layers per stage, the largest stage as cheap as can be (then the earlier stages as full as can be).
+
+    Costs are forward FLOPs per token: the embedding counts on the first layer, final head and MTP on the last.
+    Every stage holds at least one layer.
+    """
+    costs = _costs((tuple(vars(model).items()), seq_len))
+    prefix = [0.0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    total = len(costs)
+    best = {(0, 0): (0.0, 0)}
+    for stage in range(1, stages + 1):
+        for end in range(stage, total - (stages - stage) + 1):
+            best[stage, end] = min((max(best[stage - 1, start][0], prefix[end] - prefix[start]), start)
+                                   for start in range(stage - 1, end) if (stage - 1, start) in best)
+    ranges, end = [], total
+    for stage in range(stages, 0, -1):
+        start = best[stage, end][1]
+        ranges.append(range(start, end))
+        end = start
+    return ranges[::-1]
+
+
+def check_run(config: Config) -> None:
+    """Every rule that joins several keys of a train request; `BadRequest` names key, value, rule and remedy."""
+    config.model.check()
+    _check_numbers(config)
+    _check_degrees(config)
+    _check_schedule(config)
+    _check_batch(config)
+
+
+def _check_numbers(config: Config) -> None:
+    train, optim = config.train, config.optim
+    for key, value, low in [
+        ("train.steps", train.steps, 1), ("train.batch_size", train.batch_size, 1), ("train.seq_len", train.seq_len, 1),
+        ("train.batch_start", train.batch_start, 0), ("train.batch_ramp_steps", train.batch_ramp_steps, 0),
+        ("train.validate_every", train.validate_every, 0), ("train.validate_sequences", train.validate_sequences, 1),
+        ("train.max_bad_steps", train.max_bad_steps, 1),
+        ("layout.pp", config.layout.pp, 1), ("layout.dp", config.layout.dp, 1), ("layout.ep", config.layout.ep, 1),
+        ("layout.microbatches", config.layout.microbatches, 1),
+        ("checkpoint.every", config.checkpoint.every, 0), ("checkpoint.keep", config.checkpoint.keep, 0),
+        ("optim.warmup_steps", optim.warmup_steps, 0), ("optim.weight_decay", optim.weight_decay, 0),
+        ("optim.clip_norm", optim.clip_norm, 0),
+        ("cluster.nodes", config.cluster.nodes, 0), ("cluster.ranks_per_node", config.cluster.ranks_per_node, 0),
+        ("cluster.threads_per_rank", config.cluster.threads_per_rank, 0),
+    ]:
+        require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")
+    for key, value in [("optim.lr", optim.lr), ("optim.eps", optim.eps),
+                       ("cluster.start_timeout_s", config.cluster.start_timeout_s),
+                       ("cluster.step_timeout_s", config.cluster.step_timeout_s)]:
+        require(value > 0, key, value, "must be positive", "give a positive number")
+    for key, value in [("optim.min_lr_ratio", optim.min_lr_ratio), ("optim.decay_fraction", optim.decay_fraction)]:
+        require(0 <= value <= 1, key, value, "must lie between 0 and 1", "give a fraction")
+    for key, value in [("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2),
+                       ("data.validation_fraction", config.data.validation_fraction)]:
+        require(0 <= value < 1, key, value, "must lie between 0 and 1, 1 excluded", "give a fraction")
+    require(optim.warmup_steps <= train.steps, "optim.warmup_steps", optim.warmup_steps,
+            f"must not exceed train.steps={train.steps}", "warm up for fewer steps")
+    require(train.seq_len <= config.model.max_seq_len, "train.seq_len", train.seq_len,
+            f"must not exceed model.max_seq_len={config.model.max_seq_len}", "shorten it or raise model.max_seq_len")
+    budget = config.budget.max_usd
+    require(budget is None or budget > 0, "budget.max_usd", budget, "must be positive", "give dollars, or leave it out")
+    price = config.hardware.usd_per_h
+    require(price is None or price >= 0, "hardware.usd_per_h", price, "must not be negative", "give dollars per hour")
+    require(budget is None or price is not None, "budget.max_usd", budget,
+            f"needs a price, and hardware {config.hardware.name} has none", "set hardware.usd_per_h")
+
+
+def _check_degrees(config: Config) -> None:
+    layout, model = config.layout, config.model
+    require(layout.dp % layout.ep == 0, "layout.ep", layout.ep, f"must divide layout.dp={layout.dp}",
+            f"use one of {divisors(layout.dp)}, or raise layout.dp")
+    if layout.ep > 1:
+        require(model.n_routed_experts > 0, "layout.ep", layout.ep, "needs experts, and the model is dense", "use 1")
+        require(model.n_routed_experts % layout.ep == 0, "layout.ep", layout.ep,
+                f"must divide model.n_routed_experts={model.n_routed_experts}",
+                f"use one of {divisors(model.n_routed_experts)}")
+    nodes, per_node = config.cluster.nodes, config.cluster.ranks_per_node
+    ranks = layout.pp * layout.dp
+    if nodes and per_node:
+        require(nodes * per_node == ranks, "cluster.nodes", nodes,
+                f"times cluster.ranks_per_node={per_node} must equal the {ranks} ranks of layout.pp={layout.pp} x "
+                f"layout.dp={layout.dp}", f"use layout.dp={max(1, nodes * per_node // layout.pp)} or other nodes")
+    elif nodes or per_node:
+        key, value = ("cluster.nodes", nodes) if nodes else ("cluster.ranks_per_node", per_node)
+        require(ranks % value == 0, key, value, f"must divide the {ranks} ranks of the layout",
+                f"use one of {divisors(ranks)}")
+
+
+def _check_schedule(config: Config) -> None:
+    layout = config.layout
+    stages, layers, micro, pp = num_stages(config), config.model.n_layers, layout.microbatches, layout.pp
+    name = layout.schedule.name
+    require(layout.schedule not in LOOPED_SCHEDULES or layout.stages_per_rank >= 2, "layout.stages_per_rank",
+            layout.stages_per_rank, f"must be at least 2 with layout.schedule={name}", "use 2, or schedule 1f1b")
+    require(stages <= layers, "layout.pp", pp,
+            f"makes {stages} stages with layout.schedule={name}, more than model.n_layers={layers}",
+            "lower layout.pp or layout.stages_per_rank, or use more layers")
+    if pp == 1:
+        return
+    if layout.schedule in (Schedule["1f1b"], Schedule.zbv, Schedule.dualpipev):
+        require(micro >= stages, "layout.microbatches", micro,
+                f"must be at least the {stages} stages of layout.schedule={name}", f"use {stages} or more")
+    if layout.schedule in LOOPED_SCHEDULES:
+        rounds = max(1, micro // pp)
+        require(micro % rounds == 0 and micro >= pp, "layout.microbatches", micro,
+                f"must be a multiple of layout.pp={pp} with layout.schedule={name}", f"use {max(1, rounds) * pp}")
+    if config.layout.recompute.name == "full":
+        require(layout.schedule not in SPLIT_BACKWARD, "layout.recompute", "full",
+                f"does not go with the split backward of layout.schedule={name}",
+                "use recompute=none, or gpipe, 1f1b or interleaved_1f1b")
+
+
+def _check_batch(config: Config) -> None:
+    train, layout = config.train, config.layout
+    quantum = layout.dp * layout.microbatches
+    for key, value in [("train.batch_size", train.batch_size), ("train.batch_start", train.batch_start)]:
+        require(value % quantum == 0, key, value,
+                f"must be a multiple of layout.dp x layout.microbatches = {layout.dp} x {layout.microbatches}",
+                f"use {max(quantum, value // quantum * quantum)} or {(value // quantum + 1) * quantum}")
+    require(train.batch_start <= train.batch_size, "train.batch_start", train.batch_start,
+            f"must not exceed train.batch_size={train.batch_size}", "start smaller")
+    require(train.validate_sequences % quantum == 0, "train.validate_sequences", train.validate_sequences,
+            f"must be a multiple of layout.dp x layout.microbatches = {quantum}",
+            f"use {(train.validate_sequences // quantum + 1) * quantum}")
+
+
+def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:
+    """`BadRequest` of one sentence unless the rule holds."""
+    if not holds:
+        raise BadRequest(f"{key}={value}: {rule}; {remedy}")

@@ -1,0 +1,34 @@
+"""What a running rank tells the outside and is told by it: a small thread-safe blackboard, no transport of its own."""
+
+import threading
+import time
+
+
+class Control:
+    """The rank program updates it, its host (a Ray actor, a signal handler) reads it and may ask it to stop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fields: dict = {"phase": "start", "heartbeat_at": time.time()}
+        self._stop_cause: str | None = None
+
+    def update(self, **fields) -> None:
+        """Set fields of the status; every update is a sign of progress."""
+        with self._lock:
+            self._fields.update(fields, heartbeat_at=time.time())
+
+    def status(self) -> dict:
+        """A copy: rank, phase, step, steps, loss, tokens_per_s, usd_total, stages, layers, experts,
+        tokens_per_expert, heartbeat_at (unix time of the last progress)."""
+        with self._lock:
+            return dict(self._fields)
+
+    def request_stop(self, cause: str) -> None:
+        """Ask for a checkpoint and a clean end after the current step; the first cause stands."""
+        with self._lock:
+            self._stop_cause = self._stop_cause or cause
+
+    @property
+    def stop_cause(self) -> str | None:
+        with self._lock:
+            return self._stop_cause

@@ -1,0 +1,269 @@
+"""One rank's life: connect, build, resume, then step after step until the run is over. Knows nothing of Ray.
+
+`run_rank` is what a Ray worker, torchrun and a test all call; every rank calls it with the same config. The
+decisions that all ranks must share (a non-finite step, a request to stop, the budget) ride in one reduction a step.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.transformer import routers
+from orchestrator.config import ComputeDtype, Config
+from orchestrator.errors import NotTrustworthy
+from orchestrator.parallel.mesh import Mesh, RankInfo, connect, pick_device
+from orchestrator.parallel.pipeline import Pipeline, build_pipeline
+from orchestrator.plan.layout import layout_of
+from orchestrator.train import data
+from orchestrator.train.accounts import Accounts
+from orchestrator.train.control import Control
+from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
+from orchestrator.train.resume import Checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: float, attempt: int = 1,
+             store: dist.Store | None = None) -> dict:
+    """Train to the end and return the result, the same on every rank; rank 0 writes the run directory's logs.
+
+    placed_at: unix time from which the devices are charged. attempt: 1 for the first start of this run directory.
+    """
+    device = pick_device(info)
+    torch.set_num_threads(threads_per_rank(config, info))
+    control.update(rank=info.rank, phase="start", steps=config.train.steps)
+    mesh = connect(layout_of(config), info, device, timeout_s=config.cluster.step_timeout_s, store=store)
+    try:
+        trainer = Trainer(config, mesh, control, placed_at=placed_at, attempt=attempt)
+        with contextlib.closing(trainer):
+            return trainer.run()
+    finally:
+        mesh.close()
+
+
+def threads_per_rank(config: Config, info: RankInfo) -> int:
+    """CPU threads of a rank: as configured, else this machine's cores shared by the ranks on it."""
+    import os
+
+    return config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // info.local_world_size)
+
+
+@dataclass
+class StepSums:
+    """What one step adds up over all ranks. Losses are sums over tokens, counts are choices per MoE layer."""
+
+    losses: list[float]
+    balance_loss: float
+    grad_norm: float
+    stop: bool
+    tokens_per_expert: Tensor
+    """[MoE layers, experts], int64."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm) and all(math.isfinite(loss) for loss in self.losses)
+
+
+@dataclass
+class Progress:
+    """What a resumed run must know beside its tensors; goes into every checkpoint's state."""
+
+    step: int = 0
+    optimizer_steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    loss_train: float | None = None
+    loss_validation: float | None = None
+    extra: dict = field(default_factory=dict)
+
+
+class Trainer:
+    """State of one attempt on one rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, control: Control, *, placed_at: float, attempt: int):
+        self.config, self.mesh, self.control = config, mesh, control
+        self.is_lead = mesh.info.rank == 0
+        self.n_extra = 1 + config.model.n_mtp_layers
+        self.corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len, n_extra=self.n_extra)
+        compute = compute_dtype(config, mesh.device)
+        self.pipeline: Pipeline = build_pipeline(config, mesh, compute)
+        self.optimizer = build_optimizer(self.pipeline.shards, config.optim)
+        self.moe_layers = moe_layer_names(config)
+        self.progress = Progress()
+        self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt)
+        restored = self.checkpoints.restore(self.progress)
+        self.accounts = Accounts(config, mesh, self.corpus, self.progress, compute, placed_at=placed_at,
+                                 attempt=attempt, restored=restored, moe_layers=self.moe_layers)
+        self.checkpoints.on_event = self.accounts.event
+        self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self.hosted = torch.zeros(len(self.moe_layers), max(1, config.model.n_routed_experts), dtype=torch.int64)
+
+    def close(self) -> None:
+        self.fetcher.shutdown(wait=False, cancel_futures=True)
+        self.checkpoints.close()
+        self.accounts.close()
+
+    def run(self) -> dict:
+        """Steps until the last one, the budget or a request to stop; then the last validation and checkpoint."""
+        config, progress = self.config, self.progress
+        self._publish(phase="step")
+        self.accounts.start()
+        status = "completed"
+        upcoming = self.fetcher.submit(self._batch, progress.step)
+        while progress.step < config.train.steps:
+            began = time.perf_counter()
+            tokens = upcoming.result().to(self.mesh.device, non_blocking=True)
+            data_s = time.perf_counter() - began
+            if progress.step + 1 < config.train.steps:
+                upcoming = self.fetcher.submit(self._batch, progress.step + 1)
+            sums, lr = self._step(tokens)
+            row = self.accounts.step(sums, lr=lr, seconds=time.perf_counter() - began, data_s=data_s)
+            last = progress.step == config.train.steps or sums.stop
+            if last or _due(progress.step, config.train.validate_every):
+                row |= self._validate()
+            if last or _due(progress.step, config.checkpoint.every):
+                row |= self._save(background=not last)
+            self.accounts.log(row)
+            self._publish(phase="step", loss=row["train/loss"], tokens_per_s=row["tokens/per_s"],
+                          usd_total=row["cost/usd_total"])
+            if progress.bad_in_a_row >= config.train.max_bad_steps:
+                raise NotTrustworthy(f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient "
+                                     f"(train.max_bad_steps={config.train.max_bad_steps}); lower optim.lr, or look at "
+                                     "the data; the last checkpoint stands")
+            if sums.stop and progress.step < config.train.steps:
+                status = self.accounts.stopped(self.control.stop_cause)
+                break
+        if progress.step == 0:
+            raise NotTrustworthy("no step was taken")
+        self.checkpoints.wait()
+        self._publish(phase="done")
+        return self.accounts.result(status)
+
+    def _step(self, tokens: Tensor) -> tuple[StepSums, float]:
+        """Forward, backward, agree, clip, update: one optimizer step of the V3 recipe."""
+        config, progress, pipeline = self.config, self.progress, self.pipeline
+        sequences = data.batch_size_at(progress.step, config.train, self._quantum())
+        losses = pipeline.train_step(tokens, step_sequences=sequences)
+        pipeline.finish_grads()
+        sums = self._reduce(losses)
+        lr = learning_rate(progress.optimizer_steps + 1, config.optim, config.train.steps)
+        if sums.finite:
+            clip_and_step(self.optimizer, pipeline.shards, norm=sums.grad_norm, optim=config.optim, lr=lr)
+            self._update_expert_bias(sums.tokens_per_expert)
+            progress.optimizer_steps += 1
+            progress.bad_in_a_row = 0
+        else:
+            progress.bad_steps += 1
+            progress.bad_in_a_row += 1
+        pipeline.zero_grad()
+        progress.step += 1
+        progress.samples += sequences
+        progress.tokens += sequences * config.train.seq_len
+        return sums, lr
+
+    def _reduce(self, losses: Tensor) -> StepSums:
+        """One all-reduce for all that ranks must agree on: losses, gradient norm, stop, counts per expert."""
+        width = len(losses)
+        counts = torch.zeros(len(self.moe_layers), max(1, self.config.model.n_routed_experts), dtype=torch.float64)
+        balance = 0.0
+        for stage in self.pipeline.stages:
+            for name, router in routers(stage):
+                counts[self.moe_layers.index(name)] = router.tokens_per_expert.double()
+                balance += float(router.balance_loss_sum)
+        stop = self.control.stop_cause is not None or (self.is_lead and self.accounts.budget_ends())
+        head = torch.tensor([balance, float(squared_norm(self.pipeline.shards)), float(stop)], dtype=torch.float64)
+        packed = torch.cat([losses.detach().double().cpu(), head, counts.flatten()])
+        packed = self._sum_over_ranks(packed)
+        squared = packed[width + 1].item()
+        reduced = packed[width + 3 :].view_as(counts).to(torch.int64)
+        self._count_hosted(reduced)
+        return StepSums(packed[:width].tolist(), packed[width].item(), math.sqrt(squared) if squared >= 0 else squared,
+                        packed[width + 2].item() > 0, reduced)
+
+    def _sum_over_ranks(self, packed: Tensor) -> Tensor:
+        if self.mesh.world is None:
+            return packed
+        packed = packed.to(self.mesh.device)
+        dist.all_reduce(packed, group=self.mesh.world)
+        return packed.cpu()
+
+    def _update_expert_bias(self, counts: Tensor) -> None:
+        for stage in self.pipeline.stages:
+            for name, router in routers(stage):
+                if self.config.model.expert_bias:
+                    router.update_bias(counts[self.moe_layers.index(name)].to(self.mesh.device))
+
+    def _validate(self) -> dict:
+        """Mean cross-entropies over the held-out sequences, the same under every layout."""
+        began = time.perf_counter()
+        self.control.update(phase="validate")
+        config, layout = self.config, self.mesh.layout
+        rows = data.validation_batches(self.corpus, config.train.validate_sequences, config.train.seq_len, self.n_extra)
+        share = len(rows) // layout.dp
+        mine = torch.from_numpy(rows[self.mesh.coordinate.dp * share :][:share]).to(self.mesh.device)
+        size = math.gcd(share, data.batch_size_at(self.progress.step, config.train, self._quantum()) // layout.dp)
+        losses = sum(self.pipeline.validate(part) for part in mine.split(size))
+        sums = self._sum_over_ranks(losses.double().cpu()) / (len(rows) * config.train.seq_len)
+        return self.accounts.validated(sums.tolist(), time.perf_counter() - began)
+
+    def _save(self, *, background: bool) -> dict:
+        self.control.update(phase="save")
+        began = time.perf_counter()
+        self.checkpoints.save(self.progress, self.accounts.state(), background=background)
+        return self.accounts.saved(time.perf_counter() - began)
+
+    def _batch(self, step: int) -> Tensor:
+        """This rank's sequences of a step, [sequences, S + 1 + M]: a function of (seed, step) and coordinate alone."""
+        train, dp = self.config.train, self.mesh.layout.dp
+        size = data.batch_size_at(step, train, self._quantum())
+        share = size // dp
+        first = data.samples_before(step, train, self._quantum()) + self.mesh.coordinate.dp * share
+        return torch.from_numpy(data.batch(self.corpus, seed=self.config.seed, first_sample=first, num=share,
+                                           seq_len=train.seq_len, n_extra=self.n_extra))
+
+    def _quantum(self) -> int:
+        return self.mesh.layout.dp * self.config.layout.microbatches
+
+    def _count_hosted(self, counts: Tensor) -> None:
+        self.hosted += counts
+
+    def _publish(self, **fields) -> None:
+        """Status for whoever asks: what is hosted here, what it received, how far the run is."""
+        experts = self.mesh.layout.experts_of(self.mesh.info.rank, self.config.model.n_routed_experts)
+        names = [name for stage in self.pipeline.stages for name, _ in routers(stage)]
+        received = {name: self.hosted[self.moe_layers.index(name)][experts.start : experts.stop].tolist()
+                    for name in names}
+        self.control.update(rank=self.mesh.info.rank, step=self.progress.step, steps=self.config.train.steps,
+                            stages=list(self.pipeline.stage_ids),
+                            layers=[int(i) for stage in self.pipeline.stages for i in stage.layers],
+                            experts=[experts.start, experts.stop], tokens_per_expert=received, **fields)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bf16 on GPUs and fp32 on CPUs unless told otherwise; master weights are fp32 always."""
+    asked = config.precision.compute_dtype
+    if asked is ComputeDtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if asked is ComputeDtype.bf16 else torch.float32
+
+
+def moe_layer_names(config: Config) -> list[str]:
+    """Every MoE layer of the model in order, MTP modules last: the rows of the step's counts."""
+    model = config.model
+    if not model.n_routed_experts:
+        return []
+    return [f"layers.{i}" for i in range(model.n_layers) if model.is_moe(i)] + [
+        f"mtp.{k}" for k in range(model.n_mtp_layers)]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,74 @@
+"""The optimizer over this rank's shards, its learning-rate schedules, and how its state becomes checkpoint pieces."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from orchestrator.config import LRSchedule, OptimConfig
+from orchestrator.parallel.shard import Shard
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
+    """Rate of optimizer step `step` (the first is 1): linear warm-up, then stable-decay or cosine.
+
+    wsd holds the peak and falls linearly to `min_lr_ratio` over the last `decay_fraction` of the run (Hu et al.
+    2024); cosine falls from the end of the warm-up (Loshchilov & Hutter 2016).
+    """
+    floor = optim.lr * optim.min_lr_ratio
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule is LRSchedule.cosine:
+        done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+        return floor + (optim.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    decay_steps = max(1, round(total_steps * optim.decay_fraction))
+    left = (total_steps - step) / decay_steps
+    return floor + (optim.lr - floor) * min(1.0, max(0.0, left))
+
+
+def build_optimizer(shards: list[Shard], optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW on local rows; matrices decay, vectors (norms, biases) do not."""
+    groups = [
+        {"params": [s.value for s in shards if len(s.global_shape) > 1], "weight_decay": optim.weight_decay},
+        {"params": [s.value for s in shards if len(s.global_shape) <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2),
+                             eps=optim.eps, fused=True)
+
+
+def moments(optimizer: torch.optim.AdamW, shard: Shard) -> dict[str, Tensor]:
+    """First and second moment of a shard, made (zero) if no step has been taken yet."""
+    state = optimizer.state[shard.value]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=shard.value.device)
+        state.update({name: torch.zeros_like(shard.value) for name in MOMENTS})
+    return {name: state[name] for name in MOMENTS}
+
+
+def set_steps_taken(optimizer: torch.optim.AdamW, shards: list[Shard], steps: int) -> None:
+    """Restore Adam's step count, one number for all parameters."""
+    for shard in shards:
+        moments(optimizer, shard)
+        optimizer.state[shard.value]["step"].fill_(steps)
+
+
+def squared_norm(shards: list[Shard]) -> Tensor:
+    """Sum of squares of the gradients this rank owns, fp64; copies are counted where their owner is."""
+    grads = [shard.grad() for shard in shards if not shard.is_copy]
+    norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1)
+    return norms.double().square().sum()
+
+
+def clip_and_step(optimizer: torch.optim.AdamW, shards: list[Shard], *, norm: float, optim: OptimConfig,
+                  lr: float) -> None:
+    """Scale the gradients so that their global norm is at most `clip_norm`, then take one step."""
+    scale = min(1.0, optim.clip_norm / (norm + 1e-6)) if optim.clip_norm else 1.0
+    for shard in shards:
+        shard.value.grad = shard.grad()
+    if scale < 1:
+        torch._foreach_mul_([shard.value.grad for shard in shards], scale)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()

@@ -1,0 +1,146 @@
+"""A run's checkpoints as the loop sees them: choose one to continue from, save in the background, tell what happened.
+
+All ranks take the same decision: rank 0 proposes through the store, each rank says whether it could read its part.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.config import Config, to_dict
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
+from orchestrator.parallel.mesh import Mesh
+from orchestrator.parallel.pipeline import Pipeline
+from orchestrator.train import checkpoint
+from orchestrator.train.state import pieces_of, restore
+
+FREE_MODEL_KEYS = {"name", "max_seq_len", "init_std", "bias_update_speed", "balance_loss_weight", "mtp_loss_weight"}
+FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", "train.batch_ramp_steps")
+
+
+class Checkpoints:
+    """Saving and resuming for one rank. `on_event(kind, **fields)` hears of every result on rank 0."""
+
+    def __init__(self, config: Config, mesh: Mesh, pipeline: Pipeline, optimizer: torch.optim.Optimizer, *,
+                 attempt: int):
+        self.config, self.mesh, self.pipeline, self.optimizer = config, mesh, pipeline, optimizer
+        self.attempt = attempt
+        self.on_event: Callable = lambda kind, **fields: None
+        self.saver = checkpoint.Saver(
+            config.checkpoint.dir, rank=mesh.info.rank, world_size=mesh.layout.world_size, store=mesh.store,
+            keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.step_timeout_s)
+
+    def restore(self, progress) -> dict | None:
+        """Fill model, optimizer and `progress` from the checkpoint that `resume` names; None for a fresh start."""
+        if self.config.resume == "none":
+            return None
+        tried: list[str] = []
+        while (path := self._proposed(tried)) is not None:
+            loader, error = self._load(path)
+            reason = self._first_error(error, len(tried))
+            if reason is None:
+                for f in fields(progress):
+                    setattr(progress, f.name, loader.state["progress"].get(f.name, getattr(progress, f.name)))
+                self.on_event("resumed", step=progress.step, path=path, skipped=tried)
+                return loader.state
+            if self.config.resume != "auto" or isinstance(error, BadRequest):
+                raise error or NotTrustworthy(reason)
+            tried.append(path)
+        if self.config.resume != "auto":
+            raise BadRequest(f"resume={self.config.resume}: no whole checkpoint there; give its path, or resume=auto")
+        if tried:
+            raise NotTrustworthy(f"resume=auto: none of the {len(tried)} checkpoints in {self.config.checkpoint.dir} "
+                                 f"is whole: {reason}; start a new run with resume=none and another run.dir")
+        return None
+
+    def save(self, progress, extra: dict, *, background: bool) -> None:
+        """Hand this rank's state to the saver; returns when it is copied, or written if not in the background."""
+        self._report()
+        state = {"progress": asdict(progress), "config": to_dict(self.config), **extra}
+        self.saver.save(progress.step, pieces_of(self.pipeline, self.optimizer), state,
+                        background=background and self.config.checkpoint.background)
+        if not background:
+            self.wait()
+
+    def wait(self) -> None:
+        self.saver.wait()
+        self._report()
+
+    def close(self) -> None:
+        self.saver.wait()
+
+    def _report(self) -> None:
+        for result in self.saver.results():
+            if result.ok:
+                self.on_event("checkpoint_saved", step=result.step, bytes=result.bytes, seconds=result.seconds)
+            else:
+                self.on_event("checkpoint_failed", step=result.step, cause=result.error)
+
+    def _proposed(self, tried: list[str]) -> str | None:
+        """The next checkpoint to try, by rank 0's view of storage."""
+        key = f"resume/{self.attempt}/{len(tried)}"
+        if self.mesh.info.rank == 0:
+            if self.config.resume == "auto":
+                found = checkpoint.list_checkpoints(self.config.checkpoint.dir)
+                left = [path for path in reversed(found) if path not in tried]
+                path = left[0] if left else ""
+            else:
+                path = "" if tried else self._named()
+            if self.mesh.store is not None:
+                self.mesh.store.set(key, path)
+        else:
+            path = self.mesh.store.get(key).decode()
+        return path or None
+
+    def _named(self) -> str:
+        """`resume` may name a checkpoint, or a run or checkpoint directory, whose newest is meant."""
+        return checkpoint.newest_under(self.config.resume) or self.config.resume
+
+    def _load(self, path: str) -> tuple[checkpoint.Loader | None, SparingError | None]:
+        try:
+            loader = checkpoint.Loader(path)
+            self._check_same_run(loader.state, path)
+            restore(self.pipeline, self.optimizer, loader, optimizer_steps=loader.state["progress"]["optimizer_steps"])
+            return loader, None
+        except (SparingError, OSError) as error:
+            return None, error if isinstance(error, SparingError) else NotFit(f"{path}: {error}")
+
+    def _first_error(self, error: SparingError | None, turn: int) -> str | None:
+        """The same answer on every rank: None if all could load, else the lowest failing rank's message."""
+        if self.mesh.world is None:
+            return None if error is None else str(error)
+        failed = torch.tensor([0 if error is None else 1], device=self.mesh.device)
+        dist.all_reduce(failed, group=self.mesh.world)
+        if not failed.item():
+            return None
+        store, prefix = self.mesh.store, f"resume/{self.attempt}/{turn}/error"
+        store.set(f"{prefix}/{self.mesh.info.rank}", json.dumps(str(error) if error else None))
+        answers = [json.loads(store.get(f"{prefix}/{rank}")) for rank in range(self.mesh.layout.world_size)]
+        return next(answer for answer in answers if answer)
+
+    def _check_same_run(self, state: dict, path: str) -> None:
+        """Refuse a checkpoint of another model, or one whose sample order this config would not continue."""
+        ours, theirs = to_dict(self.config), state["config"]
+        differing = [f"model.{key}={theirs['model'].get(key)} there, {value} here" for key, value
+                     in ours["model"].items() if key not in FREE_MODEL_KEYS and theirs["model"].get(key) != value]
+        if differing:
+            raise BadRequest(f"resume={path}: a checkpoint of another model: {'; '.join(differing[:4])}; use the same "
+                             "model, or start a new run with resume=none")
+        for key in FIXED_KEYS:
+            if _get(ours, key) != _get(theirs, key):
+                raise BadRequest(f"{key}={_get(ours, key)}: the checkpoint {path} was written with {_get(theirs, key)}, "
+                                 f"and the order of samples depends on it; use {key}={_get(theirs, key)}")
+        if state["data_digest"] != self.data_digest:
+            raise BadRequest(f"data.path={self.config.data.path}: the data is not what the checkpoint {path} was "
+                             "trained on; restore the data, or start a new run with resume=none")
+
+    data_digest: str = ""
+
+
+def _get(values: dict, dotted: str):
+    for part in dotted.split("."):
+        values = values[part]
+    return values

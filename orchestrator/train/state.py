@@ -1,0 +1,70 @@
+"""What a rank saves and restores: its shards, their moments and its router biases, under layout-free keys.
+
+A grouped expert tensor is saved as one entry per global expert, so that any layout finds any expert.
+"""
+
+import torch
+from torch import Tensor
+
+from model.transformer import routers
+from orchestrator.parallel.pipeline import Pipeline
+from orchestrator.parallel.shard import Shard
+from orchestrator.train.checkpoint import Loader, Piece
+from orchestrator.train.optim import moments, set_steps_taken
+
+
+def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW) -> list[Piece]:
+    """Everything this rank owns. The tensors alias live state: the saver copies them before it returns."""
+    pieces = []
+    for shard in pipeline.shards:
+        if shard.is_copy:
+            continue
+        pieces += _shard_pieces("model", shard, shard.value.detach())
+        for name, moment in moments(optimizer, shard).items():
+            pieces += _shard_pieces(f"optim.{name}", shard, moment)
+    if pipeline.mesh.coordinate.dp == 0:
+        pieces += [Piece(f"model.{key}", tuple(bias.shape), 0, bias) for key, bias in _biases(pipeline)]
+    return pieces
+
+
+@torch.no_grad()
+def restore(pipeline: Pipeline, optimizer: torch.optim.AdamW, loader: Loader, *, optimizer_steps: int) -> None:
+    """Fill this rank's shards, moments and biases from a checkpoint, whatever layout wrote it."""
+    for shard in pipeline.shards:
+        _read_into("model", shard, shard.value, loader)
+        for name, moment in moments(optimizer, shard).items():
+            _read_into(f"optim.{name}", shard, moment, loader)
+    for key, bias in _biases(pipeline):
+        bias.copy_(loader.read(f"model.{key}", 0, bias.shape[0]))
+    set_steps_taken(optimizer, pipeline.shards, optimizer_steps)
+
+
+def _shard_pieces(prefix: str, shard: Shard, rows: Tensor) -> list[Piece]:
+    if not shard.is_expert:
+        return [Piece(f"{prefix}.{shard.name}", shard.global_shape, shard.start, rows)] if len(rows) else []
+    shape = shard.global_shape[1:]
+    return [Piece(_expert_key(prefix, shard, i), shape, 0, row) for i, row in enumerate(rows)]
+
+
+def _read_into(prefix: str, shard: Shard, rows: Tensor, loader: Loader) -> None:
+    if not shard.is_expert:
+        if len(rows):
+            rows.copy_(loader.read(f"{prefix}.{shard.name}", shard.start, shard.start + len(rows)))
+        return
+    for i, row in enumerate(rows):
+        row.copy_(loader.read(_expert_key(prefix, shard, i), 0, row.shape[0]))
+
+
+def _expert_key(prefix: str, shard: Shard, row: int) -> str:
+    layer, matrix = shard.name.rsplit(".", 1)
+    return f"{prefix}.{layer}.{shard.start + row}.{matrix}"
+
+
+def _biases(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
+    found = []
+    for stage in pipeline.stages:
+        for name, buffer in stage.named_buffers():
+            if name.endswith(".expert_bias"):
+                found.append((name, buffer))
+    assert len(found) == sum(hasattr(r, "expert_bias") for s in pipeline.stages for _, r in routers(s))
+    return found

@@ -1,0 +1,39 @@
+"""The fused autograd functions equal the plain expressions they stand for, gradients included."""
+
+import torch
+import torch.nn.functional as F
+
+from model.ops import gather_rows, rms_norm, swiglu
+
+
+def test_swiglu_equals_the_plain_expression_and_its_gradient():
+    x = torch.randn(7, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    gate, up = x.chunk(2, dim=-1)
+    assert torch.equal(swiglu(x), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(swiglu, (x,))
+
+
+def test_rms_norm_equals_torch_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(16, generator=generator, requires_grad=True)
+    upstream = torch.randn(3, 4, 16, generator=generator)
+    ours = rms_norm(x, weight, 1e-6)
+    theirs = F.rms_norm(x, (16,), weight, 1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    for mine, reference in zip(torch.autograd.grad(ours, (x, weight), upstream),
+                               torch.autograd.grad(theirs, (x, weight), upstream), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_gather_rows_sums_the_gradients_of_copies():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    index = torch.randperm(18, generator=generator)
+    inverse = torch.argsort(index)
+    plain = x[index // 3]
+    assert torch.equal(gather_rows(x, index, inverse, 3), plain)
+    upstream = torch.randn(18, 4, dtype=torch.float64, generator=generator)
+    (ours,) = torch.autograd.grad(gather_rows(x, index, inverse, 3), x, upstream)
+    (theirs,) = torch.autograd.grad(plain, x, upstream)
+    torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,130 @@
+"""Every schedule and grid equals the one-process run: five optimizer steps with MTP, balance loss and bias all on.
+
+Tolerance: 1e-5 relative, per loss and per parameter (norm of the difference over the norm), fp32; routing
+decisions, counted per expert and step, and expert biases are identical.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.config import ModelConfig
+from model.transformer import routers
+from orchestrator.config import Config, Recompute, Schedule
+from orchestrator.parallel.mesh import RankInfo, connect
+from orchestrator.parallel.pipeline import build_pipeline
+from orchestrator.plan.layout import check_run, layout_of
+from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
+
+STEPS, SEQUENCES, SEQ_LEN, VOCAB = 5, 16, 24, 96
+TOLERANCE = 1e-5
+
+PIPELINES = [(pp, dp, ep, schedule) for schedule in Schedule.__members__ for pp, dp, ep in [(2, 1, 1), (2, 2, 2)]]
+GRIDS = [(1, 2, 1, "1f1b"), (1, 2, 2, "1f1b"), (1, 4, 1, "1f1b"), (1, 4, 2, "1f1b"), (1, 4, 4, "1f1b"),
+         (2, 2, 1, "1f1b"), (2, 2, 1, "dualpipev"), (4, 1, 1, "1f1b"), (4, 1, 1, "zbv"), (4, 1, 1, "dualpipev"),
+         (4, 1, 1, "interleaved_zero_bubble")]
+
+
+def make_config(pp: int, dp: int, ep: int, schedule: str, *, depths: int = 1, tied: bool = False) -> Config:
+    config = Config()
+    config.model = ModelConfig(
+        vocab_size=VOCAB, dim=48, n_layers=8, n_dense_layers=1, inter_dim=96, n_heads=4, q_lora_rank=24, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_activated_experts=2,
+        moe_inter_dim=32, n_expert_groups=4, n_limited_groups=2, n_mtp_layers=depths, balance_loss_weight=1e-2,
+        bias_update_speed=1e-2, init_std=0.05, route_scale=2.5, tie_embeddings=tied)
+    config.layout.pp, config.layout.dp, config.layout.ep = pp, dp, ep
+    config.layout.schedule = Schedule[schedule]
+    config.layout.microbatches = 16 // dp
+    config.train.batch_size, config.train.seq_len, config.train.validate_sequences = SEQUENCES, SEQ_LEN, SEQUENCES
+    config.optim.lr = 1e-3
+    check_run(config)
+    return config
+
+
+def train(info: RankInfo, config: Config) -> dict:
+    """Five steps on this rank's sequences; losses summed over ranks, counts over data-parallel ranks."""
+    mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
+    pipeline = build_pipeline(config, mesh, torch.float32)
+    optimizer = build_optimizer(pipeline.shards, config.optim)
+    losses, counts, norms = [], {}, []
+    share = SEQUENCES // mesh.layout.dp
+    for step in range(STEPS):
+        batch = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 1 + config.model.n_mtp_layers), generator=torch.Generator().manual_seed(step))
+        mine = batch[mesh.coordinate.dp * share :][:share]
+        sums = pipeline.train_step(mine, step_sequences=SEQUENCES).double()
+        pipeline.finish_grads()
+        packed = torch.cat([sums, squared_norm(pipeline.shards)[None]])
+        if mesh.world is not None:
+            dist.all_reduce(packed)
+        for name, router in (pair for stage in pipeline.stages for pair in routers(stage)):
+            tokens_per_expert = router.tokens_per_expert.clone()
+            if mesh.dp_mesh is not None:
+                dist.all_reduce(tokens_per_expert, group=mesh.dp_mesh.get_group())
+            counts[step, name] = tokens_per_expert.tolist()
+            router.update_bias(tokens_per_expert)
+        norm = packed[-1].sqrt().item()
+        clip_and_step(optimizer, pipeline.shards, norm=norm, optim=config.optim,
+                      lr=learning_rate(step + 1, config.optim, 100))
+        pipeline.zero_grad()
+        losses.append(packed[:-1].tolist())
+        norms.append(norm)
+    held_out = pipeline.validate(batch[mesh.coordinate.dp * share :][:share]).double()
+    if mesh.world is not None:
+        dist.all_reduce(held_out)
+    return {
+        "losses": losses, "norms": norms, "counts": counts, "held_out": held_out.tolist(),
+        "weights": [(s.name, s.start, s.value.detach().clone().numpy(), s.is_copy) for s in pipeline.shards],
+        "biases": {n: r.expert_bias.tolist() for stage in pipeline.stages for n, r in routers(stage)},
+    }
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The one-process run of each model: (MTP depths, tied embeddings)."""
+    return {(depths, tied): train(RankInfo(), make_config(1, 1, 1, "1f1b", depths=depths, tied=tied))
+            for depths, tied in [(1, False), (2, False), (0, True), (1, True)]}
+
+
+def assert_equal_to_one_process(results: list[dict], reference: dict) -> None:
+    whole = {name: torch.from_numpy(value) for name, _, value, _ in reference["weights"]}
+    seen = {name: 0 for name in whole}
+    biases = {}
+    for result in results:
+        for ours, theirs in [*zip(result["losses"], reference["losses"], strict=True)]:
+            assert ours == pytest.approx(theirs, rel=TOLERANCE)
+        assert result["held_out"] == pytest.approx(reference["held_out"], rel=TOLERANCE)
+        assert result["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE)
+        assert all(reference["counts"][key] == value for key, value in result["counts"].items())
+        for name, start, rows, is_copy in result["weights"]:
+            expected = whole[name][start : start + len(rows)]
+            difference = (torch.from_numpy(rows) - expected).norm()
+            assert difference <= TOLERANCE * expected.norm(), (name, (difference / expected.norm()).item())
+            seen[name] += 0 if is_copy else len(rows)
+        biases |= result["biases"]
+    assert biases == reference["biases"]
+    assert set(reference["counts"]) == {key for result in results for key in result["counts"]}
+    assert all(count % len(whole[name]) == 0 and count > 0 for name, count in seen.items())
+
+
+@pytest.mark.parametrize("pp, dp, ep, schedule", PIPELINES + GRIDS)
+def test_five_steps_equal_the_one_process_run(ranks, reference, pp, dp, ep, schedule):
+    results = ranks.run(train, make_config(pp, dp, ep, schedule), world=pp * dp)
+    assert_equal_to_one_process(results, reference[1, False])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])
+def test_two_mtp_depths_equal_the_one_process_run(ranks, reference, schedule):
+    results = ranks.run(train, make_config(2, 1, 1, schedule, depths=2), world=2)
+    assert_equal_to_one_process(results, reference[2, False])
+
+
+@pytest.mark.parametrize("pp, dp, ep, schedule, depths", [(2, 2, 2, "1f1b", 1), (2, 1, 1, "zbv", 0), (1, 2, 1, "1f1b", 1)])
+def test_tied_embeddings_equal_the_one_process_run(ranks, reference, pp, dp, ep, schedule, depths):
+    results = ranks.run(train, make_config(pp, dp, ep, schedule, depths=depths, tied=True), world=pp * dp)
+    assert_equal_to_one_process(results, reference[depths, True])
+
+
+def test_recompute_equals_keeping_activations(ranks, reference):
+    config = make_config(2, 2, 2, "1f1b")
+    config.layout.recompute = Recompute.full
+    assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
