@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from model.config import Attention, ModelConfig, QKNorm
 from model.ops import rms_norm
 
+# Every released MLA model norms its latents with this, whatever its other norms use (Moonlight: 1e-5).
+LATENT_NORM_EPS = 1e-6
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, computed in fp32 (Zhang & Sennrich 2019)."""
@@ -77,12 +80,12 @@ class LatentAttention(nn.Module):
         nope, rope, heads = config.qk_nope_head_dim, config.qk_rope_head_dim, config.n_heads
         if config.q_lora_rank:
             self.wq_a = nn.Linear(config.dim, config.q_lora_rank, bias=False)
-            self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.wq_b = nn.Linear(config.q_lora_rank, heads * (nope + rope), bias=False)
         else:
             self.wq = nn.Linear(config.dim, heads * (nope + rope), bias=False)
         self.wkv_a = nn.Linear(config.dim, config.kv_lora_rank + rope, bias=False)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, config.norm_eps)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.wkv_b = nn.Linear(config.kv_lora_rank, heads * (nope + config.v_head_dim), bias=False)
         self.wo = nn.Linear(heads * config.v_head_dim, config.dim, bias=False)
         self.scale = softmax_scale(config)
@@ -150,11 +153,16 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of q [B, S, H, *] over k, v [B, S, KV, *] -> [B, S, H * v]."""
-    groups = q.shape[2] != k.shape[2]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                         is_causal=True, scale=scale, enable_gqa=groups)
-    return out.transpose(1, 2).flatten(2)
+    """Causal attention of q [B, S, H, *] over k, v [B, S, KV, *] -> [B, S, H * v].
+
+    The CPU's flash kernel wants keys and values of one size; zero columns cost less than its slow path.
+    """
+    size = v.shape[-1]
+    if q.device.type == "cpu" and size < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - size))
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                         scale=scale, enable_gqa=q.shape[2] != k.shape[2])
+    return out[..., :size].transpose(1, 2).flatten(2)
 
 
 def _rotary_dim(config: ModelConfig) -> int:

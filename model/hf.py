@@ -1,28 +1,29 @@
-"""Hugging Face's names and files, both directions; no other file knows them.
+"""Tensors and files in Hugging Face's form, both directions.
 
-`config_to_hf`/`config_from_hf` translate config.json, `to_hf`/`from_hf` the tensors, `export`/`load` whole
-directories of safetensors. Tensors stream: at most one shard is in memory. Nothing is unpickled, no code is run,
-and every tensor must be there, known and of the right shape, or the whole is refused.
+`to_hf`/`from_hf` translate tensors, `export`/`load` whole directories of safetensors and config.json
+(model/hf_config.py). Tensors stream: at most one shard is in memory. Nothing is unpickled, no code is run, and every
+tensor must be there, known and of the right shape, or the whole is refused.
 
-A family is what `transformers` calls a model type; a shape belongs to the first family that implies nothing false
-of it. On disk every expert has its own three matrices, as in the released files. MTP modules are the extra layers
-`model.layers.{n_layers + k}` of DeepSeek-V3's files, with their copies of embedding and head; `transformers` loads
-the rest and leaves them be. Training settings (biases' speed, loss weights) have no place in config.json.
+On disk every expert has its own three matrices, as in released files (transformers 5 fuses them on loading). MTP
+modules are the extra layers `model.layers.{n_layers + k}` of DeepSeek-V3's files, with their copies of embedding and
+head; `transformers` loads the rest and leaves them be. No rotary dimension is reordered: both sides read DeepSeek's
+interleaved pairs as they are.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import Attention, ModelConfig, QKNorm, ScoreFunc
+from model.config import Attention, ModelConfig
+from model.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of
 from model.transformer import Transformer
 
 
@@ -78,8 +79,7 @@ def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[
             raise ValueError(f"{name}: has shape {list(tensor.shape)}, must have {list(shape)}; "
                              f"give the whole model's tensor and the shape it was built from")
         for part in _parts(name, shape, config):
-            piece = tensor[part.index]
-            yield part.key, _swap_halves(piece) if part.swapped else piece
+            yield part.key, part.of_ours(tensor)
 
 
 def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -95,46 +95,6 @@ def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tupl
     _check_names(set(tensors) - ignored, required, known)
     for name, shape in shapes.items():
         yield name, _assemble(tensors, shape, parts[name])
-
-
-def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> dict:
-    """config.json. `ValueError` for a shape that no family of `transformers` has."""
-    model_type = _family_of(config)
-    family = FAMILIES[model_type]
-    _check_top_1(config)
-    values = {key: _TO_HF.get(key, lambda value: value)(getattr(config, ours))
-              for key, ours in (COMMON | family.keys).items()}
-    if model_type == "deepseek_v2":
-        values["topk_method"] = "group_limited_greedy" if config.n_expert_groups > 1 else "greedy"
-    return {"architectures": [family.architecture], "model_type": model_type,
-            "torch_dtype": str(dtype).removeprefix("torch."), **values, **family.constants,
-            "rope_theta": config.rope_theta, "rope_scaling": _yarn_to_hf(config),
-            "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True,
-            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-
-
-def config_from_hf(values: Mapping, *, name: str = "custom") -> ModelConfig:
-    """The shape that a config.json describes. `ValueError` names what cannot be expressed."""
-    family = _family_named(values.get("architectures"))
-    for key, only in {**family.constants, "hidden_act": "silu", "quantization_config": None}.items():
-        if values.get(key, only) != only:
-            raise ValueError(f"config.json: {key}={values[key]}: must be {only}, nothing else is implemented; "
-                             f"convert the model first or choose another")
-    rope = values.get("rope_parameters") or {**(values.get("rope_scaling") or {}),
-                                             "rope_theta": values.get("rope_theta", 10000.0)}
-    found = {"name": name, **family.implied, **_yarn_from_hf(rope)}
-    for key, ours in (COMMON | family.keys).items():
-        found[ours] = _FROM_HF.get(key, lambda value: value)(_look_up(key, {**rope, **values}))
-    if found.get("n_routed_experts"):
-        found |= family.implied_of_experts
-    else:
-        found |= dict(n_dense_layers=found["n_layers"], n_routed_experts=0, n_shared_experts=0, moe_inter_dim=0,
-                      n_activated_experts=0, expert_bias=False, balance_loss_weight=0.0)
-    defaults = vars(ModelConfig())
-    config = ModelConfig(**{key: type(defaults[key])(value) for key, value in found.items()})
-    config.check()
-    _check_top_1(config)
-    return config
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -178,74 +138,152 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         if file not in self._open:
             if not (self.path / file).is_file():
                 raise ValueError(f"{self.path / file}: is missing; copy the whole directory")
-            self._open[file] = safe_open(self.path / file, framework="pt")
+            try:
+                self._open[file] = safe_open(self.path / file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.path / file}: must be whole safetensors; copy it again ({error})") from None
         return self._open[file]
 
 
 @dataclass(frozen=True)
-class Family:
-    architecture: str
-    implied: dict[str, object]
-    """Our fields that have this value in every model of the family."""
-    implied_of_experts: dict[str, object] | None
-    """The same where there are routed experts; none if the family has none."""
-    keys: dict[str, str]
-    """config.json's keys, beside the common ones, and our fields."""
-    constants: dict[str, object]
-    """config.json's keys that can have this value only."""
-    experts: tuple[str, str, str, str] = ("mlp", "gate_proj", "up_proj", "down_proj")
-    """The routed layer's module and an expert's three matrices."""
+class Part:
+    """One Hugging Face tensor as a piece of ours."""
+
+    key: str
+    index: tuple = ()
+    """Which piece: an expert, then rows."""
+    swapped: bool = False
+    """Whether the two halves of the last axis trade places."""
+    copy: bool = False
+    """Whether it repeats what another holds: written always, and on reading compared where present."""
+
+    def of_ours(self, tensor: Tensor) -> Tensor:
+        return self.of_theirs(tensor[self.index])
+
+    def of_theirs(self, piece: Tensor) -> Tensor:
+        return piece.roll(piece.shape[-1] // 2, -1) if self.swapped else piece
 
 
-COMMON = {"vocab_size": "vocab_size", "max_position_embeddings": "max_seq_len", "hidden_size": "dim",
-          "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "intermediate_size": "inter_dim",
-          "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std",
-          "num_nextn_predict_layers": "n_mtp_layers"}
-_MLA = {key: key for key in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
-_GQA = {"num_key_value_heads": "n_kv_heads", "head_dim": "head_dim"}
-_DEEPSEEK_MOE = {"first_k_dense_replace": "n_dense_layers", "n_routed_experts": "n_routed_experts",
-                 "n_shared_experts": "n_shared_experts", "num_experts_per_tok": "n_activated_experts",
-                 "moe_intermediate_size": "moe_inter_dim", "n_group": "n_expert_groups",
-                 "topk_group": "n_limited_groups", "routed_scaling_factor": "route_scale"}
-_QWEN_MOE = {"num_experts": "n_routed_experts", "num_experts_per_tok": "n_activated_experts",
-             "norm_topk_prob": "norm_topk"}
-_BIASED = {"score_func": ScoreFunc.sigmoid, "expert_bias": True}
-_SOFTMAX = {"score_func": ScoreFunc.softmax, "expert_bias": False}
-_ROUTED_ALONE = _SOFTMAX | {"n_dense_layers": 0, "n_shared_experts": 0, "n_expert_groups": 1, "n_limited_groups": 1,
-                            "route_scale": 1.0}
-_PLAIN = {"attention": Attention.gqa, "qk_norm": QKNorm.none, "qkv_bias": False, "rotary_fraction": 1.0,
-          "rope_interleaved": False}
-
-FAMILIES = {
-    "deepseek_v3": Family(
-        "DeepseekV3ForCausalLM", {"attention": Attention.mla}, _BIASED,
-        _MLA | _DEEPSEEK_MOE | {"norm_topk_prob": "norm_topk", "rope_interleave": "rope_interleaved"},
-        {"attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}),
-    "deepseek_v2": Family(
-        "DeepseekV2ForCausalLM", {"attention": Attention.mla, "rope_interleaved": True},
-        _SOFTMAX | {"norm_topk": False}, _MLA | _DEEPSEEK_MOE,
-        {"attention_bias": False, "scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}),
-    "llama": Family("LlamaForCausalLM", _PLAIN, None, _GQA, {"attention_bias": False, "mlp_bias": False}),
-    "qwen2": Family("Qwen2ForCausalLM", _PLAIN | {"qkv_bias": True}, None, _GQA, {"use_sliding_window": False}),
-    "qwen3": Family("Qwen3ForCausalLM", _PLAIN | {"qk_norm": QKNorm.head}, None, _GQA,
-                    {"attention_bias": False, "use_sliding_window": False}),
-    "mixtral": Family(
-        "MixtralForCausalLM", _PLAIN, _ROUTED_ALONE | {"norm_topk": True},
-        _GQA | {"intermediate_size": "moe_inter_dim", "num_local_experts": "n_routed_experts",
-                "num_experts_per_tok": "n_activated_experts"},
-        {"sliding_window": None}, ("block_sparse_moe", "w1", "w3", "w2")),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM", _PLAIN | {"qk_norm": QKNorm.head}, _ROUTED_ALONE,
-        _GQA | _QWEN_MOE | {"moe_intermediate_size": "moe_inter_dim"},
-        {"attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}),
-    "olmoe": Family(
-        "OlmoeForCausalLM", _PLAIN | {"qk_norm": QKNorm.full}, _ROUTED_ALONE,
-        _GQA | _QWEN_MOE | {"intermediate_size": "moe_inter_dim"}, {"attention_bias": False, "clip_qkv": None}),
-    "glm4_moe": Family(
-        "Glm4MoeForCausalLM", {"attention": Attention.gqa, "rope_interleaved": False}, _BIASED,
-        _GQA | _DEEPSEEK_MOE | {"norm_topk_prob": "norm_topk", "use_qk_norm": "qk_norm", "attention_bias": "qkv_bias",
-                                "partial_rotary_factor": "rotary_fraction"}, {}),
+# Modules of a block, and of an MTP module around its block.
+_MODULES = {
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "attention.k_norm": "self_attn.k_norm",
+    "attention.wq_a": "self_attn.q_a_proj", "attention.wq_b": "self_attn.q_b_proj",
+    "attention.wkv_a": "self_attn.kv_a_proj_with_mqa", "attention.kv_norm": "self_attn.kv_a_layernorm",
+    "attention.wkv_b": "self_attn.kv_b_proj",
+    "ffn": "mlp", "moe.shared_experts": "mlp.shared_experts",
+    "embed_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm",
 }
 
-_TO_HF = {"q_lora_rank": lambda rank: rank or None, "use_qk_norm": lambda norm: norm is QKNorm.head}
-_FROM_HF = {"q_lora_rank": lambda rank: rank or 0, "use_qk_norm": lambda on: QKNorm.head if on else QKNorm.none}
+
+def _parts(name: str, shape: torch.Size, config: ModelConfig) -> list[Part]:
+    """Where a tensor of ours lies among Hugging Face's."""
+    mtp = [f"model.layers.{config.n_layers + depth}." for depth in range(config.n_mtp_layers)]
+    heads = [Part(f"{prefix}shared_head.head.weight", copy=True) for prefix in mtp]
+    if name == "tok_embeddings.weight":
+        tables = [Part(f"{prefix}embed_tokens.weight", copy=True) for prefix in mtp]
+        return [Part("model.embed_tokens.weight"), *tables, *(heads if config.tie_embeddings else [])]
+    if name == "lm_head.weight":
+        return [Part(name), *heads]
+    if name == "norm.weight":
+        return [Part("model.norm.weight")]
+    kind, number, rest = name.split(".", 2)
+    prefix = f"model.layers.{number}." if kind == "layers" else mtp[int(number)]
+    return _block_parts(prefix, rest.removeprefix("block."), shape, config)
+
+
+def _block_parts(prefix: str, rest: str, shape: torch.Size, config: ModelConfig) -> list[Part]:
+    module, leaf = rest.rsplit(".", 1)
+    if module.startswith("moe.router") or module == "moe.experts":
+        routed, *matrices = FAMILIES[family_of(config)].routed
+        if module == "moe.experts":
+            return _expert_parts(f"{prefix}{routed}.experts", leaf, shape, *matrices)
+        return [Part(f"{prefix}{routed}.gate.{'e_score_correction_bias' if leaf == 'expert_bias' else leaf}")]
+    outer, _, matrix = module.rpartition(".")
+    if matrix == "w13":
+        gate, up = slice(0, shape[0] // 2), slice(shape[0] // 2, None)
+        return [Part(f"{prefix}{_MODULES[outer]}.{matrix}.{leaf}", (rows,))
+                for matrix, rows in (("gate_proj", gate), ("up_proj", up))]
+    if matrix == "w2":
+        return [Part(f"{prefix}{_MODULES[outer]}.down_proj.{leaf}")]
+    if module == "attention.q_norm":
+        return [Part(f"{prefix}self_attn.{'q_a_layernorm' if config.attention is Attention.mla else 'q_norm'}.{leaf}")]
+    # Ours reads [hidden; embedding], the released files' [embedding; hidden].
+    return [Part(f"{prefix}{_MODULES[module]}.{leaf}", swapped=module == "proj")]
+
+
+def _expert_parts(prefix: str, leaf: str, shape: torch.Size, gate: str, up: str, down: str) -> list[Part]:
+    if leaf == "w2":
+        return [Part(f"{prefix}.{e}.{down}.weight", (e,)) for e in range(shape[0])]
+    half = shape[1] // 2
+    return [Part(f"{prefix}.{e}.{matrix}.weight", (e, rows)) for e in range(shape[0])
+            for matrix, rows in ((gate, slice(0, half)), (up, slice(half, None)))]
+
+
+def _assemble(tensors: Mapping[str, Tensor], shape: torch.Size, parts: list[Part]) -> Tensor:
+    out, whole = None, torch.empty(shape, device="meta")
+    for part in parts:
+        if part.copy and part.key not in tensors:
+            continue
+        piece, expected = tensors[part.key], whole[part.index].shape
+        if piece.shape != expected:
+            raise ValueError(f"{part.key}: has shape {list(piece.shape)}, must have {list(expected)} by config.json; "
+                             f"take both from the same model")
+        if not piece.dtype.is_floating_point or piece.dtype.itemsize == 1:
+            raise ValueError(f"{part.key}: is {piece.dtype}, must be bf16, fp16 or fp32; convert the model first")
+        if part.copy:
+            if not torch.equal(piece, out):
+                raise ValueError(f"{part.key}: must equal {parts[0].key}, which MTP modules share; "
+                                 f"an own table for them is not implemented")
+            continue
+        piece = part.of_theirs(piece)
+        if not part.index:
+            out = piece
+            continue
+        out = torch.empty(shape, dtype=piece.dtype) if out is None else out
+        out[part.index] = piece
+    return out
+
+
+def _check_names(present: set[str], required: set[str], known: set[str]) -> None:
+    for what, names, remedy in [("missing", required - present, "take all shards of the model"),
+                                ("not of this shape", present - known, "take config and tensors from the same model")]:
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{len(names)} tensors are {what}, such as {some}; {remedy}")
+
+
+def _plan_shards(config: ModelConfig, dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
+    """Names of each shard, in the order of `to_hf`, none larger than `max_bytes` unless one tensor is."""
+    shards, room = [[]], max_bytes
+    for name, shape in tensor_shapes(config).items():
+        whole = torch.empty(shape, device="meta")
+        for part in _parts(name, shape, config):
+            size = whole[part.index].numel() * _dtype_of(part.key, dtype).itemsize
+            if size > room and shards[-1]:
+                shards.append([])
+                room = max_bytes
+            shards[-1].append(part.key)
+            room -= size
+    return shards
+
+
+def _dtype_of(key: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if key.endswith("e_score_correction_bias") else dtype
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing; copy the whole directory") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: must be readable JSON; copy it again ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object; copy it again")
+    return values
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

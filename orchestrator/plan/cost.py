@@ -24,7 +24,7 @@ class Ledger:
     """Charges devices from placement to release, whether they work or not, and says in which bucket each second went.
 
     Live figures (`charged_s`, `usd`, `device_hours`) follow the clock, so they include time that no bucket has
-    yet; `close` puts that time into `idle`. They never fall, even where a clock is set back. Times are unix seconds.
+    yet; `close` puts that time into `idle`. Times are unix seconds.
     """
 
     devices: int
@@ -89,7 +89,7 @@ class Ledger:
 
     @classmethod
     def from_dict(cls, state: dict, *, devices: int, usd_per_h: float | None, since: float) -> "Ledger":
-        """Continue from `to_dict`'s output with devices placed at `since`; the same attempt goes on from state["at"]."""
+        """Go on from `to_dict`'s output with devices placed at `since`: state["at"] where they never were released."""
         buckets = dict.fromkeys(BUCKETS, 0.0) | state["buckets_s"]
         return cls(devices, usd_per_h, since, state["charged_s"], state["usd"], buckets)
 
@@ -150,8 +150,6 @@ def dense_equivalents(model: ModelConfig, tokens: float, *, seq_len: int, mfu: f
 
 
 def _price(device_s: float, usd_per_h: float | None) -> float | None:
-    if device_s == 0:
-        return 0.0
     return None if usd_per_h is None else device_s / 3600 * usd_per_h
 
 

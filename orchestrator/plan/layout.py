@@ -120,7 +120,10 @@ def split_stages(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
 
 def check_run(config: Config) -> None:
     """Every rule that joins several keys of a train request; `BadRequest` names key, value, rule and remedy."""
-    config.model.check()
+    try:
+        config.model.check()
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
     _check_numbers(config)
     _check_degrees(config)
     _check_schedule(config)

@@ -3,6 +3,8 @@
 The one place that touches torch's schedule table, whose name is private (DESIGN: one schedule table).
 """
 
+from typing import NamedTuple
+
 from orchestrator.config import Schedule
 from orchestrator.plan.layout import stages_per_rank
 
@@ -16,13 +18,29 @@ TORCH_NAMES = {
 }
 
 
-def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages: int = 2) -> list[list]:
-    """Per pipeline rank, its ordered torch `_Action`s (stage, F B I W or OVERLAP_F_B, microbatch); no idle slots."""
+KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+
+
+class Action(NamedTuple):
+    """F forward, B full backward, I its input-gradient part, W its weight-gradient part."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+
+def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages: int = 2) -> list[list[tuple]]:
+    """Per pipeline rank, what it runs in order: each slot one Action, or a forward and a backward that overlap."""
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
     per_rank = stages_per_rank(schedule, requested_stages)
     table = get_schedule_ops(TORCH_NAMES[schedule], pp, microbatches, per_rank)
-    return [[action for action in row if action is not None] for row in table]
+    return [[tuple(_plain(part) for part in action.sub_actions or (action,)) for action in row
+             if action is not None and action.computation_type.name != "REDUCE_GRAD"] for row in table]
+
+
+def _plain(action) -> Action:
+    return Action(KINDS[action.computation_type.name], action.stage_index, action.microbatch_index)
 
 
 def torch_class(schedule: Schedule) -> type:

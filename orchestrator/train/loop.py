@@ -22,8 +22,9 @@ from orchestrator.parallel.mesh import Mesh, RankInfo, connect, pick_device
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.plan.layout import layout_of
 from orchestrator.train import data
-from orchestrator.train.accounts import Accounts
+from orchestrator.train.accounts import Accounts, peak_flops_per_s
 from orchestrator.train.control import Control
+from orchestrator.train.memory import keep_freed_memory
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
 from orchestrator.train.resume import Checkpoints
 
@@ -36,6 +37,7 @@ def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: flo
 
     placed_at: unix time from which the devices are charged. attempt: 1 for the first start of this run directory.
     """
+    keep_freed_memory()
     device = pick_device(info)
     torch.set_num_threads(threads_per_rank(config, info))
     control.update(rank=info.rank, phase="start", steps=config.train.steps)
@@ -99,10 +101,12 @@ class Trainer:
         self.optimizer = build_optimizer(self.pipeline.shards, config.optim)
         self.moe_layers = moe_layer_names(config)
         self.progress = Progress()
-        self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt)
+        self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt,
+                                       data_digest=self.corpus.digest)
         restored = self.checkpoints.restore(self.progress)
-        self.accounts = Accounts(config, mesh, self.corpus, self.progress, compute, placed_at=placed_at,
-                                 attempt=attempt, restored=restored, moe_layers=self.moe_layers)
+        self.accounts = Accounts(config, mesh, self.corpus, self.progress, placed_at=placed_at, attempt=attempt,
+                                 restored=restored, moe_layers=self.moe_layers,
+                                 peak_flops_per_s=self._mean_over_ranks(peak_flops_per_s(config, mesh.device, compute)))
         self.checkpoints.on_event = self.accounts.event
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="data")
         self.hosted = torch.zeros(len(self.moe_layers), max(1, config.model.n_routed_experts), dtype=torch.int64)
@@ -195,6 +199,9 @@ class Trainer:
         packed = packed.to(self.mesh.device)
         dist.all_reduce(packed, group=self.mesh.world)
         return packed.cpu()
+
+    def _mean_over_ranks(self, value: float) -> float:
+        return self._sum_over_ranks(torch.tensor([value], dtype=torch.float64)).item() / self.mesh.layout.world_size
 
     def _update_expert_bias(self, counts: Tensor) -> None:
         for stage in self.pipeline.stages:

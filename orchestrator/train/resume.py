@@ -25,7 +25,8 @@ class Checkpoints:
     """Saving and resuming for one rank. `on_event(kind, **fields)` hears of every result on rank 0."""
 
     def __init__(self, config: Config, mesh: Mesh, pipeline: Pipeline, optimizer: torch.optim.Optimizer, *,
-                 attempt: int):
+                 attempt: int, data_digest: str):
+        self.data_digest = data_digest
         self.config, self.mesh, self.pipeline, self.optimizer = config, mesh, pipeline, optimizer
         self.attempt = attempt
         self.on_event: Callable = lambda kind, **fields: None
@@ -136,8 +137,6 @@ class Checkpoints:
         if state["data_digest"] != self.data_digest:
             raise BadRequest(f"data.path={self.config.data.path}: the data is not what the checkpoint {path} was "
                              "trained on; restore the data, or start a new run with resume=none")
-
-    data_digest: str = ""
 
 
 def _get(values: dict, dotted: str):

@@ -1,0 +1,295 @@
+"""One page about finished runs, made after the fact from what their directories hold; it works on unfinished ones too.
+
+`write_report` leaves report.html (one file: no network, no script) and report.md. Figures come from summary.json and
+metrics.jsonl alone; nothing is measured or guessed here, and what was predicted stands in a column of its own.
+"""
+
+from collections.abc import Iterable
+from html import escape
+
+from orchestrator.errors import BadRequest
+from orchestrator.plan.cost import BUCKETS
+from orchestrator.report_plots import Series, format_number, line_chart, load_heatmap, smoothed, stacked_bar
+from orchestrator.report_run import Run, expert_load, headline_figures, labelled, read_run, shares
+from orchestrator.report_style import STYLE
+from orchestrator.train import storage
+from orchestrator.train.finish import format_usd
+
+MAX_EVENTS = 200
+
+
+def write_report(run_dirs: list[str], out: str | None = None) -> str:
+    """Write the page about one run, or several compared, and its Markdown twin; returns the page's path.
+
+    out: path of the .html file; by default report.html in the (first) run directory.
+    """
+    if not run_dirs:
+        raise BadRequest("report: no run directory was given; name one or more, as in `sparing report runs/NAME`")
+    runs = labelled([read_run(path) for path in run_dirs])
+    out = out or storage.join(run_dirs[0], "report.html")
+    stem = out.removesuffix(".html")
+    storage.write_bytes(f"{stem}.html", page(runs).encode())
+    storage.write_bytes(f"{stem}.md", markdown(runs).encode())
+    return f"{stem}.html"
+
+
+def page(runs: list[Run]) -> str:
+    """The whole HTML document."""
+    title = " / ".join(run.label for run in runs)
+    body = [_header(runs, title), _tiles(runs[0]) if len(runs) == 1 else _comparison(runs),
+            '<section class="grid">', _loss(runs), _quality(runs), _throughput(runs), _cost(runs), "</section>",
+            *(_time(run, many=len(runs) > 1) for run in runs), *_experts(runs),
+            *(_dense(run, many=len(runs) > 1) for run in runs), *(_predicted(run) for run in runs),
+            *(_events(run, many=len(runs) > 1) for run in runs), *(_config(run, many=len(runs) > 1) for run in runs),
+            _footer(runs)]
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"><title>{escape(title)} - Sparing</title>'
+            f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part)
+            + "\n</main></body></html>\n")
+
+
+def _header(runs: list[Run], title: str) -> str:
+    lines = []
+    for run in runs:
+        s, parts = run.summary, []
+        if s["model"]:
+            parts.append(f"{s['model']['name']}: {format_number(s['model']['parameters'])} parameters, "
+                         f"{format_number(s['model']['active_parameters'])} active")
+        if s["layout"]:
+            parts.append("pp {pp} x dp {dp} (ep {ep}), {schedule}".format(**s["layout"]))
+        if s["hardware"]:
+            parts.append(f"{s['hardware']['devices']} x {s['hardware']['name'] or s['hardware']['device']}")
+        if s["attempts"]:
+            parts.append(f"{s['attempts']} attempt" + "s" * (s["attempts"] != 1))
+        name = f"<b>{escape(run.label)}</b> " if len(runs) > 1 else ""
+        lines.append(f'<p class="sub">{name}<span class="status {escape(s["status"])}">{escape(s["status"])}</span> '
+                     f"{escape('; '.join(parts))}</p>")
+    return f"<header><h1>{escape(title)}</h1>{''.join(lines)}</header>"
+
+
+def _tiles(run: Run) -> str:
+    tiles = "".join(f"<div><dt>{escape(f.name)}</dt><dd>{escape(f.value)}</dd><small>{escape(f.note)}</small></div>"
+                    for f in headline_figures(run.summary))
+    return f'<dl class="tiles">{tiles}</dl>'
+
+
+def _comparison(runs: list[Run]) -> str:
+    columns = [headline_figures(run.summary) for run in runs]
+    rows = [[f"<b>{escape(figures[0].name)}</b>",
+             *(f"{escape(f.value)}<small>{escape(f.note)}</small>" for f in figures)]
+            for figures in zip(*columns, strict=True)]
+    head = [f'<i class="key line c{i % 8}"></i>{escape(run.label)}' for i, run in enumerate(runs)]
+    return _table(["", *head], rows, numeric_from=1, css="compare")
+
+
+def _loss(runs: list[Run]) -> str:
+    series = []
+    for i, run in enumerate(runs):
+        steps, losses = run.column("step"), run.column("train/loss")
+        window = max(1, len(losses) // 50)
+        name = f"{run.label}: " if len(runs) > 1 else ""
+        if window > 1:
+            series.append(Series(f"{name}train", steps, losses, i, "faint", in_legend=False))
+        mean = f", mean of {window} steps" if window > 1 else ""
+        series.append(Series(f"{name}train{mean}", steps, smoothed(losses, window), i))
+        series.append(Series(f"{name}validation", steps, run.column("validation/loss"), i if len(runs) > 1 else 1,
+                             "points"))
+    return _figure("Loss", "next-token cross-entropy, nats per token",
+                   line_chart(series, x_label="step", y_label="nats / token"))
+
+
+def _quality(runs: list[Run]) -> str:
+    levels = {}
+    for run in runs:
+        for name in ("bigram", "gzip"):
+            if (level := run.summary["bits_per_byte"].get(name)) is not None:
+                levels[f"{name} {level:.3f}"] = (name, level)
+    series = [Series(run.label if len(runs) > 1 else "validation", run.column("step"),
+                     run.column("validation/bits_per_byte"), i if len(runs) > 1 else 1, "points")
+              for i, run in enumerate(runs)]
+    return _figure("Held-out text", "validation bits per byte beside a bigram model and gzip on the same bytes",
+                   line_chart(series, x_label="step", y_label="bits / byte", levels=list(levels.values()),
+                              y_format=lambda y: f"{y:.2f}"))
+
+
+def _throughput(runs: list[Run]) -> str:
+    series = []
+    for i, run in enumerate(runs):
+        steps, rates = run.column("step"), run.column("tokens/per_s")
+        window = max(1, len(rates) // 50)
+        if window > 1:
+            series.append(Series("each step", steps, rates, i, "faint", in_legend=False))
+        mean = f"mean of {window} steps" if window > 1 else "tokens/s"
+        series.append(Series(f"{run.label}: {mean}" if len(runs) > 1 else mean, steps, smoothed(rates, window), i))
+    return _figure("Throughput", "tokens per second over all devices, by step",
+                   line_chart(series, x_label="step", y_label="tokens / s", from_zero=True))
+
+
+def _cost(runs: list[Run]) -> str:
+    is_priced = all(any(v is not None for v in run.column("cost/usd_total")) for run in runs)
+    own, unit = ("cost/usd_total", "usd") if is_priced else ("cost/device_hours", "device_hours")
+    series = [Series(run.label if len(runs) > 1 else "this run, all that was charged", run.column("tokens/total"),
+                     run.column(own), i) for i, run in enumerate(runs)]
+    if len(runs) == 1:
+        series += [Series(f"dense, equal {name} parameters", runs[0].column("tokens/total"),
+                          runs[0].column(f"cost/dense_equal_{name}_{unit}"), colour, "dashed")
+                   for name, colour in (("total", 2), ("active", 3))]
+    subtitle = ("dollars" if is_priced else "device-hours (the price is unknown)") + " for the tokens so far"
+    if len(runs) == 1:
+        subtitle += "; dense models at this run's own MFU, no overhead: the gap above 'equal active' is overhead"
+    return _figure("Cost", subtitle,
+                   line_chart(series, x_label="tokens", y_label="US$" if is_priced else "device-hours",
+                              y_format=_dollars if is_priced else None, from_zero=True))
+
+
+def _time(run: Run, *, many: bool) -> str:
+    found = shares(run.summary)
+    title = "Where the time went" + (f": {run.label}" if many else "")
+    if not found:
+        return _figure(title, "", '<p class="none">the ledger is closed when the run ends</p>', wide=True)
+    css = {name: f"b{i}" for i, name in enumerate(BUCKETS)}
+    bar = stacked_bar([(s.bucket, s.device_s, css.get(s.bucket, "b7")) for s in found])
+    rows = [[f'<i class="key box {css.get(s.bucket, "b7")}"></i>{escape(s.bucket.replace("_", " "))}',
+             f"{s.device_s:,.1f}", f"{s.share:.1%}", escape(format_usd(s.usd))] for s in found]
+    total_s = sum(s.device_s for s in found)
+    rows.append(["<b>charged</b>", f"<b>{total_s:,.1f}</b>", "<b>100%</b>",
+                 f"<b>{escape(format_usd(run.summary['usd_total']))}</b>"])
+    return _figure(title, "every device-second from placement to release, in one bucket each",
+                   bar + _table(["bucket", "device-seconds", "share", "cost"], rows), wide=True)
+
+
+def _experts(runs: list[Run]) -> Iterable[str]:
+    """Balance over time for all runs in one chart, then each run's map of the last steps."""
+    series = []
+    for i, run in enumerate(runs):
+        steps = run.column("step")
+        layers = [key for key in (run.rows[-1] if run.rows else {}) if key.startswith("moe/load_max_over_mean/")]
+        if len(runs) == 1:
+            series += [Series("each layer", steps, run.column(key), 7, "faint", in_legend=key == layers[0])
+                       for key in layers]
+        series.append(Series(run.label if len(runs) > 1 else "mean over layers", steps,
+                             run.column("moe/load_max_over_mean"), i))
+    if not any(y is not None for s in series for y in s.ys):
+        return
+    yield '<section class="grid">' + _figure(
+        "Expert balance", "tokens of the busiest expert over the mean; 1 is perfect balance",
+        line_chart(series, x_label="step", y_label="max / mean", levels=[("balance", 1.0)],
+                   y_format=lambda y: f"{y:g}")) + "</section>"
+    for run in runs:
+        loads, names, steps = expert_load(run)
+        if loads:
+            yield _figure("Expert load" + (f": {run.label}" if len(runs) > 1 else ""),
+                          f"tokens of each expert over its layer's mean, last {steps} steps",
+                          load_heatmap(loads, names), wide=True)
+
+
+def _dense(run: Run, *, many: bool) -> str:
+    summary = run.summary
+    if summary["dense"]["equal_total"].get("device_hours") is None:
+        return ""
+    names = {"equal_total": "dense, equal total parameters", "equal_active": "dense, equal active parameters"}
+    rows = [["this run, all that was charged", format_number(summary["model"].get("parameters")),
+             format_number(summary["measured"].get("model_flops_total")), format_number(summary["device_hours"]),
+             escape(format_usd(summary["usd_total"]))]]
+    rows += [[name, format_number(twin.get("parameters")), format_number(twin.get("flops")),
+              format_number(twin["device_hours"]), escape(format_usd(twin["usd"]))]
+             for key, name in names.items() for twin in [summary["dense"][key]]]
+    return _figure("Beside dense training" + (f": {run.label}" if many else ""),
+                   "the same tokens; dense models computed at this run's own MFU, productive time only. Dense "
+                   "models usually reach a higher MFU, so their figures are upper bounds",
+                   _table(["", "parameters", "FLOPs", "device-hours", "cost"], rows), wide=True)
+
+
+def _predicted(run: Run) -> str:
+    predicted, measured = run.summary["predicted"], run.summary["measured"] | run.summary
+    rows = []
+    for key, value in predicted.items():
+        if isinstance(value, int | float):
+            actual = measured.get(key)
+            error = f"{value / actual - 1:+.1%}" if isinstance(actual, int | float) and actual else "-"
+            rows.append([escape(key), format_number(value),
+                         format_number(actual) if isinstance(actual, int | float) else "-", error])
+    if not rows:
+        return ""
+    return _figure("Predicted and measured", "the plan made before the run, and what the run did",
+                   _table(["", "predicted", "measured", "error"], rows), wide=True)
+
+
+def _events(run: Run, *, many: bool) -> str:
+    if not run.events:
+        return ""
+    start = run.events[0].get("time") or 0.0
+    shown = {"time", "kind", "rank", "node", "step", "cause"}
+    rows = []
+    for event in run.events[-MAX_EVENTS:]:
+        more = ", ".join(f"{key} {format_number(value) if isinstance(value, float) else value}"
+                         for key, value in event.items() if key not in shown and value is not None)
+        cells = [f"+{(event.get('time') or start) - start:,.1f} s", str(event.get("kind", "")).replace("_", " "),
+                 *("" if event.get(key) is None else str(event[key]) for key in ("step", "rank", "node")),
+                 "; ".join(part for part in (event.get("cause"), more) if part)]
+        rows.append([escape(str(cell)) for cell in cells])
+    left_out = len(run.events) - len(rows)
+    note = f"; {left_out} earlier ones left out" if left_out else ""
+    table = _table(["time", "event", "step", "rank", "node", ""], rows, numeric_from=9)
+    return _details(f"Events{f': {run.label}' if many else ''} ({len(run.events)}{note})", table,
+                    is_open=len(rows) <= 20)
+
+
+def _config(run: Run, *, many: bool) -> str:
+    if not run.config:
+        return ""
+    return _details("Configuration" + (f": {run.label}" if many else ""), f"<pre>{escape(run.config)}</pre>")
+
+
+def _footer(runs: list[Run]) -> str:
+    notes = [f"Run directory: <code>{escape(run.path)}</code>." for run in runs]
+    notes += [f"Price: {escape(source)}." for source in
+              dict.fromkeys(run.summary["hardware"].get("source") or "" for run in runs) if source]
+    notes += [f"MFU: {escape(convention)}." for convention in
+              dict.fromkeys(run.summary["measured"].get("mfu_convention") or "" for run in runs) if convention]
+    notes.append("All figures are measured unless a column says predicted or a line says dense.")
+    return f"<footer>{''.join(f'<p>{note}</p>' for note in notes)}</footer>"
+
+
+def _figure(title: str, subtitle: str, body: str, *, wide: bool = False) -> str:
+    return (f'<figure{" class=wide" if wide else ""}><figcaption><h2>{escape(title)}</h2><p>{escape(subtitle)}</p>'
+            f"</figcaption>{body}</figure>")
+
+
+def _details(title: str, body: str, *, is_open: bool = False) -> str:
+    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _table(head: list[str], rows: list[list[str]], *, numeric_from: int = 1, css: str = "") -> str:
+    """Cells are HTML already; columns from `numeric_from` on are right-aligned."""
+    def cell(tag: str, i: int, content: str) -> str:
+        return f"<{tag}{' class=n' if i >= numeric_from else ''}>{content}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"]
+    lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
+    return f'<div class="scroll"><table class="{css}">{"".join(lines)}</table></div>'
+
+
+def _dollars(usd: float) -> str:
+    return "$0" if usd == 0 else f"${format_number(usd)}" if usd >= 1e-3 else f"${usd:.1e}"
+
+
+def markdown(runs: list[Run]) -> str:
+    """The figures as tables, one column a run."""
+    columns = [headline_figures(run.summary) for run in runs]
+    lines = [f"# {' / '.join(run.label for run in runs)}", "", _row(["", *(run.label for run in runs)]),
+             _row(["---"] * (len(runs) + 1)), _row(["Status", *(run.summary["status"] for run in runs)])]
+    for figures in zip(*columns, strict=True):
+        lines.append(_row([figures[0].name, *(f"{f.value} ({f.note})" if f.note else f.value for f in figures)]))
+    for run in runs:
+        lines += ["", f"## Where the time went: {run.label}", ""]
+        lines += [_row(["bucket", "device-seconds", "share", "cost"]), _row(["---", "---:", "---:", "---:"])]
+        lines += [_row([s.bucket, f"{s.device_s:,.1f}", f"{s.share:.1%}", format_usd(s.usd)])
+                  for s in shares(run.summary)] or [_row(["not known until the run ends", "", "", ""])]
+        lines += ["", f"Run directory: `{run.path}`"]
+    convention = next((c for run in runs if (c := run.summary["measured"].get("mfu_convention"))), None)
+    return "\n".join([*lines, *(["", f"MFU: {convention}."] if convention else []), ""])
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,224 @@
+"""Plots as inline SVG, drawn here: nothing to download, nothing to run, readable in any browser and offline.
+
+Every function returns text. Colours are classes (`c0`..`c7`, `h0`..`h8`) that the page's style sheet defines for
+light and dark; hovering shows the numbers (SVG `<title>`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 260
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+MAX_POINTS, MAX_TITLES = 800, 50
+LOAD_EDGES = (0.25, 0.5, 0.7, 0.9, 1.1, 1.4, 2.0, 4.0)
+"""Classes of an expert's load over the mean; the fifth, around 1, is balance."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or a set of points. `colour` 0-7; `style`: line, faint, dashed, points."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float | None]
+    colour: int = 0
+    style: str = "line"
+    in_legend: bool = True
+
+
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, levels: Sequence[tuple[str, float]] = (),
+               y_format: Callable[[float], str] | None = None, from_zero: bool = False) -> str:
+    """Lines over a common axis; `levels` are labelled horizontal lines. An empty chart says so."""
+    series = [_finite(s) for s in series]
+    drawn = [s for s in series if len(s.xs)]
+    if not drawn:
+        return '<p class="none">no data in this run</p>'
+    y_format = y_format or format_number
+    xs = [x for s in drawn for x in s.xs]
+    ys = [y for s in drawn for y in s.ys] + [level for _, level in levels]
+    x_ticks = nice_ticks(min(xs), max(xs), 6)
+    y_ticks = nice_ticks(0.0 if from_zero else _clipped_low(ys), _clipped_high(drawn, levels), 5)
+    x_scale = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    y_scale = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{y_label} over {x_label}")}">',
+             f'<clipPath id="plot"><rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 4}" '
+             f'height="{HEIGHT - TOP - BOTTOM + 8}"/></clipPath>',
+             _axes(x_ticks, y_ticks, x_scale, y_scale, x_label, y_label, y_format)]
+    parts += [_level(label, y, y_scale, y_format) for label, y in levels]
+    parts += ['<g clip-path="url(#plot)">', *(_draw(s, x_scale, y_scale) for s in drawn),
+              *(_titles(s, x_scale, y_scale, x_label, y_format) for s in drawn if s.style != "faint"), "</g></svg>"]
+    return "".join(parts) + legend([(s.label, f"c{s.colour}", s.style) for s in drawn if s.in_legend])
+
+
+def load_heatmap(loads: Sequence[Sequence[float]], row_labels: Sequence[str]) -> str:
+    """Expert load over the layer's mean, one row a MoE layer, one column an expert. loads: [layers][experts]."""
+    rows, columns = len(loads), max(len(row) for row in loads)
+    width, left = WIDTH * 2 - 40, 74
+    cell_w, cell_h = (width - left) / columns, min(26.0, max(4.0, 420 / rows))
+    height = rows * cell_h + 30
+    parts = [f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="expert load by layer and expert">']
+    gap = 1 if cell_w > 6 and cell_h > 6 else 0
+    has_titles = rows * columns <= 4096
+    paths: dict[int, list[str]] = {}
+    for i, row in enumerate(loads):
+        for j, load in enumerate(row):
+            x, y = left + j * cell_w, i * cell_h
+            kind = sum(load >= edge for edge in LOAD_EDGES)
+            if has_titles:
+                parts.append(f'<rect class="h{kind}" x="{x:.1f}" y="{y:.1f}" width="{cell_w - gap:.2f}" '
+                             f'height="{cell_h - gap:.2f}"><title>{escape(row_labels[i])}, expert {j}: '
+                             f'{load:.2f} x mean</title></rect>')
+            else:
+                paths.setdefault(kind, []).append(f"M{x:.1f} {y:.1f}h{cell_w:.2f}v{cell_h:.1f}h-{cell_w:.2f}z")
+    parts += [f'<path class="h{kind}" d="{"".join(cells)}"/>' for kind, cells in sorted(paths.items())]
+    every = max(1, math.ceil(14 / cell_h))
+    parts += [_text("tick", left - 8, (i + 0.5) * cell_h + 4, label, anchor="end")
+              for i, label in enumerate(row_labels) if i % every == 0]
+    step = max(1, round(nice_ticks(0, columns, 16)[1]))
+    parts += [_text("tick", left + (j + 0.5) * cell_w, rows * cell_h + 14, str(j)) for j in range(0, columns, step)]
+    parts.append(_text("axis", left + (width - left) / 2, height - 2, "expert") + "</svg>")
+    names = [f"< {LOAD_EDGES[0]}", *(f"{low} - {high}" for low, high in zip(LOAD_EDGES, LOAD_EDGES[1:], strict=False)),
+             f"> {LOAD_EDGES[-1]:.0f}"]
+    return "".join(parts) + legend([(name, f"h{i}", "box") for i, name in enumerate(names)])
+
+
+def stacked_bar(parts: Sequence[tuple[str, float, str]]) -> str:
+    """Shares of a whole as one bar. parts: (label, value, css class)."""
+    total = math.fsum(value for _, value, _ in parts) or 1.0
+    width, height, x = WIDTH * 2 - 40, 34, 0.0
+    drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="share of charged device time">']
+    for label, value, css in parts:
+        span = value / total * width
+        drawn.append(f'<rect class="{css}" x="{x:.2f}" y="0" width="{max(0.0, span - 1.5):.2f}" height="{height}">'
+                     f"<title>{escape(label)}: {value / total:.1%}</title></rect>")
+        if span > 70:
+            drawn.append(f'<text class="inbar" x="{x + 8:.1f}" y="22">{escape(label)} {value / total:.0%}</text>')
+        x += span
+    return "".join(drawn) + "</svg>"
+
+
+def legend(entries: Sequence[tuple[str, str, str]]) -> str:
+    """entries: (label, css class, style of the key)."""
+    items = "".join(f'<li><i class="key {style} {css}"></i>{escape(label)}</li>' for label, css, style in entries)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def smoothed(ys: Sequence[float | None], window: int) -> list[float | None]:
+    """Mean of the last `window` known values."""
+    means, recent = [], []
+    for y in ys:
+        if y is not None:
+            recent = [*recent[-window + 1 :], y] if window > 1 else [y]
+        means.append(math.fsum(recent) / len(recent) if recent else None)
+    return means
+
+
+def nice_ticks(low: float, high: float, about: int) -> list[float]:
+    """Ticks at 1, 2 or 5 times a power of ten that enclose [low, high]."""
+    if high <= low:
+        low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+
+
+def format_number(value: float | None) -> str:
+    """Three to four significant digits; K, M, B, T above ten thousand."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "K")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if suffix == 'K' else limit):.4g}{suffix}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
+
+
+def _finite(series: Series) -> Series:
+    pairs = [(x, y) for x, y in zip(series.xs, series.ys, strict=True)
+             if x is not None and y is not None and math.isfinite(y)]
+    return Series(series.label, [x for x, _ in pairs], [y for _, y in pairs], series.colour, series.style,
+                  series.in_legend)
+
+
+def _clipped_high(drawn: Sequence[Series], levels: Sequence[tuple[str, float]]) -> float:
+    """The top of the axis: the maximum, but a few outliers of a faint raw line may leave the frame."""
+    tops = [level for _, level in levels]
+    for s in drawn:
+        ordered = sorted(s.ys)
+        tops.append(ordered[-1] if s.style != "faint" else ordered[int(0.99 * (len(ordered) - 1))])
+    return max(tops)
+
+
+def _clipped_low(ys: Sequence[float]) -> float:
+    return min(ys)
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def _axes(x_ticks, y_ticks, x_scale, y_scale, x_label: str, y_label: str, y_format) -> str:
+    bottom, right, parts = HEIGHT - BOTTOM, WIDTH - RIGHT, []
+    for y in y_ticks:
+        parts += [_line("grid", LEFT, right, y_scale(y), y_scale(y)),
+                  _text("tick", LEFT - 7, y_scale(y) + 3.5, y_format(y), anchor="end")]
+    for x in x_ticks:
+        if LEFT - 0.5 <= x_scale(x) <= right + 0.5:
+            parts += [_line("mark", x_scale(x), x_scale(x), bottom, bottom + 4),
+                      _text("tick", x_scale(x), bottom + 16, format_number(x))]
+    parts += [_line("base", LEFT, right, bottom, bottom), _text("axis", (LEFT + right) / 2, HEIGHT - 6, x_label),
+              _text("axis", -(TOP + bottom) / 2, 12, y_label, more=' transform="rotate(-90)"')]
+    return "".join(parts)
+
+
+def _level(label: str, y: float, y_scale, y_format) -> str:
+    at = y_scale(y)
+    return (_line("level", LEFT, WIDTH - RIGHT, at, at)
+            + _text("level-label", WIDTH - RIGHT - 2, at - 5, f"{label} {y_format(y)}", anchor="end"))
+
+
+def _line(css: str, x1: float, x2: float, y1: float, y2: float) -> str:
+    return f'<line class="{css}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(css: str, x: float, y: float, text: str, *, anchor: str = "middle", more: str = "") -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+
+
+def _draw(series: Series, x_scale, y_scale) -> str:
+    xs, ys = _thinned(series.xs, series.ys)
+    points = [(x_scale(x), y_scale(y)) for x, y in zip(xs, ys, strict=True)]
+    dots = "".join(f'<circle class="dot c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in points)
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    if series.style == "points":
+        return f'<path class="line thin c{series.colour}" d="{path}"/>{dots if len(points) <= MAX_TITLES else ""}'
+    return dots if len(points) == 1 else f'<path class="line {series.style} c{series.colour}" d="{path}"/>'
+
+
+def _titles(series: Series, x_scale, y_scale, x_label: str, y_format) -> str:
+    every = max(1, math.ceil(len(series.xs) / MAX_TITLES))
+    picked = list(zip(series.xs, series.ys, strict=True))[::-every]
+    return "".join(f'<circle class="hit c{series.colour}" cx="{x_scale(x):.1f}" cy="{y_scale(y):.1f}" r="6"><title>'
+                   f"{escape(series.label)}\n{escape(x_label)} {format_number(x)}: {y_format(y)}</title></circle>"
+                   for x, y in picked)
+
+
+def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most MAX_POINTS: of each stretch its lowest and highest, so that spikes stay visible."""
+    if len(xs) <= MAX_POINTS:
+        return list(xs), list(ys)
+    stretch = math.ceil(2 * len(xs) / MAX_POINTS)
+    kept = set()
+    for start in range(0, len(xs), stretch):
+        indices = range(start, min(start + stretch, len(xs)))
+        kept |= {min(indices, key=ys.__getitem__), max(indices, key=ys.__getitem__)}
+    ordered = sorted(kept | {0, len(xs) - 1})
+    return [xs[i] for i in ordered], [ys[i] for i in ordered]

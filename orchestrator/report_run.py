@@ -1,0 +1,154 @@
+"""A run directory read back for the report: its files, its headline figures, its balance. No prose, no drawing."""
+
+import json
+from dataclasses import dataclass
+
+from orchestrator.errors import BadRequest
+from orchestrator.plan.cost import BUCKETS
+from orchestrator.report_plots import format_number
+from orchestrator.train import storage
+from orchestrator.train.finish import SUMMARY, format_usd
+from orchestrator.train.metrics import EVENTS, METRICS, read_rows
+
+LAST_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds. `summary` has the keys of summary.json even where the run has not written one."""
+
+    path: str
+    summary: dict
+    rows: list[dict]
+    events: list[dict]
+    config: str
+    """Text of config.yaml."""
+    is_finished: bool
+    label: str = ""
+
+    def column(self, key: str) -> list:
+        return [row.get(key) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A headline number with its unit and what it is to be read beside."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One bucket of the ledger."""
+
+    bucket: str
+    device_s: float
+    share: float
+    usd: float | None
+
+
+def read_run(path: str) -> Run:
+    """Read a run directory; one that is still running or was killed is summed up from its rows."""
+    rows = [row for row in read_rows(_text(path, METRICS)) if "step" in row]
+    events, config, summary = read_rows(_text(path, EVENTS)), _text(path, "config.yaml"), _text(path, SUMMARY)
+    if not (rows or events or config or summary):
+        raise BadRequest(f"report: {path}: is not a run directory (no config.yaml, metrics.jsonl or summary.json "
+                         "there); give the directory that `sparing train` printed")
+    try:
+        written = json.loads(summary) if summary else {}
+    except json.JSONDecodeError:
+        written = {}
+    return Run(path, _filled(written, rows, path), rows, events, config, is_finished=bool(written))
+
+
+def headline_figures(summary: dict) -> list[Figure]:
+    bits, loss, dense = summary["bits_per_byte"], summary["loss"], summary["dense"]
+    beside = [f"{name} {bits[name]:.3f}" for name in ("bigram", "gzip") if bits.get(name) is not None]
+    devices, device = summary["hardware"].get("devices"), summary["hardware"].get("device") or "device"
+    peak = summary["measured"].get("peak_flops_per_s")
+    peak_note = "" if peak is None else (f"of {devices} x {peak / 1e12:.3g} TFLOP/s, "
+                                         + ("measured GEMM" if device == "cpu" else "peak"))
+    twin = dense.get("equal_total", {})
+    return [
+        Figure("Validation loss", _fixed(loss["validation"], 4), f"nats/token; train {_fixed(loss['train'], 4)}"),
+        Figure("Bits per byte", _fixed(bits["validation"], 3), ", ".join(beside) or "on held-out text"),
+        Figure("Throughput", format_number(summary["tokens_per_s"]), "tokens/s, mean of kept steps"),
+        Figure("MFU", "-" if summary["mfu"] is None else f"{summary['mfu']:.1%}", peak_note),
+        Figure("GPU-hours" if "gpu_hours" in summary else "Device-hours", format_number(summary["device_hours"]),
+               f"{devices} x {summary['hardware'].get('name') or device}" if devices else "charged so far"),
+        Figure("Cost", format_usd(summary["usd_total"]), _price_note(summary["hardware"])),
+        Figure("Per million tokens", format_usd(summary["usd_per_million_tokens"]),
+               f"{format_number(summary['tokens'])} tokens in {summary['steps']:,} steps"),
+        Figure("Dense of equal total", format_usd(twin.get("usd")),
+               f"same tokens at this run's own MFU; {format_number(twin.get('device_hours'))} device-hours"),
+    ]
+
+
+def shares(summary: dict) -> list[Share]:
+    """The ledger's buckets in their order, those that are empty left out; dollars at the run's mean price."""
+    buckets = summary.get("buckets_s") or {}
+    total = sum(buckets.values())
+    usd = summary["usd_total"]
+    return [Share(name, buckets[name], buckets[name] / total, None if usd is None else usd * buckets[name] / total)
+            for name in (*BUCKETS, *sorted(buckets.keys() - set(BUCKETS))) if buckets.get(name)]
+
+
+def expert_load(run: Run) -> tuple[list[list[float]], list[str], int]:
+    """Tokens per expert over the layer's mean, summed over the last steps: [layers][experts], names, steps."""
+    counted = [row["moe/tokens_per_expert"] for row in run.rows if row.get("moe/tokens_per_expert")][-LAST_STEPS:]
+    if not counted:
+        return [], [], 0
+    sums = [[sum(per_step) for per_step in zip(*layer, strict=True)] for layer in zip(*counted, strict=True)]
+    loads = [[tokens * len(layer) / (sum(layer) or 1) for tokens in layer] for layer in sums]
+    prefix = "moe/load_max_over_mean/"
+    names = [key.removeprefix(prefix) for key in run.rows[-1] if key.startswith(prefix)]
+    return loads, names if len(names) == len(loads) else [f"MoE {i}" for i in range(len(loads))], len(counted)
+
+
+def _filled(written: dict, rows: list[dict], path: str) -> dict:
+    """A summary with every key that the page reads; an unfinished run's from its last rows, the rest unknown."""
+    last = rows[-1] if rows else {}
+    validated = next((row for row in reversed(rows) if row.get("validation/loss") is not None), {})
+    recent = [row["tokens/per_s"] for row in rows[-LAST_STEPS:] if row.get("tokens/per_s")]
+    summary = {
+        "status": "unfinished", "name": "", "run_dir": path, "steps": last.get("step", 0),
+        "tokens": last.get("tokens/total", 0), "attempts": None,
+        "loss": {"train": last.get("train/loss"), "validation": validated.get("validation/loss")},
+        "bits_per_byte": {"validation": validated.get("validation/bits_per_byte"), "bigram": None, "gzip": None},
+        "tokens_per_s": len(recent) / sum(1 / rate for rate in recent) if recent else None,
+        "mfu": last.get("perf/mfu"), "device_hours": last.get("cost/device_hours"),
+        "usd_total": last.get("cost/usd_total"), "usd_per_million_tokens": last.get("cost/usd_per_million_tokens"),
+        "buckets_s": {}, "predicted": {}, "measured": {}, "model": {}, "layout": {}, "hardware": {},
+        "dense": {name: {"device_hours": last.get(f"cost/dense_{name}_device_hours"),
+                         "usd": last.get(f"cost/dense_{name}_usd")} for name in ("equal_total", "equal_active")},
+    }
+    return summary | written
+
+
+def labelled(runs: list[Run]) -> list[Run]:
+    """Names for the legends: the run's own, its directory's where those are not distinct."""
+    names = [run.summary["name"] or run.path.rstrip("/").rsplit("/", 1)[-1] for run in runs]
+    if len(set(names)) < len(names):
+        names = [run.path.rstrip("/").rsplit("/", 1)[-1] for run in runs]
+    if len(set(names)) < len(names):
+        names = [run.path for run in runs]
+    return [Run(**(vars(run) | {"label": name})) for run, name in zip(runs, names, strict=True)]
+
+
+def _text(path: str, name: str) -> str:
+    at = storage.join(path, name)
+    return storage.read_bytes(at).decode(errors="replace") if storage.exists(at) else ""
+
+
+def _price_note(hardware: dict) -> str:
+    price = hardware.get("usd_per_h")
+    if price is None:
+        return "no price in hardware.usd_per_h" if hardware else "so far"
+    dated = ", ".join(part for part in (hardware.get("market"), hardware.get("date")) if part)
+    return f"{format_usd(price)} a device-hour" + (f" ({dated.replace('_', ' ')})" if dated else "")
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,193 @@
+"""What a run's steps add up to: the rows of metrics.jsonl, the ledger, the budget, and the final result.
+
+Every rank keeps accounts, so that the loop needs no branches; rank 0's are the ones that are written and believed.
+"""
+
+import math
+import time
+
+import torch
+
+from orchestrator.config import Config
+from orchestrator.parallel.mesh import Mesh
+from orchestrator.plan.cost import (
+    Ledger,
+    dense_equivalents,
+    mfu,
+    model_flops,
+    usd_per_million_tokens,
+    would_pass,
+)
+from orchestrator.train import metrics
+from orchestrator.train.data import Corpus
+
+TEARDOWN_S = 3.0
+"""Wall time kept in hand for the release of the devices when a budget is about to end a run."""
+
+
+class Accounts:
+    """Times are unix seconds for the ledger and durations in seconds elsewhere."""
+
+    def __init__(self, config: Config, mesh: Mesh, corpus: Corpus, progress, *, placed_at: float, attempt: int,
+                 restored: dict | None, moe_layers: list[str], peak_flops_per_s: float):
+        self.config, self.mesh, self.corpus, self.progress = config, mesh, corpus, progress
+        self.moe_layers, self.attempt, self.peak = moe_layers, attempt, peak_flops_per_s
+        self.placed_at = placed_at
+        self.devices = mesh.layout.world_size
+        self.tracker = None
+        wandb_id = (restored or {}).get("wandb_id")
+        if mesh.info.rank == 0:
+            self.tracker = metrics.open_tracker(config, resumed_step=progress.step, wandb_id=wandb_id)
+        self.ledger = self._open_ledger(restored)
+        self.ended_by_budget = False
+        self.step_seconds: list[float] = []
+        self.save_seconds = 0.0
+        self.kept_tokens, self.kept_seconds = 0, 0.0
+        self.tokens_before = progress.tokens
+        self.final: dict | None = None
+
+    def start(self) -> None:
+        """The first step is about to begin: all before it was start-up."""
+        self.ledger.charge("startup", time.time() - self.placed_at)
+        self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
+                   device=self.mesh.device.type, peak_flops_per_s=self.peak)
+
+    def step(self, sums, *, lr: float, seconds: float, data_s: float) -> dict:
+        """Book one step and make its row."""
+        config, progress = self.config, self.progress
+        tokens, self.tokens_before = progress.tokens - self.tokens_before, progress.tokens
+        self.ledger.charge("data", data_s)
+        self.ledger.charge("goodput" if sums.finite else "lost_work", seconds - data_s)
+        self.step_seconds = [*self.step_seconds[-19:], seconds]
+        if sums.finite:
+            self.kept_tokens, self.kept_seconds = self.kept_tokens + tokens, self.kept_seconds + seconds
+            progress.loss_train = sums.losses[0] / tokens
+        else:
+            self.event("step_skipped", step=progress.step, cause=f"non-finite loss or gradient norm {sums.grad_norm}")
+        flops = model_flops(config.model, tokens, config.train.seq_len)
+        row = {
+            "step": progress.step,
+            "train/loss": sums.losses[0] / tokens,
+            **{f"train/mtp_loss_{k + 1}": loss / tokens for k, loss in enumerate(sums.losses[1:])},
+            "train/balance_loss": sums.balance_loss * config.model.balance_loss_weight / (tokens // config.train.seq_len),
+            "train/grad_norm": sums.grad_norm, "train/lr": lr, "train/skipped": int(not sums.finite),
+            "tokens/total": progress.tokens, "tokens/per_s": tokens / seconds,
+            "tokens/per_s_per_rank": tokens / seconds / self.devices,
+            "time/step_s": seconds, "time/data_s": data_s,
+            "flops/model_total": model_flops(config.model, progress.tokens, config.train.seq_len),
+            "perf/mfu": mfu(flops / seconds, devices=self.devices, peak_flops_per_s=self.peak),
+        }
+        return row | self._loads(sums.tokens_per_expert) | self._costs()
+
+    def validated(self, losses: list[float], seconds: float) -> dict:
+        """losses: mean cross-entropies in nats per token of the held-out sequences, main head first."""
+        self.ledger.charge("validation", seconds)
+        self.progress.loss_validation = losses[0]
+        bits = losses[0] / math.log(2) / self.corpus.bytes_per_token
+        self.progress.extra["bits_per_byte"] = bits
+        self.event("validated", step=self.progress.step, loss=losses[0], bits_per_byte=bits)
+        return {"validation/loss": losses[0], "validation/bits_per_byte": bits, "time/validation_s": seconds,
+                **{f"validation/mtp_loss_{k + 1}": loss for k, loss in enumerate(losses[1:])}}
+
+    def saved(self, seconds: float) -> dict:
+        """`seconds` is how long the ranks stood still for a checkpoint."""
+        self.ledger.charge("checkpoint", seconds)
+        self.save_seconds = max(self.save_seconds, seconds)
+        return {"time/checkpoint_s": seconds}
+
+    def log(self, row: dict) -> None:
+        if self.tracker is not None:
+            self.tracker.log(row | self._costs())
+
+    def event(self, kind: str, **fields) -> None:
+        if self.tracker is not None:
+            self.tracker.event(kind, rank=0, node=self.mesh.info.node_rank, **fields)
+
+    def budget_ends(self) -> bool:
+        """Whether this step must be the last for the bill, final checkpoint and release included, to stay within."""
+        step_s = max(self.step_seconds, default=0.0)
+        ahead = 2 * step_s + 2 * self.save_seconds + TEARDOWN_S
+        if would_pass(self.ledger, time.time(), ahead, self.config.budget.max_usd):
+            self.ended_by_budget = True
+        return self.ended_by_budget
+
+    def stopped(self, cause: str | None) -> str:
+        """The status of a run that ended before its last step."""
+        if self.ended_by_budget and cause is None:
+            self.event("budget_reached", step=self.progress.step, cause=f"budget.max_usd={self.config.budget.max_usd}")
+            return "budget"
+        self.event("stop_requested", step=self.progress.step, cause=cause)
+        return "preempted"
+
+    def state(self) -> dict:
+        """What a checkpoint remembers of the accounts."""
+        return {"ledger": self.ledger.to_dict(time.time()), "data_digest": self.corpus.digest,
+                "wandb_id": self.tracker.wandb_id if self.tracker is not None else None}
+
+    def result(self, status: str) -> dict:
+        """What `finish_run` makes the summary of."""
+        progress, seconds = self.progress, self.kept_seconds
+        now = time.time()
+        self.final = {
+            "status": status, "steps": progress.step, "tokens": progress.tokens, "loss_train": progress.loss_train,
+            "loss_validation": progress.loss_validation, "skipped_steps": progress.bad_steps,
+            "bits_per_byte": {"validation": progress.extra.get("bits_per_byte"), **self.corpus.baselines},
+            "tokens_per_s": self.kept_tokens / seconds if seconds else None,
+            "step_time_s": sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None,
+            "peak_flops_per_s": self.peak, "device": self.mesh.device.type,
+            "model_flops_total": model_flops(self.config.model, progress.tokens, self.config.train.seq_len),
+            "ledger": self.ledger.to_dict(now),
+            "wandb_id": self.tracker.wandb_id if self.tracker is not None else None,
+        }
+        return self.final
+
+    def close(self) -> None:
+        """Flush and close the logs; without a result the run has failed."""
+        if self.tracker is not None:
+            self.tracker.finish(self.final or {"status": "failed"})
+
+    def _open_ledger(self, restored: dict | None) -> Ledger:
+        price = self.config.hardware.usd_per_h
+        if restored is None:
+            return Ledger(self.devices, price, self.placed_at)
+        ledger = Ledger.from_dict(restored["ledger"], devices=self.devices, usd_per_h=price, since=self.placed_at)
+        if self.tracker is not None:
+            ledger.catch_up(self.tracker.dropped.charged_s, "lost_work")
+        return ledger
+
+    def _loads(self, counts: torch.Tensor) -> dict:
+        """Balance of the step's routing: the busiest expert's tokens over the mean, per layer and averaged."""
+        if not self.moe_layers:
+            return {}
+        loads = (counts.max(1).values * counts.shape[1] / counts.sum(1).clamp(min=1)).tolist()
+        return {"moe/load_max_over_mean": sum(loads) / len(loads),
+                **{f"moe/load_max_over_mean/{name}": load for name, load in zip(self.moe_layers, loads, strict=True)},
+                "moe/tokens_per_expert": counts.tolist()}
+
+    def _costs(self) -> dict:
+        now, config, tokens = time.time(), self.config, self.progress.tokens
+        usd = self.ledger.usd(now)
+        share = mfu(model_flops(config.model, self.kept_tokens, config.train.seq_len) / self.kept_seconds,
+                    devices=self.devices, peak_flops_per_s=self.peak) if self.kept_seconds else None
+        dense = dense_equivalents(config.model, tokens, seq_len=config.train.seq_len, mfu=share,
+                                  peak_flops_per_s=self.peak, usd_per_h=config.hardware.usd_per_h, devices=self.devices)
+        row = {"cost/device_hours": self.ledger.device_hours(now), "cost/usd_total": usd,
+               "cost/usd_per_million_tokens": usd_per_million_tokens(usd, tokens)}
+        for name, twin in dense.items():
+            row[f"cost/dense_{name}_device_hours"], row[f"cost/dense_{name}_usd"] = twin["device_hours"], twin["usd"]
+        return row
+
+
+def peak_flops_per_s(config: Config, device: torch.device, dtype: torch.dtype) -> float:
+    """The device's dense peak in the compute dtype: from conf/hardware, else a GEMM measured now (fp32 on a CPU)."""
+    known = config.hardware.bf16_tflops if dtype == torch.bfloat16 else config.hardware.fp32_tflops
+    if known:
+        return known * 1e12
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best, deadline = math.inf, time.perf_counter() + 1.0
+    while time.perf_counter() < deadline:
+        began = time.perf_counter()
+        (a @ b).flatten()[0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

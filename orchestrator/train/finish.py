@@ -1,0 +1,167 @@
+"""The end of a run: close its ledger and write summary.json, the result that other programs read.
+
+Every key is always there; what is not known is null. A run that failed is summed up from the rows it left.
+"""
+
+import json
+import math
+
+from model import count
+from orchestrator.config import Config
+from orchestrator.plan import cost
+from orchestrator.plan.cost import Ledger
+from orchestrator.train import storage
+from orchestrator.train.metrics import METRICS, read_rows
+
+SUMMARY = "summary.json"
+
+
+def finish_run(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
+               attempts: int) -> dict:
+    """Sum the run up and write it into the run directory. placed_at, released_at: unix times of the last attempt."""
+    if result.get("ledger") is None:
+        rows_at = storage.join(config.run.dir, METRICS)
+        rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
+        result = _result_from_rows(rows, config, placed_at=placed_at, devices=devices) | result
+    summary = summarise(config, result, placed_at=placed_at, released_at=released_at, devices=devices,
+                        attempts=attempts)
+    storage.write_bytes(storage.join(config.run.dir, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def summarise(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
+              attempts: int) -> dict:
+    """The summary as data. `result` is the loop's; its ledger goes on to be charged until `released_at`."""
+    price = config.hardware.usd_per_h
+    ledger = (Ledger.from_dict(result["ledger"], devices=devices, usd_per_h=price, since=result["ledger"]["at"])
+              if result.get("ledger") else Ledger(devices, price, placed_at))
+    ledger.close(released_at)
+    tokens, tokens_per_s = result.get("tokens") or 0, result.get("tokens_per_s")
+    peak = result.get("peak_flops_per_s")
+    flops = cost.model_flops(config.model, 1, config.train.seq_len)
+    mfu = cost.mfu(flops * tokens_per_s, devices=devices, peak_flops_per_s=peak) if tokens_per_s else None
+    dense = cost.dense_equivalents(config.model, tokens, seq_len=config.train.seq_len, mfu=mfu, peak_flops_per_s=peak,
+                                   usd_per_h=price, devices=devices)
+    usd, charged_s = ledger.usd(released_at), ledger.charged_s(released_at)
+    bits = result.get("bits_per_byte") or {}
+    hours = {"device_hours": charged_s / 3600}
+    device = result.get("device") or config.hardware.device
+    if device == "cuda":
+        hours["gpu_hours"] = hours["device_hours"]
+    return _finite({
+        "status": result.get("status", "failed"),
+        "steps": result.get("steps") or 0,
+        "tokens": tokens,
+        "loss": {"train": result.get("loss_train"), "validation": result.get("loss_validation")},
+        "bits_per_byte": {key: bits.get(key) for key in ("validation", "bigram", "gzip")},
+        "tokens_per_s": tokens_per_s,
+        "mfu": mfu,
+        **hours,
+        "usd_total": usd,
+        "usd_per_million_tokens": cost.usd_per_million_tokens(usd, tokens),
+        "goodput": ledger.buckets_s["goodput"] / charged_s if charged_s else None,
+        "buckets_s": ledger.buckets_s,
+        "dense": {"at": "this run's own MFU, productive time only", **dense},
+        "predicted": result.get("predicted") or {},
+        "measured": {
+            "step_time_s": result.get("step_time_s"),
+            "skipped_steps": result.get("skipped_steps"),
+            "tokens_per_s_per_rank": tokens_per_s / devices if tokens_per_s else None,
+            "model_flops_total": result.get("model_flops_total") or flops * tokens,
+            "model_flops_per_token": flops,
+            "peak_flops_per_s": peak,
+            "mfu_convention": cost.MFU_CONVENTION,
+            "charged_s": charged_s,
+            "wall_s": released_at - placed_at,
+        },
+        "model": {"name": config.model.name, "parameters": count.parameters(config.model).total,
+                  "active_parameters": dense["equal_active"]["parameters"]},
+        "layout": {"pp": config.layout.pp, "dp": config.layout.dp, "ep": config.layout.ep,
+                   "schedule": config.layout.schedule.name, "microbatches": config.layout.microbatches},
+        "hardware": {key: getattr(config.hardware, key)
+                     for key in ("name", "usd_per_h", "market", "source", "date")}
+        | {"device": device, "devices": devices},
+        "attempts": attempts,
+        "name": config.run.name,
+        "run_dir": config.run.dir,
+        "placed_at": placed_at,
+        "released_at": released_at,
+        "wandb_id": result.get("wandb_id"),
+    })
+
+
+def headline(summary: dict) -> list[str]:
+    """The last block on the screen: what came out, beside what it is measured by."""
+    bits, lines = summary["bits_per_byte"], []
+    lines.append(f"{summary['status']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
+                 f"{_plural(summary['attempts'], 'attempt')}")
+    if summary["loss"]["validation"] is not None:
+        lines.append(f"loss      {summary['loss']['validation']:.4f} nats/token on held-out text")
+    if bits["validation"] is not None:
+        beside = [f"{name} {bits[name]:.3f}" for name in ("bigram", "gzip") if bits[name] is not None]
+        lines.append(f"quality   {bits['validation']:.3f} bits per byte" + (f" ({', '.join(beside)})" * bool(beside)))
+    if summary["tokens_per_s"] is not None:
+        mfu = "" if summary["mfu"] is None else f", MFU {summary['mfu']:.1%} of {_peak(summary)}"
+        lines.append(f"speed     {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
+    goodput = "" if summary["goodput"] is None else f", goodput {summary['goodput']:.0%}"
+    lines.append(f"cost      {format_usd(summary['usd_total'])}, {summary['device_hours']:.4g} device-hours{goodput}")
+    if summary["usd_per_million_tokens"] is not None:
+        lines.append(f"          {format_usd(summary['usd_per_million_tokens'])} per million tokens")
+    dense = summary["dense"]
+    if dense["equal_total"]["device_hours"] is not None:
+        lines.append("dense     " + "; ".join(
+            f"equal {name}: {format_usd(dense[key]['usd'])}, {dense[key]['device_hours']:.4g} device-hours"
+            for name, key in (("total", "equal_total"), ("active", "equal_active"))) + "  (same tokens, same MFU)")
+    return lines
+
+
+def format_usd(usd: float | None) -> str:
+    """Dollars to three significant digits below $100, whole cents above; an unknown price is said to be unknown."""
+    if usd is None:
+        return "unknown $"
+    if usd == 0 or usd >= 100:
+        return f"${usd:,.2f}"
+    return f"${usd:.{max(2, 2 - math.floor(math.log10(usd)))}f}"
+
+
+def _peak(summary: dict) -> str:
+    tflops, hardware = summary["measured"]["peak_flops_per_s"] / 1e12, summary["hardware"]
+    how = "measured GEMM" if hardware["device"] == "cpu" else "peak"
+    return f"{hardware['devices']} x {tflops:.3g} TFLOP/s ({how})"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _result_from_rows(rows: list[dict], config: Config, *, placed_at: float, devices: int) -> dict:
+    """What a failed attempt left behind: last figures by its last row, and the buckets that rows speak of."""
+    if not rows:
+        return {}
+    last = rows[-1]
+    sums = {key: math.fsum(row.get(key) or 0.0 for row in rows)
+            for key in ("time/step_s", "time/data_s", "time/checkpoint_s")}
+    ledger = Ledger(devices, config.hardware.usd_per_h, placed_at)
+    ledger.charge("goodput", sums["time/step_s"] - sums["time/data_s"])
+    ledger.charge("data", sums["time/data_s"])
+    ledger.charge("checkpoint", sums["time/checkpoint_s"])
+    validated = [row for row in rows if row.get("validation/loss") is not None]
+    rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s")]
+    return {
+        "status": "failed", "steps": last["step"], "tokens": last.get("tokens/total"),
+        "loss_train": last.get("train/loss"),
+        "loss_validation": validated[-1]["validation/loss"] if validated else None,
+        "bits_per_byte": {"validation": validated[-1].get("validation/bits_per_byte")} if validated else {},
+        "tokens_per_s": len(rates) / math.fsum(1 / rate for rate in rates) if rates else None,
+        "step_time_s": sums["time/step_s"] / len(rows),
+        "ledger": ledger.to_dict(placed_at) | {"charged_s": 0.0, "usd": 0.0, "at": placed_at},
+    }
+
+
+def _finite(value):
+    """NaN and infinity are no JSON; a figure that is neither known nor finite is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+

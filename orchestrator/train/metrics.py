@@ -1,0 +1,298 @@
+"""Where a run's numbers go: JSON lines always, Weights & Biases beside them. Rank 0 holds the one `Tracker`.
+
+Each sink has `log(row)`, `event(kind, **fields)` and `finish(summary)`. Weights & Biases is imported here and
+nowhere else, lazily; it is offline unless asked, needs no key, prints nothing and never stops a training:
+whatever it raises becomes one event. The environment and the command line are never recorded.
+"""
+
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.config import Config, WandbMode, to_dict
+from orchestrator.errors import BadRequest, NotFit, SparingError
+from orchestrator.train import storage
+
+logger = logging.getLogger(__name__)
+
+METRICS, EVENTS, WANDB_ID = "metrics.jsonl", "events.jsonl", "wandb/run_id"
+EVENT_KEYS = ("time", "kind", "rank", "node", "step", "cause")
+MAX_HISTOGRAM_BINS = 512
+"""Of Weights & Biases; more experts than this go to metrics.jsonl alone."""
+
+
+class Sink(Protocol):
+    def log(self, row: dict) -> None: ...
+    def event(self, kind: str, **fields) -> None: ...
+    def finish(self, summary: dict) -> None: ...
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Rows of an earlier attempt beyond the step that this one resumes from: work that will be done again."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    """Wall time of those steps."""
+    charged_s: float = 0.0
+    """Device-seconds that the run had been charged at its last row, dropped or not: for `Ledger.catch_up`."""
+
+
+class Tracker:
+    """All sinks of a run behind the interface of one."""
+
+    def __init__(self, sinks: Iterable[Sink], *, dropped: Dropped | None = None, wandb_id: str | None = None):
+        self.sinks = list(sinks)
+        self.dropped = dropped or Dropped()
+        self.wandb_id = wandb_id
+
+    def log(self, row: dict) -> None:
+        """One step's row; `step` is among its keys."""
+        for sink in self.sinks:
+            sink.log(row)
+
+    def event(self, kind: str, **fields) -> None:
+        for sink in self.sinks:
+            sink.event(kind, **fields)
+
+    def finish(self, summary: dict) -> None:
+        """Flush and close; W&B first, so that its failure can still be told. Nothing may be logged afterwards."""
+        for sink in reversed(self.sinks):
+            sink.finish(summary)
+
+
+def open_tracker(config: Config, *, resumed_step: int = 0, wandb_id: str | None = None,
+                 upload_every_s: float = 30.0) -> Tracker:
+    """The sinks that `config.tracker` asks for, in `config.run.dir`; rows beyond `resumed_step` are dropped.
+
+    wandb_id: of the checkpoint's state, where it has one; else that of the run directory; else a new one.
+    """
+    mirror = Mirror(config.run.dir, every_s=upload_every_s)
+    lines = JsonlSink(mirror, resumed_step=resumed_step)
+    if config.tracker.wandb is WandbMode.off:
+        return Tracker([lines], dropped=lines.dropped)
+    wandb_id = wandb_id or mirror.fetch(WANDB_ID) or secrets.token_hex(4)
+    mirror.path(WANDB_ID).write_text(wandb_id)
+    wandb = WandbSink(config, mirror.root, run_id=wandb_id,
+                      on_failure=lambda cause: lines.event("tracker_failed", cause=cause))
+    return Tracker([lines, wandb], dropped=lines.dropped, wandb_id=wandb_id)
+
+
+def read_rows(text: str) -> list[dict]:
+    """The whole lines of a JSON-lines file; a last line torn by a crash is left out."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def append_event(run_dir: str, kind: str, **fields) -> None:
+    """One event from outside the training loop, while no `Tracker` is open on the run directory."""
+    path, line = storage.join(run_dir, EVENTS), _event_line(kind, fields)
+    before = storage.read_bytes(path) if storage.exists(path) else b""
+    storage.write_bytes(path, before + line.encode())
+
+
+class JsonlSink:
+    """metrics.jsonl and events.jsonl, one flushed line each, floats in full (repr) precision, never NaN: null."""
+
+    def __init__(self, mirror: "Mirror", *, resumed_step: int = 0):
+        self.mirror = mirror
+        self.dropped = self._truncate(resumed_step)
+        mirror.fetch(EVENTS)
+        self.metrics, self.events = (open(mirror.path(name), "a", encoding="ascii") for name in (METRICS, EVENTS))
+
+    def log(self, row: dict) -> None:
+        self._write(self.metrics, _to_json(row) + "\n")
+
+    def event(self, kind: str, **fields) -> None:
+        self._write(self.events, _event_line(kind, fields))
+
+    def finish(self, summary: dict) -> None:
+        self.metrics.close()
+        self.events.close()
+        self.mirror.close()
+
+    def _write(self, file, line: str) -> None:
+        file.write(line)
+        file.flush()
+        self.mirror.sync()
+
+    def _truncate(self, resumed_step: int) -> Dropped:
+        rows = read_rows(self.mirror.fetch(METRICS) or "")
+        kept = [row for row in rows if row["step"] <= resumed_step]
+        lost = [row for row in rows if row["step"] > resumed_step]
+        path = self.mirror.path(METRICS)
+        whole = path.with_suffix(".new")
+        whole.write_text("".join(_to_json(row) + "\n" for row in kept), encoding="ascii")
+        os.replace(whole, path)
+        hours = max((row.get("cost/device_hours") or 0.0 for row in rows), default=0.0)
+        return Dropped(len(lost), math.fsum(row.get("time/step_s") or 0.0 for row in lost), hours * 3600)
+
+
+class WandbSink:
+    """One Weights & Biases run per training run: a restart continues under the same id.
+
+    Every row carries `step`, and charts use it as their axis, since W&B's own counter cannot go back with a
+    resumed run; losses are shown over tokens and over dollars as well (`by_tokens/*`, `by_usd/*`).
+    """
+
+    def __init__(self, config: Config, root: Path, *, run_id: str, on_failure: Callable[[str], None]):
+        self.config, self.root, self.run_id, self.on_failure = config, root, run_id, on_failure
+        self.run = None
+        if config.tracker.wandb is WandbMode.online:
+            self._guard(self._open, "online")
+        if self.run is None:
+            self._guard(self._open, "offline")
+
+    def log(self, row: dict) -> None:
+        self._guard(self._log, row)
+
+    def event(self, kind: str, **fields) -> None:
+        """Events are for events.jsonl: W&B has no table that grows."""
+
+    def finish(self, summary: dict) -> None:
+        self._guard(self._finish, summary)
+
+    def _guard(self, call: Callable, argument: object) -> None:
+        """W&B may raise anything, its own errors and the network's; none of it is worth a training run."""
+        if self.run is None and call != self._open:
+            return
+        try:
+            call(argument)
+        except Exception as error:
+            self.run = None
+            cause = f"Weights & Biases: {type(error).__name__}: {error}".splitlines()[0]
+            logger.warning("%s; the run goes on, its rows are in metrics.jsonl", cause)
+            self.on_failure(cause)
+
+    def _open(self, mode: str) -> None:
+        import wandb
+
+        tracker = self.config.tracker
+        settings = wandb.Settings(
+            silent=True, console="off", login_timeout=10, init_timeout=30, finish_timeout=60,
+            x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, save_code=False,
+            disable_git=True, disable_code=True, disable_job_creation=True)
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise BadRequest("tracker.wandb=online: no key is set; set WANDB_API_KEY or use tracker.wandb=offline")
+        self.run = wandb.init(
+            id=self.run_id, resume="allow", mode=mode, dir=str(self.root), settings=settings,
+            project=tracker.project, entity=tracker.entity, group=tracker.group, tags=tracker.tags,
+            name=self.config.run.name, config=to_dict(self.config))
+        self.run.define_metric("*", step_metric="step")
+        self.run.define_metric("by_tokens/*", step_metric="tokens/total")
+        self.run.define_metric("by_usd/*", step_metric="cost/usd_total")
+
+    def _log(self, row: dict) -> None:
+        import wandb
+
+        values = {}
+        for key, value in row.items():
+            if isinstance(value, list):
+                values |= {f"{key}/{i}": wandb.Histogram(np_histogram=(counts, list(range(len(counts) + 1))))
+                           for i, counts in enumerate(value)
+                           if isinstance(counts, list) and 0 < len(counts) <= MAX_HISTOGRAM_BINS}
+            elif value is not None:
+                values[key] = value
+        for loss in values.keys() & {"train/loss", "validation/loss", "validation/bits_per_byte"}:
+            values |= {f"{axis}/{loss.replace('/', '_')}": values[loss] for axis in ("by_tokens", "by_usd")}
+        self.run.log(values)
+
+    def _finish(self, summary: dict) -> None:
+        self.run.summary.update({key: value for key, value in summary.items() if value is not None})
+        self.run.finish(exit_code=1 if summary.get("status") == "failed" else 0)
+
+
+class Mirror:
+    """The growing files of a run directory: in place where it is local, else in a temporary one that is uploaded.
+
+    Object stores cannot append, so whole files go up, every `every_s` seconds in the background and at the end.
+    """
+
+    def __init__(self, run_dir: str, *, every_s: float):
+        self.run_dir, self.every_s = run_dir, every_s
+        local = storage.local_path(run_dir)
+        self.is_remote = local is None
+        self.root = Path(tempfile.mkdtemp(prefix="sparing-") if local is None else local)
+        self.uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self.upload: Future | None = None
+        self.uploaded_at = time.monotonic()
+
+    def path(self, name: str) -> Path:
+        """Where to write `name` now; its directory exists."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def fetch(self, name: str) -> str | None:
+        """What an earlier attempt left in `name`, which is afterwards at `path(name)`; None if nothing."""
+        path, url = self.path(name), storage.join(self.run_dir, name)
+        if self.is_remote and storage.exists(url):
+            path.write_bytes(storage.read_bytes(url))
+        return path.read_text() if path.exists() else None
+
+    def sync(self) -> None:
+        """Upload if it is time and the last upload has ended; one that fails is told and tried again."""
+        if not self.is_remote or time.monotonic() - self.uploaded_at < self.every_s:
+            return
+        if self.upload is not None:
+            if not self.upload.done():
+                return
+            if error := self.upload.exception():
+                logger.warning("metrics were not uploaded, trying again: %s", error)
+        self.uploaded_at = time.monotonic()
+        self.upload = self.uploader.submit(self._put, [METRICS, EVENTS, WANDB_ID])
+
+    def close(self) -> None:
+        """Upload everything, the W&B run too. Where that fails the files stay here, and the error says so."""
+        self.uploader.shutdown(wait=True)
+        if not self.is_remote:
+            return
+        try:
+            self._put([str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()])
+        except (SparingError, OSError) as error:
+            raise NotFit(f"run.dir={self.run_dir}: metrics could not be uploaded ({error}); they are in {self.root}, "
+                         "copy them by hand") from error
+        shutil.rmtree(self.root)
+
+    def _put(self, names: list[str]) -> None:
+        for name in names:
+            if (path := self.root / name).exists():
+                storage.write_bytes(storage.join(self.run_dir, name), path.read_bytes())
+
+
+def _event_line(kind: str, fields: dict) -> str:
+    return _to_json({**dict.fromkeys(EVENT_KEYS), "time": time.time(), "kind": kind, **fields}) + "\n"
+
+
+def _to_json(value: dict) -> str:
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    """JSON's own types; NaN and infinity, which JSON has not, as null; arrays and tensors as lists."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,90 @@
+"""One rank under torchrun (or alone): the same rank program as a Ray worker's, the same losses.
+
+`torchrun --nproc-per-node 4 -m orchestrator train experiment=tiny` comes here from the driver;
+`torchrun --nproc-per-node 4 -m orchestrator.train.rank CONFIG.yaml` needs neither Hydra nor Ray.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+
+from orchestrator.config import Config, from_dict, to_dict
+from orchestrator.errors import SparingError
+from orchestrator.parallel.mesh import open_store, rank_from_env
+from orchestrator.plan.layout import check_run, require
+from orchestrator.train.control import Control
+from orchestrator.train.finish import finish_run
+from orchestrator.train.run_dir import prepare_run_dir, release_run_dir
+
+
+def train_as_rank(config: Config) -> dict | None:
+    """Train as the rank that the environment names; rank 0 prepares the run directory and returns the summary.
+
+    The other ranks take the config from rank 0, so that a default run directory is one directory.
+    """
+    placed_at = time.time()
+    info = rank_from_env()
+    world = config.layout.pp * config.layout.dp
+    require(info.world_size == world, "layout.dp", config.layout.dp,
+            f"times layout.pp={config.layout.pp} must equal the {info.world_size} processes that torchrun started",
+            f"start {world} processes, or use layout.dp={max(1, info.world_size // config.layout.pp)}")
+    store = open_store(info, timeout_s=config.cluster.start_timeout_s)
+    if info.rank == 0:
+        config = _shared(config, store)
+    else:
+        message = json.loads(store.get("config"))
+        if "error" in message:
+            return None
+        config = from_dict(Config, message)
+    control = Control()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda caught, frame: control.request_stop(signal.Signals(caught).name))
+    try:
+        from orchestrator.train.loop import run_rank
+
+        result = run_rank(config, info, control=control, placed_at=placed_at, store=store)
+        if info.rank != 0:
+            return None
+        return finish_run(config, result, placed_at=placed_at, released_at=time.time(), devices=world, attempts=1)
+    finally:
+        if info.rank == 0:
+            release_run_dir(config)
+
+
+def _shared(config: Config, store) -> Config:
+    """Rank 0's side: resolve the run directory and tell the others, also when that fails."""
+    try:
+        config = prepare_run_dir(config)
+    except SparingError as error:
+        if store is not None:
+            store.set("config", json.dumps({"error": str(error)}))
+        raise
+    if store is not None:
+        store.set("config", json.dumps(to_dict(config)))
+    return config
+
+
+def main(argv: list[str]) -> int:
+    """CONFIG.yaml: a run's `config.yaml`, or any file with the same keys."""
+    import yaml
+
+    if len(argv) != 1:
+        print("usage: torchrun ... -m orchestrator.train.rank CONFIG.yaml", file=sys.stderr)
+        return 2
+    try:
+        with open(argv[0]) as file:
+            config = from_dict(Config, yaml.safe_load(file))
+        check_run(config)
+        summary = train_as_rank(config)
+    except (SparingError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    with contextlib.suppress(KeyError, TypeError):
+        print(f"{summary['status']}: {summary['steps']} steps in {summary['run_dir']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,249 @@
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from orchestrator.errors import BadRequest
+from orchestrator.plan.cost import MFU_CONVENTION
+from orchestrator.report import write_report
+from orchestrator.report_plots import Series, format_number, line_chart, load_heatmap, nice_ticks, smoothed
+from orchestrator.report_run import expert_load, read_run, shares
+
+LAYERS = ("layers.1", "layers.2", "layers.3", "mtp.0")
+
+
+def rows_of(steps, *, experts=16, usd_per_h=0.05, seed=0, loss_to=1.6):
+    """Rows as a run of 4 CPU ranks writes them: a falling loss, a noisy rate, experts that balance by and by."""
+    rng = random.Random(seed)
+    seconds, rows = 6.0, []
+    popularity = [[rng.gauss(0, 0.6) for _ in range(experts)] for _ in LAYERS]
+    for step in range(1, steps + 1):
+        loss = loss_to + 3.9 * math.exp(-step / 45) + rng.gauss(0, 0.03)
+        step_s = 0.42 * (1 + 0.07 * rng.gauss(0, 1) ** 2)
+        seconds += step_s + (1.2 if step % 50 == 0 else 0.0)
+        imbalance = math.exp(-step / 80) + 0.12
+        counts = [[round(512 * math.exp(imbalance * p + rng.gauss(0, 0.05))) for p in layer] for layer in popularity]
+        maxima = [max(layer) * experts / sum(layer) for layer in counts]
+        tokens, usd = step * 4096, None if usd_per_h is None else 4 * seconds / 3600 * usd_per_h
+        row = {"step": step, "train/loss": loss, "train/grad_norm": 1.0, "tokens/total": tokens,
+               "tokens/per_s": 4096 / step_s, "time/step_s": step_s, "time/data_s": 0.004, "perf/mfu": 0.41,
+               "cost/device_hours": 4 * seconds / 3600, "cost/usd_total": usd,
+               "moe/load_max_over_mean": sum(maxima) / len(maxima), "moe/tokens_per_expert": counts,
+               **{f"moe/load_max_over_mean/{name}": load for name, load in zip(LAYERS, maxima, strict=True)}}
+        for name, factor in (("total", 2.6), ("active", 1.0)):
+            hours = factor * step * 0.43 * 4 / 3600
+            row[f"cost/dense_equal_{name}_device_hours"] = hours
+            row[f"cost/dense_equal_{name}_usd"] = None if usd_per_h is None else hours * usd_per_h
+        if step % 50 == 0 or step == steps:
+            row |= {"validation/loss": loss + 0.05, "validation/bits_per_byte": (loss + 0.05) / math.log(2)}
+        rows.append(row)
+    return rows
+
+
+def summary_of(rows, *, name="tiny", usd_per_h=0.05):
+    last = rows[-1]
+    hours = last["cost/device_hours"] + 0.004
+    usd = None if usd_per_h is None else hours * usd_per_h
+    buckets = {"goodput": 0.83, "validation": 0.04, "startup": 0.06, "data": 0.01, "checkpoint": 0.02, "lost_work": 0.015,
+               "restart": 0.0}
+    buckets = {key: share * hours * 3600 for key, share in buckets.items()}
+    buckets["idle"] = hours * 3600 - math.fsum(buckets.values())
+    return {
+        "status": "completed", "steps": last["step"], "tokens": last["tokens/total"], "attempts": 1, "name": name,
+        "loss": {"train": last["train/loss"], "validation": last["validation/loss"]},
+        "bits_per_byte": {"validation": last["validation/bits_per_byte"], "bigram": 3.62, "gzip": 2.71},
+        "tokens_per_s": 9600.0, "mfu": 0.41, "device_hours": hours, "usd_total": usd,
+        "usd_per_million_tokens": None if usd is None else usd / last["tokens/total"] * 1e6, "buckets_s": buckets,
+        "dense": {key: {"parameters": parameters, "flops": 1e12, "device_hours": last[f"cost/dense_{key}_device_hours"],
+                        "usd": last[f"cost/dense_{key}_usd"]}
+                  for key, parameters in (("equal_total", 3_400_000), ("equal_active", 1_200_000))},
+        "predicted": {"step_time_s": 0.40}, "run_dir": "x",
+        "measured": {"step_time_s": 0.43, "peak_flops_per_s": 5.5e10, "model_flops_total": 1e12,
+                     "mfu_convention": MFU_CONVENTION},
+        "model": {"name": "tiny", "parameters": 3_400_000, "active_parameters": 1_200_000},
+        "layout": {"pp": 2, "dp": 2, "ep": 2, "schedule": "1f1b", "microbatches": 2},
+        "hardware": {"name": "cpu_2core", "device": "cpu", "devices": 4, "usd_per_h": usd_per_h, "market": "on_demand",
+                     "source": "a price list", "date": "2026-11-01"},
+    }
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Write a run directory; `summary=False` is one that was killed."""
+    def write(name="tiny", *, steps=200, summary=True, usd_per_h=0.05, **kwargs):
+        run = tmp_path / name
+        run.mkdir()
+        rows = rows_of(steps, usd_per_h=usd_per_h, **kwargs)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        events = [("run_started", None, None), ("placed", None, None), ("attempt_started", 0, None),
+                  ("validated", 50, None), ("checkpoint_saved", 100, None),
+                  ("step_skipped", 120, "non-finite loss <nan> or gradient norm inf"), ("run_finished", steps, None)]
+        (run / "events.jsonl").write_text("".join(
+            json.dumps({"time": 1e9 + 7.5 * i, "kind": kind, "rank": 0, "node": 0, "step": step, "cause": cause}) + "\n"
+            for i, (kind, step, cause) in enumerate(events)))
+        (run / "config.yaml").write_text("model:\n  name: tiny\nseed: 0\nrun:\n  name: </pre><b>x</b>\n")
+        if summary:
+            (run / "summary.json").write_text(json.dumps(summary_of(rows, name=name, usd_per_h=usd_per_h)))
+        return str(run)
+    return write
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest, and collects what a browser would load."""
+
+    VOID = {"meta", "br", "line", "rect", "circle", "path", "i"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.titles = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for key, value in attributes if key in ("src", "href", "xlink:href")]
+        self.titles += tag == "title"
+        if tag not in self.VOID - {"i"} and tag != "i":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag != "i" and tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def read_page(path):
+    page = open(path).read()
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    return page, outline
+
+
+def test_the_page_is_one_file_that_needs_no_network_and_runs_no_script(write_run):
+    page, outline = read_page(write_report([write_run()]))
+    assert outline.links == []
+    assert not re.search(r"https?://|@import|url\((?!#)|<script", page)
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_the_page_shows_the_headline_figures_and_every_plot(write_run):
+    page, outline = read_page(write_report([write_run()]))
+    for text in ("Validation loss", "bigram 3.620", "gzip 2.710", "41.0%", "measured GEMM", "Device-hours",
+                 "dense, equal total parameters", "dense, equal active parameters", "Expert load", "goodput",
+                 "layers.3", "mtp.0", "Predicted and measured", "a price list", "half the score matrix"):
+        assert text in page, text
+    assert page.count("<svg") == 7
+    assert outline.titles > 100, "hovering shows numbers"
+
+
+def test_every_drawing_is_well_formed_xml(write_run):
+    page = open(write_report([write_run(steps=1500, experts=8)])).read()
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.S):
+        ElementTree.fromstring(svg)
+    assert len(page) < 1_000_000
+
+
+def test_what_a_run_directory_says_cannot_become_markup(write_run):
+    page, _ = read_page(write_report([write_run()]))
+    assert "<b>x</b>" not in page and "&lt;/pre&gt;" in page and "loss &lt;nan&gt;" in page
+
+
+def test_a_markdown_twin_is_written_beside_the_page(write_run):
+    run = write_run()
+    assert write_report([run]) == f"{run}/report.html"
+    text = open(f"{run}/report.md").read()
+    assert "| Validation loss |" in text and "| goodput |" in text and "| 83.0% |" in text
+
+
+def test_an_unknown_price_is_never_shown_as_a_number(write_run):
+    page, _ = read_page(write_report([write_run(usd_per_h=None)]))
+    assert "unknown $" in page and "the price is unknown" in page
+    assert not re.search(r"\$\d", page)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "config.yaml", "events.jsonl"])
+def test_an_unfinished_run_still_gives_a_page(write_run, left):
+    run = write_run(summary=False)
+    import pathlib
+
+    for file in pathlib.Path(run).iterdir():
+        if file.name != left:
+            file.unlink()
+    page, _ = read_page(write_report([run]))
+    assert "unfinished" in page
+
+
+def test_a_row_torn_by_a_crash_is_left_out(write_run):
+    run = write_run(summary=False, steps=20)
+    with open(f"{run}/metrics.jsonl", "a") as file:
+        file.write('{"step": 21, "train/lo')
+    assert read_run(run).summary["steps"] == 20
+    write_report([run])
+
+
+def test_several_runs_are_compared_on_one_page(write_run, tmp_path):
+    runs = [write_run("moe"), write_run("dense", seed=1, loss_to=1.8), write_run("killed", summary=False, steps=90)]
+    page, _ = read_page(write_report(runs, out=str(tmp_path / "all.html")))
+    assert all(text in page for text in ("moe: train", "dense: train", "killed: validation", "Where the time went: moe"))
+    assert (tmp_path / "all.md").exists()
+
+
+def test_no_directory_and_a_wrong_one_are_told_apart(tmp_path):
+    with pytest.raises(BadRequest, match="no run directory was given"):
+        write_report([])
+    with pytest.raises(BadRequest, match=r"nowhere.*is not a run directory"):
+        write_report([str(tmp_path / "nowhere")])
+
+
+def test_buckets_keep_their_order_and_sum_to_one(write_run):
+    found = shares(read_run(write_run()).summary)
+    assert [s.bucket for s in found][:2] == ["goodput", "validation"]
+    assert "restart" not in [s.bucket for s in found], "an empty bucket is left out"
+    assert math.fsum(s.share for s in found) == pytest.approx(1.0)
+
+
+def test_expert_load_is_over_the_layers_mean(write_run):
+    loads, names, steps = expert_load(read_run(write_run()))
+    assert names == list(LAYERS) and steps == 50
+    assert all(sum(layer) / len(layer) == pytest.approx(1.0) for layer in loads)
+
+
+@pytest.mark.parametrize("low,high", [(0, 1), (1.62, 5.49), (-3, 3), (0, 3.2e-7), (1e9, 7e12), (4.0, 4.0), (0, 0)])
+def test_ticks_are_round_and_enclose_the_data(low, high):
+    ticks = nice_ticks(low, high, 5)
+    assert ticks[0] <= low and ticks[-1] >= high and 3 <= len(ticks) <= 14
+    step = ticks[1] - ticks[0]
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
+    assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-6
+
+
+def test_a_chart_of_nothing_says_so():
+    assert "no data" in line_chart([Series("a", [1, 2], [None, float("nan")])], x_label="x", y_label="y")
+    assert "<svg" in line_chart([Series("a", [1], [2.0])], x_label="x", y_label="y")
+
+
+def test_spikes_survive_thinning():
+    ys = [1.0] * 5000
+    ys[1234] = 9.0
+    drawn = line_chart([Series("a", list(range(5000)), ys)], x_label="x", y_label="y")
+    path = re.search(r'<path class="line line c0" d="M([^"]+)"', drawn).group(1).split("L")
+    assert len(path) <= 810 and len({point.split()[1] for point in path}) == 2
+
+
+def test_a_large_heatmap_stays_small():
+    assert len(load_heatmap([[1.0 + (i * j % 7) / 3 for j in range(256)] for i in range(58)],
+                            [f"layers.{i}" for i in range(58)])) < 500_000
+
+
+def test_numbers_read_well():
+    assert [format_number(x) for x in (None, 0, 0.5, 12.345, 4096, 409_600, 2.5e9, 671e9, 14.8e12, 3e-7)] == [
+        "-", "0", "0.5", "12.35", "4,096", "409.6K", "2.5B", "671B", "14.8T", "3.00e-07"]
+
+
+def test_smoothing_is_a_trailing_mean_over_known_values():
+    assert smoothed([1.0, None, 3.0, 5.0], 2) == [1.0, 1.0, 2.0, 4.0]
+    assert smoothed([1.0, 2.0], 1) == [1.0, 2.0]
