@@ -4,7 +4,7 @@
 metrics.jsonl alone; nothing is measured or guessed here, and what was predicted stands in a column of its own.
 """
 
-from collections.abc import Iterable
+from dataclasses import replace
 from html import escape
 
 from orchestrator.errors import BadRequest
@@ -37,8 +37,9 @@ def page(runs: list[Run]) -> str:
     """The whole HTML document."""
     title = " / ".join(run.label for run in runs)
     body = [_header(runs, title), _tiles(runs[0]) if len(runs) == 1 else _comparison(runs),
-            '<section class="grid">', _loss(runs), _quality(runs), _throughput(runs), _cost(runs), "</section>",
-            *(_time(run, many=len(runs) > 1) for run in runs), *_experts(runs),
+            '<section class="grid">', _loss(runs), _quality(runs), _throughput(runs), _cost(runs), _grad_norm(runs),
+            _balance(runs), "</section>", *(_time(run, many=len(runs) > 1) for run in runs),
+            *(_experts(run, many=len(runs) > 1) for run in runs),
             *(_dense(run, many=len(runs) > 1) for run in runs), *(_predicted(run) for run in runs),
             *(_events(run, many=len(runs) > 1) for run in runs), *(_config(run, many=len(runs) > 1) for run in runs),
             _footer(runs)]
@@ -83,19 +84,12 @@ def _comparison(runs: list[Run]) -> str:
 
 
 def _loss(runs: list[Run]) -> str:
-    series = []
-    for i, run in enumerate(runs):
-        steps, losses = run.column("step"), run.column("train/loss")
-        window = max(1, len(losses) // 50)
-        name = f"{run.label}: " if len(runs) > 1 else ""
-        if window > 1:
-            series.append(Series(f"{name}train", steps, losses, i, "faint", in_legend=False))
-        mean = f", mean of {window} steps" if window > 1 else ""
-        series.append(Series(f"{name}train{mean}", steps, smoothed(losses, window), i))
-        series.append(Series(f"{name}validation", steps, run.column("validation/loss"), i if len(runs) > 1 else 1,
-                             "points"))
+    many = len(runs) > 1
+    train = [replace(series, label=f"train, {series.label}") for series in _by_step(runs, "train/loss")]
+    validation = [Series(f"validation, {run.label}" if many else "validation", run.column("step"),
+                         run.column("validation/loss"), i if many else 1, "points") for i, run in enumerate(runs)]
     return _figure("Loss", "next-token cross-entropy, nats per token",
-                   line_chart(series, x_label="step", y_label="nats / token"))
+                   line_chart(train + validation, x_label="step", y_label="nats / token"))
 
 
 def _quality(runs: list[Run]) -> str:
@@ -113,16 +107,8 @@ def _quality(runs: list[Run]) -> str:
 
 
 def _throughput(runs: list[Run]) -> str:
-    series = []
-    for i, run in enumerate(runs):
-        steps, rates = run.column("step"), run.column("tokens/per_s")
-        window = max(1, len(rates) // 50)
-        if window > 1:
-            series.append(Series("each step", steps, rates, i, "faint", in_legend=False))
-        mean = f"mean of {window} steps" if window > 1 else "tokens/s"
-        series.append(Series(f"{run.label}: {mean}" if len(runs) > 1 else mean, steps, smoothed(rates, window), i))
     return _figure("Throughput", "tokens per second over all devices, by step",
-                   line_chart(series, x_label="step", y_label="tokens / s", from_zero=True))
+                   line_chart(_by_step(runs, "tokens/per_s"), x_label="step", y_label="tokens / s", from_zero=True))
 
 
 def _cost(runs: list[Run]) -> str:
@@ -142,6 +128,37 @@ def _cost(runs: list[Run]) -> str:
                               y_format=_dollars if is_priced else None, from_zero=True))
 
 
+def _grad_norm(runs: list[Run]) -> str:
+    return _figure("Gradient norm", "global norm before clipping",
+                   line_chart(_by_step(runs, "train/grad_norm"), x_label="step", y_label="norm", from_zero=True))
+
+
+def _balance(runs: list[Run]) -> str:
+    series = []
+    for i, run in enumerate(runs):
+        layers = [key for key in (run.rows[-1] if run.rows else {}) if key.startswith("moe/load_max_over_mean/")]
+        if len(runs) == 1:
+            series += [Series("each layer", run.column("step"), run.column(key), 7, "faint", in_legend=key == layers[0])
+                       for key in layers]
+        series.append(Series(run.label if len(runs) > 1 else "mean over MoE layers", run.column("step"),
+                             run.column("moe/load_max_over_mean"), i))
+    return _figure("Expert balance", "tokens of the busiest expert over the mean; 1 is perfect balance",
+                   line_chart(series, x_label="step", y_label="max / mean"))
+
+
+def _by_step(runs: list[Run], key: str) -> list[Series]:
+    """A run's column, faint, and its running mean over a fiftieth of the run."""
+    series = []
+    for i, run in enumerate(runs):
+        steps, values = run.column("step"), run.column(key)
+        window = max(1, len(values) // 50)
+        if window > 1:
+            series.append(Series("each step", steps, values, i, "faint", in_legend=False))
+        words = [*([run.label] if len(runs) > 1 else []), *([f"mean of {window} steps"] if window > 1 else [])]
+        series.append(Series(", ".join(words) or "each step", steps, smoothed(values, window), i))
+    return series
+
+
 def _time(run: Run, *, many: bool) -> str:
     found = shares(run.summary)
     title = "Where the time went" + (f": {run.label}" if many else "")
@@ -158,29 +175,13 @@ def _time(run: Run, *, many: bool) -> str:
                    bar + _table(["bucket", "device-seconds", "share", "cost"], rows), wide=True)
 
 
-def _experts(runs: list[Run]) -> Iterable[str]:
-    """Balance over time for all runs in one chart, then each run's map of the last steps."""
-    series = []
-    for i, run in enumerate(runs):
-        steps = run.column("step")
-        layers = [key for key in (run.rows[-1] if run.rows else {}) if key.startswith("moe/load_max_over_mean/")]
-        if len(runs) == 1:
-            series += [Series("each layer", steps, run.column(key), 7, "faint", in_legend=key == layers[0])
-                       for key in layers]
-        series.append(Series(run.label if len(runs) > 1 else "mean over layers", steps,
-                             run.column("moe/load_max_over_mean"), i))
-    if not any(y is not None for s in series for y in s.ys):
-        return
-    yield '<section class="grid">' + _figure(
-        "Expert balance", "tokens of the busiest expert over the mean; 1 is perfect balance",
-        line_chart(series, x_label="step", y_label="max / mean", levels=[("balance", 1.0)],
-                   y_format=lambda y: f"{y:g}")) + "</section>"
-    for run in runs:
-        loads, names, steps = expert_load(run)
-        if loads:
-            yield _figure("Expert load" + (f": {run.label}" if len(runs) > 1 else ""),
-                          f"tokens of each expert over its layer's mean, last {steps} steps",
-                          load_heatmap(loads, names), wide=True)
+def _experts(run: Run, *, many: bool) -> str:
+    loads, names, steps = expert_load(run)
+    if not loads:
+        return ""
+    return _figure("Expert load" + (f": {run.label}" if many else ""),
+                   f"tokens of each expert over its layer's mean, last {steps} steps",
+                   load_heatmap(loads, names), wide=True)
 
 
 def _dense(run: Run, *, many: bool) -> str:

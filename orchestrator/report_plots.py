@@ -39,16 +39,14 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, levels: 
     xs = [x for s in drawn for x in s.xs]
     ys = [y for s in drawn for y in s.ys] + [level for _, level in levels]
     x_ticks = nice_ticks(min(xs), max(xs), 6)
-    y_ticks = nice_ticks(0.0 if from_zero else _clipped_low(ys), _clipped_high(drawn, levels), 5)
+    y_ticks = nice_ticks(0.0 if from_zero else min(ys), _clipped_high(drawn, levels), 5)
     x_scale = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y_scale = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{y_label} over {x_label}")}">',
-             f'<clipPath id="plot"><rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 4}" '
-             f'height="{HEIGHT - TOP - BOTTOM + 8}"/></clipPath>',
              _axes(x_ticks, y_ticks, x_scale, y_scale, x_label, y_label, y_format)]
     parts += [_level(label, y, y_scale, y_format) for label, y in levels]
-    parts += ['<g clip-path="url(#plot)">', *(_draw(s, x_scale, y_scale) for s in drawn),
-              *(_titles(s, x_scale, y_scale, x_label, y_format) for s in drawn if s.style != "faint"), "</g></svg>"]
+    parts += [*(_draw(s, x_scale, y_scale) for s in drawn),
+              *(_titles(s, x_scale, y_scale, x_label, y_format) for s in drawn if s.style != "faint"), "</svg>"]
     return "".join(parts) + legend([(s.label, f"c{s.colour}", s.style) for s in drawn if s.in_legend])
 
 
@@ -148,16 +146,12 @@ def _finite(series: Series) -> Series:
 
 
 def _clipped_high(drawn: Sequence[Series], levels: Sequence[tuple[str, float]]) -> float:
-    """The top of the axis: the maximum, but a few outliers of a faint raw line may leave the frame."""
+    """The top of the axis: the maximum, but a few outliers of a faint raw line are cut off."""
     tops = [level for _, level in levels]
     for s in drawn:
         ordered = sorted(s.ys)
         tops.append(ordered[-1] if s.style != "faint" else ordered[int(0.99 * (len(ordered) - 1))])
     return max(tops)
-
-
-def _clipped_low(ys: Sequence[float]) -> float:
-    return min(ys)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -195,7 +189,7 @@ def _text(css: str, x: float, y: float, text: str, *, anchor: str = "middle", mo
 
 def _draw(series: Series, x_scale, y_scale) -> str:
     xs, ys = _thinned(series.xs, series.ys)
-    points = [(x_scale(x), y_scale(y)) for x, y in zip(xs, ys, strict=True)]
+    points = [(x_scale(x), max(TOP - 6, y_scale(y))) for x, y in zip(xs, ys, strict=True)]
     dots = "".join(f'<circle class="dot c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in points)
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     if series.style == "points":

@@ -35,8 +35,13 @@ def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages:
 
     per_rank = stages_per_rank(schedule, requested_stages)
     table = get_schedule_ops(TORCH_NAMES[schedule], pp, microbatches, per_rank)
-    return [[tuple(_plain(part) for part in action.sub_actions or (action,)) for action in row
+    rows = [[tuple(_plain(part) for part in action.sub_actions or (action,)) for action in row
              if action is not None and action.computation_type.name != "REDUCE_GRAD"] for row in table]
+    if schedule is Schedule["1f1b"]:
+        # torch 2.13 numbers the last rank's forwards from 1 in the table (its runtime counts from 0).
+        rows[-1] = [(slot[0]._replace(microbatch=i // 2),) if slot[0].kind == "F" else slot
+                    for i, slot in enumerate(rows[-1])]
+    return rows
 
 
 def _plain(action) -> Action:

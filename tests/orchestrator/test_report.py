@@ -1,5 +1,6 @@
 import json
 import math
+import pathlib
 import random
 import re
 from html.parser import HTMLParser
@@ -29,7 +30,7 @@ def rows_of(steps, *, experts=16, usd_per_h=0.05, seed=0, loss_to=1.6):
         counts = [[round(512 * math.exp(imbalance * p + rng.gauss(0, 0.05))) for p in layer] for layer in popularity]
         maxima = [max(layer) * experts / sum(layer) for layer in counts]
         tokens, usd = step * 4096, None if usd_per_h is None else 4 * seconds / 3600 * usd_per_h
-        row = {"step": step, "train/loss": loss, "train/grad_norm": 1.0, "tokens/total": tokens,
+        row = {"step": step, "train/loss": loss, "train/grad_norm": 0.4 + 2 / step + abs(rng.gauss(0, 0.05)), "tokens/total": tokens,
                "tokens/per_s": 4096 / step_s, "time/step_s": step_s, "time/data_s": 0.004, "perf/mfu": 0.41,
                "cost/device_hours": 4 * seconds / 3600, "cost/usd_total": usd,
                "moe/load_max_over_mean": sum(maxima) / len(maxima), "moe/tokens_per_expert": counts,
@@ -136,7 +137,7 @@ def test_the_page_shows_the_headline_figures_and_every_plot(write_run):
                  "dense, equal total parameters", "dense, equal active parameters", "Expert load", "goodput",
                  "layers.3", "mtp.0", "Predicted and measured", "a price list", "half the score matrix"):
         assert text in page, text
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
     assert outline.titles > 100, "hovering shows numbers"
 
 
@@ -168,8 +169,6 @@ def test_an_unknown_price_is_never_shown_as_a_number(write_run):
 @pytest.mark.parametrize("left", ["metrics.jsonl", "config.yaml", "events.jsonl"])
 def test_an_unfinished_run_still_gives_a_page(write_run, left):
     run = write_run(summary=False)
-    import pathlib
-
     for file in pathlib.Path(run).iterdir():
         if file.name != left:
             file.unlink()
@@ -188,7 +187,7 @@ def test_a_row_torn_by_a_crash_is_left_out(write_run):
 def test_several_runs_are_compared_on_one_page(write_run, tmp_path):
     runs = [write_run("moe"), write_run("dense", seed=1, loss_to=1.8), write_run("killed", summary=False, steps=90)]
     page, _ = read_page(write_report(runs, out=str(tmp_path / "all.html")))
-    assert all(text in page for text in ("moe: train", "dense: train", "killed: validation", "Where the time went: moe"))
+    assert all(text in page for text in ("train, moe", "train, dense", "validation, killed", "Where the time went: moe"))
     assert (tmp_path / "all.md").exists()
 
 
