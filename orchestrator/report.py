@@ -10,8 +10,8 @@ from html import escape
 from orchestrator.errors import BadRequest
 from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import Series, format_number, line_chart, load_heatmap, smoothed, stacked_bar
-from orchestrator.report_run import Run, expert_load, headline_figures, labelled, read_run, shares
-from orchestrator.report_style import STYLE
+from orchestrator.report_run import Run, Share, expert_load, headline_figures, labelled, read_run, shares
+from orchestrator.report_style import STYLE, details, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import format_usd
 
@@ -38,7 +38,7 @@ def page(runs: list[Run]) -> str:
     title = " / ".join(run.label for run in runs)
     body = [_header(runs, title), _tiles(runs[0]) if len(runs) == 1 else _comparison(runs),
             '<section class="grid">', _loss(runs), _quality(runs), _throughput(runs), _cost(runs), _grad_norm(runs),
-            _balance(runs), "</section>", *(_time(run, many=len(runs) > 1) for run in runs),
+            _balance(runs), "</section>", _time(runs),
             *(_experts(run, many=len(runs) > 1) for run in runs),
             *(_dense(run, many=len(runs) > 1) for run in runs), *(_predicted(run) for run in runs),
             *(_events(run, many=len(runs) > 1) for run in runs), *(_config(run, many=len(runs) > 1) for run in runs),
@@ -80,7 +80,7 @@ def _comparison(runs: list[Run]) -> str:
              *(f"{escape(f.value)}<small>{escape(f.note)}</small>" for f in figures)]
             for figures in zip(*columns, strict=True)]
     head = [f'<i class="key line c{i % 8}"></i>{escape(run.label)}' for i, run in enumerate(runs)]
-    return _table(["", *head], rows, numeric_from=1, css="compare")
+    return table(["", *head], rows, numeric_from=1, css="compare")
 
 
 def _loss(runs: list[Run]) -> str:
@@ -88,8 +88,8 @@ def _loss(runs: list[Run]) -> str:
     train = [replace(series, label=f"train, {series.label}") for series in _by_step(runs, "train/loss")]
     validation = [Series(f"validation, {run.label}" if many else "validation", run.column("step"),
                          run.column("validation/loss"), i if many else 1, "points") for i, run in enumerate(runs)]
-    return _figure("Loss", "next-token cross-entropy, nats per token",
-                   line_chart(train + validation, x_label="step", y_label="nats / token"))
+    return figure("Loss", "next-token cross-entropy, nats per token",
+                  line_chart(train + validation, x_label="step", y_label="nats / token"))
 
 
 def _quality(runs: list[Run]) -> str:
@@ -101,14 +101,15 @@ def _quality(runs: list[Run]) -> str:
     series = [Series(run.label if len(runs) > 1 else "validation", run.column("step"),
                      run.column("validation/bits_per_byte"), i if len(runs) > 1 else 1, "points")
               for i, run in enumerate(runs)]
-    return _figure("Held-out text", "validation bits per byte beside a bigram model and gzip on the same bytes",
-                   line_chart(series, x_label="step", y_label="bits / byte", levels=list(levels.values()),
-                              y_format=lambda y: f"{y:.2f}"))
+    last = max((step for run in runs for step in run.column("step")), default=1)
+    return figure("Held-out text", "validation bits per byte beside a bigram model and gzip on the same bytes",
+                  line_chart(series, x_label="step", y_label="bits / byte", levels=list(levels.values()),
+                             x_range=(0, last), y_format=lambda y: f"{y:.2f}"))
 
 
 def _throughput(runs: list[Run]) -> str:
-    return _figure("Throughput", "tokens per second over all devices, by step",
-                   line_chart(_by_step(runs, "tokens/per_s"), x_label="step", y_label="tokens / s", from_zero=True))
+    return figure("Throughput", "tokens per second over all devices, by step",
+                  line_chart(_by_step(runs, "tokens/per_s"), x_label="step", y_label="tokens / s", from_zero=True))
 
 
 def _cost(runs: list[Run]) -> str:
@@ -123,14 +124,14 @@ def _cost(runs: list[Run]) -> str:
     subtitle = ("dollars" if is_priced else "device-hours (the price is unknown)") + " for the tokens so far"
     if len(runs) == 1:
         subtitle += "; dense models at this run's own MFU, no overhead: the gap above 'equal active' is overhead"
-    return _figure("Cost", subtitle,
-                   line_chart(series, x_label="tokens", y_label="US$" if is_priced else "device-hours",
-                              y_format=_dollars if is_priced else None, from_zero=True))
+    return figure("Cost", subtitle,
+                  line_chart(series, x_label="tokens", y_label="US$" if is_priced else "device-hours",
+                             y_format=_dollars if is_priced else None, from_zero=True))
 
 
 def _grad_norm(runs: list[Run]) -> str:
-    return _figure("Gradient norm", "global norm before clipping",
-                   line_chart(_by_step(runs, "train/grad_norm"), x_label="step", y_label="norm", from_zero=True))
+    return figure("Gradient norm", "global norm before clipping",
+                  line_chart(_by_step(runs, "train/grad_norm"), x_label="step", y_label="norm", from_zero=True))
 
 
 def _balance(runs: list[Run]) -> str:
@@ -142,8 +143,8 @@ def _balance(runs: list[Run]) -> str:
                        for key in layers]
         series.append(Series(run.label if len(runs) > 1 else "mean over MoE layers", run.column("step"),
                              run.column("moe/load_max_over_mean"), i))
-    return _figure("Expert balance", "tokens of the busiest expert over the mean; 1 is perfect balance",
-                   line_chart(series, x_label="step", y_label="max / mean"))
+    return figure("Expert balance", "tokens of the busiest expert over the mean; 1 is perfect balance",
+                  line_chart(series, x_label="step", y_label="max / mean"))
 
 
 def _by_step(runs: list[Run], key: str) -> list[Series]:
@@ -159,29 +160,45 @@ def _by_step(runs: list[Run], key: str) -> list[Series]:
     return series
 
 
-def _time(run: Run, *, many: bool) -> str:
-    found = shares(run.summary)
-    title = "Where the time went" + (f": {run.label}" if many else "")
-    if not found:
-        return _figure(title, "", '<p class="none">the ledger is closed when the run ends</p>', wide=True)
+def _time(runs: list[Run]) -> str:
+    """A bar a run; the table has a row a bucket and, for each run, device-seconds, share and cost."""
+    closed = [(run, {share.bucket: share for share in found}) for run in runs if (found := shares(run.summary))]
+    if not closed:
+        none = '<p class="none">the ledger is closed when the run ends</p>'
+        return figure("Where the time went", "", none, wide=True)
     css = {name: f"b{i}" for i, name in enumerate(BUCKETS)}
-    bar = stacked_bar([(s.bucket, s.device_s, css.get(s.bucket, "b7")) for s in found])
-    rows = [[f'<i class="key box {css.get(s.bucket, "b7")}"></i>{escape(s.bucket.replace("_", " "))}',
-             f"{s.device_s:,.1f}", f"{s.share:.1%}", escape(format_usd(s.usd))] for s in found]
-    total_s = sum(s.device_s for s in found)
-    rows.append(["<b>charged</b>", f"<b>{total_s:,.1f}</b>", "<b>100%</b>",
-                 f"<b>{escape(format_usd(run.summary['usd_total']))}</b>"])
-    return _figure(title, "every device-second from placement to release, in one bucket each",
-                   bar + _table(["bucket", "device-seconds", "share", "cost"], rows), wide=True)
+    many, bars = len(closed) > 1, []
+    for run, found in closed:
+        bars.append(f'<p class="bar-label">{escape(run.label)}</p>' if many else "")
+        bars.append(stacked_bar([(name.replace("_", " "), share.device_s, css.get(name, "b7"))
+                                 for name, share in found.items()]))
+    rows = []
+    for name in dict.fromkeys([*BUCKETS, *(name for _, found in closed for name in found)]):
+        if any(name in found for _, found in closed):
+            key = f'<i class="key box {css.get(name, "b7")}"></i>{escape(name.replace("_", " "))}'
+            rows.append([key, *(cell for _, found in closed for cell in _share_cells(found.get(name)))])
+    rows.append(["<b>charged</b>", *(f"<b>{cell}</b>" for run, found in closed for cell in (
+        f"{sum(share.device_s for share in found.values()):,.1f}", "100%",
+        escape(format_usd(run.summary["usd_total"]))))])
+    head = ["bucket", *(f"{run.label}: {unit}" if many and unit == "device-seconds" else unit
+                        for run, _ in closed for unit in ("device-seconds", "share", "cost"))]
+    return figure("Where the time went", "every device-second from placement to release, in one bucket each",
+                  "".join(bars) + table([escape(text) for text in head], rows), wide=True)
+
+
+def _share_cells(share: Share | None) -> list[str]:
+    if share is None:
+        return ["0.0", "0.0%", "-"]
+    return [f"{share.device_s:,.1f}", f"{share.share:.1%}", escape(format_usd(share.usd))]
 
 
 def _experts(run: Run, *, many: bool) -> str:
     loads, names, steps = expert_load(run)
     if not loads:
         return ""
-    return _figure("Expert load" + (f": {run.label}" if many else ""),
-                   f"tokens of each expert over its layer's mean, last {steps} steps",
-                   load_heatmap(loads, names), wide=True)
+    return figure("Expert load" + (f": {run.label}" if many else ""),
+                  f"tokens of each expert over its layer's mean, last {steps} steps",
+                  load_heatmap(loads, names), wide=True)
 
 
 def _dense(run: Run, *, many: bool) -> str:
@@ -189,16 +206,18 @@ def _dense(run: Run, *, many: bool) -> str:
     if summary["dense"]["equal_total"].get("device_hours") is None:
         return ""
     names = {"equal_total": "dense, equal total parameters", "equal_active": "dense, equal active parameters"}
-    rows = [["this run, all that was charged", format_number(summary["model"].get("parameters")),
+    model = summary["model"]
+    sizes = f"{format_number(model.get('parameters'))}, {format_number(model.get('active_parameters'))} active"
+    rows = [["this run, all that was charged", sizes,
              format_number(summary["measured"].get("model_flops_total")), format_number(summary["device_hours"]),
              escape(format_usd(summary["usd_total"]))]]
     rows += [[name, format_number(twin.get("parameters")), format_number(twin.get("flops")),
               format_number(twin["device_hours"]), escape(format_usd(twin["usd"]))]
              for key, name in names.items() for twin in [summary["dense"][key]]]
-    return _figure("Beside dense training" + (f": {run.label}" if many else ""),
-                   "the same tokens; dense models computed at this run's own MFU, productive time only. Dense "
-                   "models usually reach a higher MFU, so their figures are upper bounds",
-                   _table(["", "parameters", "FLOPs", "device-hours", "cost"], rows), wide=True)
+    return figure("Beside dense training" + (f": {run.label}" if many else ""),
+                  "the same tokens; dense models computed at this run's own MFU, productive time only. Dense "
+                  "models usually reach a higher MFU, so their figures are upper bounds",
+                  table(["", "parameters", "FLOPs", "device-hours", "cost"], rows), wide=True)
 
 
 def _predicted(run: Run) -> str:
@@ -212,8 +231,8 @@ def _predicted(run: Run) -> str:
                          format_number(actual) if isinstance(actual, int | float) else "-", error])
     if not rows:
         return ""
-    return _figure("Predicted and measured", "the plan made before the run, and what the run did",
-                   _table(["", "predicted", "measured", "error"], rows), wide=True)
+    return figure("Predicted and measured", "the plan made before the run, and what the run did",
+                  table(["", "predicted", "measured", "error"], rows), wide=True)
 
 
 def _events(run: Run, *, many: bool) -> str:
@@ -231,15 +250,15 @@ def _events(run: Run, *, many: bool) -> str:
         rows.append([escape(str(cell)) for cell in cells])
     left_out = len(run.events) - len(rows)
     note = f"; {left_out} earlier ones left out" if left_out else ""
-    table = _table(["time", "event", "step", "rank", "node", ""], rows, numeric_from=9)
-    return _details(f"Events{f': {run.label}' if many else ''} ({len(run.events)}{note})", table,
-                    is_open=len(rows) <= 20)
+    events = table(["time", "event", "step", "rank", "node", ""], rows, numeric_from=9)
+    return details(f"Events{f': {run.label}' if many else ''} ({len(run.events)}{note})", events,
+                   is_open=len(rows) <= 20)
 
 
 def _config(run: Run, *, many: bool) -> str:
     if not run.config:
         return ""
-    return _details("Configuration" + (f": {run.label}" if many else ""), f"<pre>{escape(run.config)}</pre>")
+    return details("Configuration" + (f": {run.label}" if many else ""), f"<pre>{escape(run.config)}</pre>")
 
 
 def _footer(runs: list[Run]) -> str:
@@ -250,25 +269,6 @@ def _footer(runs: list[Run]) -> str:
               dict.fromkeys(run.summary["measured"].get("mfu_convention") or "" for run in runs) if convention]
     notes.append("All figures are measured unless a column says predicted or a line says dense.")
     return f"<footer>{''.join(f'<p>{note}</p>' for note in notes)}</footer>"
-
-
-def _figure(title: str, subtitle: str, body: str, *, wide: bool = False) -> str:
-    return (f'<figure{" class=wide" if wide else ""}><figcaption><h2>{escape(title)}</h2><p>{escape(subtitle)}</p>'
-            f"</figcaption>{body}</figure>")
-
-
-def _details(title: str, body: str, *, is_open: bool = False) -> str:
-    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{body}</details>"
-
-
-def _table(head: list[str], rows: list[list[str]], *, numeric_from: int = 1, css: str = "") -> str:
-    """Cells are HTML already; columns from `numeric_from` on are right-aligned."""
-    def cell(tag: str, i: int, content: str) -> str:
-        return f"<{tag}{' class=n' if i >= numeric_from else ''}>{content}</{tag}>"
-
-    lines = ["<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"]
-    lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
-    return f'<div class="scroll"><table class="{css}">{"".join(lines)}</table></div>'
 
 
 def _dollars(usd: float) -> str:

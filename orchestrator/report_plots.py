@@ -29,7 +29,8 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, levels: Sequence[tuple[str, float]] = (),
-               y_format: Callable[[float], str] | None = None, from_zero: bool = False) -> str:
+               y_format: Callable[[float], str] | None = None, x_range: tuple[float, float] | None = None,
+               from_zero: bool = False) -> str:
     """Lines over a common axis; `levels` are labelled horizontal lines. An empty chart says so."""
     series = [_finite(s) for s in series]
     drawn = [s for s in series if len(s.xs)]
@@ -38,9 +39,10 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, levels: 
     y_format = y_format or format_number
     xs = [x for s in drawn for x in s.xs]
     ys = [y for s in drawn for y in s.ys] + [level for _, level in levels]
-    x_ticks = nice_ticks(min(xs), max(xs), 6)
+    low, high = x_range or (min(xs), max(xs))
+    x_ticks = nice_ticks(low, high, 6)
     y_ticks = nice_ticks(0.0 if from_zero else min(ys), _clipped_high(drawn, levels), 5)
-    x_scale = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    x_scale = _scale(low, high, LEFT, WIDTH - RIGHT)
     y_scale = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{y_label} over {x_label}")}">',
              _axes(x_ticks, y_ticks, x_scale, y_scale, x_label, y_label, y_format)]

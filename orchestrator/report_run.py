@@ -71,10 +71,11 @@ def headline_figures(summary: dict) -> list[Figure]:
     peak_note = "" if peak is None else (f"of {devices} x {peak / 1e12:.3g} TFLOP/s, "
                                          + ("measured GEMM" if device == "cpu" else "peak"))
     twin = dense.get("equal_total", {})
+    mean_of = f"the last {LAST_STEPS} steps" if summary["status"] == "unfinished" else "kept steps"
     return [
         Figure("Validation loss", _fixed(loss["validation"], 4), f"nats/token; train {_fixed(loss['train'], 4)}"),
         Figure("Bits per byte", _fixed(bits["validation"], 3), ", ".join(beside) or "on held-out text"),
-        Figure("Throughput", format_number(summary["tokens_per_s"]), "tokens/s, mean of kept steps"),
+        Figure("Throughput", format_number(summary["tokens_per_s"]), f"tokens/s, mean of {mean_of}"),
         Figure("MFU", "-" if summary["mfu"] is None else f"{summary['mfu']:.1%}", peak_note),
         Figure("GPU-hours" if "gpu_hours" in summary else "Device-hours", format_number(summary["device_hours"]),
                f"{devices} x {summary['hardware'].get('name') or device}" if devices else "charged so far"),
@@ -145,7 +146,7 @@ def _text(path: str, name: str) -> str:
 def _price_note(hardware: dict) -> str:
     price = hardware.get("usd_per_h")
     if price is None:
-        return "no price in hardware.usd_per_h" if hardware else "so far"
+        return "hardware.usd_per_h is not set" if hardware else "so far"
     dated = ", ".join(part for part in (hardware.get("market"), hardware.get("date")) if part)
     return f"{format_usd(price)} a device-hour" + (f" ({dated.replace('_', ' ')})" if dated else "")
 

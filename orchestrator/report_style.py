@@ -1,7 +1,10 @@
-"""The report's style sheet: light and dark by the reader's preference, colours told apart by colour-blind readers.
+"""How the report looks, and the three things it is made of: figures, tables and folded details.
 
+Light and dark by the reader's preference, in colours that colour-blind readers tell apart.
 Lines and buckets use the Okabe-Ito palette (Nature Methods 8, 441), expert load a blue-neutral-orange scale.
 """
+
+from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1c1e21; --soft: #5d646d; --rule: #e3e5e8;
@@ -46,6 +49,7 @@ path.line { fill: none; stroke-width: 1.9; stroke-linejoin: round; stroke-lineca
 path.faint { stroke-width: 1; opacity: .32; } path.dashed { stroke-dasharray: 6 4; stroke-width: 1.7; }
 path.thin { stroke-width: 1.2; opacity: .7; } circle.hit { opacity: 0; } circle.hit:hover { opacity: .45; }
 circle.dot { stroke: var(--card); stroke-width: 1; } .inbar { font-size: 13px; fill: #fff; font-weight: 600; }
+.bar-label { font-size: 13px; color: var(--soft); margin: 8px 0 3px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 3px 16px; margin: 8px 0 0; padding: 0;
   font-size: 12.5px; color: var(--soft); }
 .key { display: inline-block; width: 18px; height: 0; border-top: 2.5px solid var(--k); margin-right: 7px;
@@ -72,3 +76,22 @@ footer p { margin-bottom: 4px; }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); --k: var(--c{i}); }} .dot.c{i}, .hit.c{i} {{ fill: var(--c{i}); }} "
               f".b{i} {{ fill: var(--b{i}); --k: var(--b{i}); }}\n" for i in range(8)) + "".join(
     f".h{i} {{ fill: var(--h{i}); --k: var(--h{i}); }}\n" for i in range(9))
+
+
+def figure(title: str, subtitle: str, body: str, *, wide: bool = False) -> str:
+    return (f'<figure{" class=wide" if wide else ""}><figcaption><h2>{escape(title)}</h2><p>{escape(subtitle)}</p>'
+            f"</figcaption>{body}</figure>")
+
+
+def details(title: str, body: str, *, is_open: bool = False) -> str:
+    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def table(head: list[str], rows: list[list[str]], *, numeric_from: int = 1, css: str = "") -> str:
+    """Cells are HTML already; columns from `numeric_from` on are right-aligned."""
+    def cell(tag: str, i: int, content: str) -> str:
+        return f"<{tag}{' class=n' if i >= numeric_from else ''}>{content}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"]
+    lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
+    return f'<div class="scroll"><table class="{css}">{"".join(lines)}</table></div>'

@@ -261,8 +261,9 @@ class Saver:
                 files[report["file"]] = ShardFile(report["bytes"], report["sha256"])
             for key, dtype, shape, start, stop in report["index"]:
                 spans[key].append(Span(report["file"], start, stop))
-                if kinds.setdefault(key, (dtype, shape)) != (dtype, shape):
-                    raise ValueError(f"{key}: {dtype} {shape} in {report['file']}, {kinds[key]} elsewhere")
+                kind = (dtype, tuple(shape))
+                if kinds.setdefault(key, kind) != kind:
+                    raise ValueError(f"{key}: {kind} in {report['file']}, {kinds[key]} elsewhere")
         tensors = {key: Entry(dtype, tuple(shape), tuple(sorted(spans[key], key=lambda span: (span.start, span.stop))))
                    for key, (dtype, shape) in kinds.items()}
         return Manifest(job.step, self._claim.number, self.fence, job.state, files,

@@ -1,7 +1,8 @@
 """Which of several attempts may commit in a directory of checkpoints: the one with the highest claim.
 
 A worker can outlive its node's death, and a job can be started twice; both go on writing. Each attempt therefore
-creates `attempt-<number>.json` exclusively when it starts, and looks for a higher number before it publishes or deletes.
+creates `attempt-<number>.json` exclusively when it starts, and looks for a higher number before it publishes or
+deletes.
 """
 
 import json

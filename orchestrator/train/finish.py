@@ -104,21 +104,24 @@ def headline(summary: dict) -> list[str]:
         mfu = "" if summary["mfu"] is None else f", MFU {summary['mfu']:.1%} of {_peak(summary)}"
         lines.append(f"speed     {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
     goodput = "" if summary["goodput"] is None else f", goodput {summary['goodput']:.0%}"
-    lines.append(f"cost      {format_usd(summary['usd_total'])}, {summary['device_hours']:.4g} device-hours{goodput}")
+    unit = "GPU-hours" if "gpu_hours" in summary else "device-hours"
+    lines.append(f"cost      {format_usd(summary['usd_total'])}, {summary['device_hours']:.4g} {unit}{goodput}")
+    if summary["usd_total"] is None:
+        lines[-1] += " (set hardware.usd_per_h to see dollars)"
     if summary["usd_per_million_tokens"] is not None:
         lines.append(f"          {format_usd(summary['usd_per_million_tokens'])} per million tokens")
     dense = summary["dense"]
     if dense["equal_total"]["device_hours"] is not None:
         lines.append("dense     " + "; ".join(
-            f"equal {name}: {format_usd(dense[key]['usd'])}, {dense[key]['device_hours']:.4g} device-hours"
+            f"equal {name}: {format_usd(dense[key]['usd'])}, {dense[key]['device_hours']:.4g} {unit}"
             for name, key in (("total", "equal_total"), ("active", "equal_active"))) + "  (same tokens, same MFU)")
     return lines
 
 
 def format_usd(usd: float | None) -> str:
-    """Dollars to three significant digits below $100, whole cents above; an unknown price is said to be unknown."""
+    """Dollars to three significant digits below $100, whole cents above; an unknown cost is said to be unknown."""
     if usd is None:
-        return "unknown $"
+        return "unknown"
     if usd == 0 or usd >= 100:
         return f"${usd:,.2f}"
     return f"${usd:.{max(2, 2 - math.floor(math.log10(usd)))}f}"

@@ -108,6 +108,8 @@ class Trainer:
                                  restored=restored, moe_layers=self.moe_layers,
                                  peak_flops_per_s=self._mean_over_ranks(peak_flops_per_s(config, mesh.device, compute)))
         self.checkpoints.on_event = self.accounts.event
+        if self.checkpoints.resumed:
+            self.accounts.event("resumed", step=self.progress.step, **self.checkpoints.resumed)
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="data")
         self.hosted = torch.zeros(len(self.moe_layers), max(1, config.model.n_routed_experts), dtype=torch.int64)
 

@@ -10,11 +10,13 @@ from dataclasses import asdict, fields
 import torch
 import torch.distributed as dist
 
+from model.config import ModelConfig
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.train import checkpoint
+from orchestrator.train.shards import Loader
 from orchestrator.train.state import pieces_of, restore
 
 FREE_MODEL_KEYS = {"name", "max_seq_len", "init_std", "bias_update_speed", "balance_loss_weight", "mtp_loss_weight"}
@@ -30,9 +32,11 @@ class Checkpoints:
         self.config, self.mesh, self.pipeline, self.optimizer = config, mesh, pipeline, optimizer
         self.attempt = attempt
         self.on_event: Callable = lambda kind, **fields: None
+        self.resumed: dict | None = None
         self.saver = checkpoint.Saver(
             config.checkpoint.dir, rank=mesh.info.rank, world_size=mesh.layout.world_size, store=mesh.store,
-            keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.step_timeout_s)
+            keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.step_timeout_s,
+            experts=_expert_blocks(config.model))
 
     def restore(self, progress) -> dict | None:
         """Fill model, optimizer and `progress` from the checkpoint that `resume` names; None for a fresh start."""
@@ -43,10 +47,14 @@ class Checkpoints:
             loader, error = self._load(path)
             reason = self._first_error(error, len(tried))
             if reason is None:
+                state = loader.state
+                loader.close()
+                self.resumed = {"path": path, "skipped": tried}
+                if state.get("weights_only"):
+                    return None
                 for f in fields(progress):
-                    setattr(progress, f.name, loader.state["progress"].get(f.name, getattr(progress, f.name)))
-                self.on_event("resumed", step=progress.step, path=path, skipped=tried)
-                return loader.state
+                    setattr(progress, f.name, state["progress"].get(f.name, getattr(progress, f.name)))
+                return state
             if self.config.resume != "auto" or isinstance(error, BadRequest):
                 raise error or NotTrustworthy(reason)
             tried.append(path)
@@ -100,11 +108,14 @@ class Checkpoints:
         """`resume` may name a checkpoint, or a run or checkpoint directory, whose newest is meant."""
         return checkpoint.newest_under(self.config.resume) or self.config.resume
 
-    def _load(self, path: str) -> tuple[checkpoint.Loader | None, SparingError | None]:
+    def _load(self, path: str) -> tuple[Loader | None, SparingError | None]:
         try:
-            loader = checkpoint.Loader(path)
-            self._check_same_run(loader.state, path)
-            restore(self.pipeline, self.optimizer, loader, optimizer_steps=loader.state["progress"]["optimizer_steps"])
+            loader = Loader(path)
+            weights_only = bool(loader.state.get("weights_only"))
+            self._check_same_model(loader.state, path)
+            if not weights_only:
+                self._check_same_order(loader.state, path)
+            restore(self.pipeline, self.optimizer, loader, weights_only=weights_only)
             return loader, None
         except (SparingError, OSError) as error:
             return None, error if isinstance(error, SparingError) else NotFit(f"{path}: {error}")
@@ -122,14 +133,17 @@ class Checkpoints:
         answers = [json.loads(store.get(f"{prefix}/{rank}")) for rank in range(self.mesh.layout.world_size)]
         return next(answer for answer in answers if answer)
 
-    def _check_same_run(self, state: dict, path: str) -> None:
-        """Refuse a checkpoint of another model, or one whose sample order this config would not continue."""
-        ours, theirs = to_dict(self.config), state["config"]
-        differing = [f"model.{key}={theirs['model'].get(key)} there, {value} here" for key, value
-                     in ours["model"].items() if key not in FREE_MODEL_KEYS and theirs["model"].get(key) != value]
+    def _check_same_model(self, state: dict, path: str) -> None:
+        ours, theirs = to_dict(self.config.model), state["config"]["model"]
+        differing = [f"model.{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
+                     if key not in FREE_MODEL_KEYS and theirs.get(key) != value]
         if differing:
             raise BadRequest(f"resume={path}: a checkpoint of another model: {'; '.join(differing[:4])}; use the same "
                              "model, or start a new run with resume=none")
+
+    def _check_same_order(self, state: dict, path: str) -> None:
+        """Refuse a checkpoint whose order of samples this config would not continue."""
+        ours, theirs = to_dict(self.config), state["config"]
         for key in FIXED_KEYS:
             if _get(ours, key) != _get(theirs, key):
                 raise BadRequest(f"{key}={_get(ours, key)}: the checkpoint {path} was written with {_get(theirs, key)}, "
@@ -137,6 +151,14 @@ class Checkpoints:
         if state["data_digest"] != self.data_digest:
             raise BadRequest(f"data.path={self.config.data.path}: the data is not what the checkpoint {path} was "
                              "trained on; restore the data, or start a new run with resume=none")
+
+
+def _expert_blocks(model: ModelConfig) -> dict[str, int]:
+    """Routed experts of every block that routes, for the census."""
+    if not model.n_routed_experts:
+        return {}
+    blocks = [f"layers.{i}" for i in range(model.n_layers) if model.is_moe(i)]
+    return dict.fromkeys([*blocks, *(f"mtp.{k}.block" for k in range(model.n_mtp_layers))], model.n_routed_experts)
 
 
 def _get(values: dict, dotted: str):

@@ -9,8 +9,8 @@ from torch import Tensor
 from model.transformer import routers
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.parallel.shard import Shard
-from orchestrator.train.checkpoint import Loader, Piece
 from orchestrator.train.optim import moments, set_steps_taken
+from orchestrator.train.shards import Loader, Piece
 
 
 def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW) -> list[Piece]:
@@ -28,15 +28,17 @@ def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW) -> list[Piece]:
 
 
 @torch.no_grad()
-def restore(pipeline: Pipeline, optimizer: torch.optim.AdamW, loader: Loader, *, optimizer_steps: int) -> None:
-    """Fill this rank's shards, moments and biases from a checkpoint, whatever layout wrote it."""
+def restore(pipeline: Pipeline, optimizer: torch.optim.AdamW, loader: Loader, *,
+            weights_only: bool = False) -> None:
+    """Fill this rank's shards, biases and (unless `weights_only`) moments, whatever layout wrote the checkpoint."""
     for shard in pipeline.shards:
         _read_into("model", shard, shard.value, loader)
-        for name, moment in moments(optimizer, shard).items():
+        for name, moment in moments(optimizer, shard).items() if not weights_only else ():
             _read_into(f"optim.{name}", shard, moment, loader)
     for key, bias in _biases(pipeline):
-        bias.copy_(loader.read(f"model.{key}", 0, bias.shape[0]))
-    set_steps_taken(optimizer, pipeline.shards, optimizer_steps)
+        bias.copy_(loader.read(f"model.{key}"))
+    if not weights_only:
+        set_steps_taken(optimizer, pipeline.shards, loader.state["progress"]["optimizer_steps"])
 
 
 def _shard_pieces(prefix: str, shard: Shard, rows: Tensor) -> list[Piece]:

@@ -30,7 +30,8 @@ def rows_of(steps, *, experts=16, usd_per_h=0.05, seed=0, loss_to=1.6):
         counts = [[round(512 * math.exp(imbalance * p + rng.gauss(0, 0.05))) for p in layer] for layer in popularity]
         maxima = [max(layer) * experts / sum(layer) for layer in counts]
         tokens, usd = step * 4096, None if usd_per_h is None else 4 * seconds / 3600 * usd_per_h
-        row = {"step": step, "train/loss": loss, "train/grad_norm": 0.4 + 2 / step + abs(rng.gauss(0, 0.05)), "tokens/total": tokens,
+        row = {"step": step, "train/loss": loss, "train/grad_norm": 0.4 + 2 / step + abs(rng.gauss(0, 0.05)),
+               "tokens/total": tokens,
                "tokens/per_s": 4096 / step_s, "time/step_s": step_s, "time/data_s": 0.004, "perf/mfu": 0.41,
                "cost/device_hours": 4 * seconds / 3600, "cost/usd_total": usd,
                "moe/load_max_over_mean": sum(maxima) / len(maxima), "moe/tokens_per_expert": counts,
@@ -49,8 +50,8 @@ def summary_of(rows, *, name="tiny", usd_per_h=0.05):
     last = rows[-1]
     hours = last["cost/device_hours"] + 0.004
     usd = None if usd_per_h is None else hours * usd_per_h
-    buckets = {"goodput": 0.83, "validation": 0.04, "startup": 0.06, "data": 0.01, "checkpoint": 0.02, "lost_work": 0.015,
-               "restart": 0.0}
+    buckets = {"goodput": 0.83, "validation": 0.04, "startup": 0.06, "data": 0.01, "checkpoint": 0.02,
+               "lost_work": 0.015, "restart": 0.0}
     buckets = {key: share * hours * 3600 for key, share in buckets.items()}
     buckets["idle"] = hours * 3600 - math.fsum(buckets.values())
     return {
@@ -162,7 +163,7 @@ def test_a_markdown_twin_is_written_beside_the_page(write_run):
 
 def test_an_unknown_price_is_never_shown_as_a_number(write_run):
     page, _ = read_page(write_report([write_run(usd_per_h=None)]))
-    assert "unknown $" in page and "the price is unknown" in page
+    assert ">unknown<" in page and "the price is unknown" in page
     assert not re.search(r"\$\d", page)
 
 
@@ -187,7 +188,8 @@ def test_a_row_torn_by_a_crash_is_left_out(write_run):
 def test_several_runs_are_compared_on_one_page(write_run, tmp_path):
     runs = [write_run("moe"), write_run("dense", seed=1, loss_to=1.8), write_run("killed", summary=False, steps=90)]
     page, _ = read_page(write_report(runs, out=str(tmp_path / "all.html")))
-    assert all(text in page for text in ("train, moe", "train, dense", "validation, killed", "Where the time went: moe"))
+    for text in ("train, moe", "train, dense", "validation, killed", "moe: device-seconds", "dense: device-seconds"):
+        assert text in page, text
     assert (tmp_path / "all.md").exists()
 
 

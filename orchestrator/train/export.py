@@ -1,0 +1,89 @@
+"""Between this project's checkpoints and Hugging Face directories, both ways, tensor by tensor.
+
+An imported checkpoint holds weights alone; `resume=` on it starts a new run from them.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from model import hf
+from model.config import ModelConfig
+from orchestrator.config import Config, from_dict, to_dict
+from orchestrator.errors import BadRequest
+from orchestrator.train import storage
+from orchestrator.train.checkpoint import Saver, newest_under
+from orchestrator.train.shards import Loader, Piece
+
+
+def export_checkpoint(checkpoint: str, out: str, *, dtype: torch.dtype = torch.float32) -> str:
+    """Write the newest checkpoint under `checkpoint` (or itself) as a Hugging Face directory; returns its path."""
+    path = newest_under(checkpoint)
+    if path is None:
+        raise BadRequest(f"{checkpoint}: no whole checkpoint there; name a run directory or a checkpoint in it")
+    if storage.local_path(out) is None:
+        raise BadRequest(f"{out}: must be a local directory; export there, then copy it")
+    with contextlib.closing(Loader(path)) as loader, _plain_errors():
+        config = from_dict(ModelConfig, loader.state["config"]["model"])
+        hf.export(storage.local_path(out), config, StateDict(loader, config), dtype=dtype)
+    return path
+
+
+def import_hf(directory: str, out: str) -> str:
+    """Write a Hugging Face directory as a checkpoint of weights under `out`; returns the checkpoint's path."""
+    if not os.path.isdir(directory):
+        raise BadRequest(f"{directory}: is no directory; name one with config.json and model.safetensors")
+    if storage.list_dir(out):
+        raise BadRequest(f"{out}: is not empty; name a new directory")
+    with _plain_errors():
+        config, tensors = hf.load(directory)
+        pieces = [piece for name, tensor in tensors for piece in _pieces(name, tensor)]
+    saver = Saver(out, rank=0, world_size=1, store=None, keep=0, fence="import", timeout_s=3600)
+    saver.save(0, pieces, {"weights_only": True, "config": to_dict(Config(model=config)), "progress": {}},
+               background=False)
+    result = saver.wait()
+    if not result.ok:
+        raise BadRequest(f"{out}: {result.error}")
+    return result.path
+
+
+class StateDict(Mapping[str, Tensor]):
+    """A checkpoint's weights under the model's names, each read when asked for, experts stacked again."""
+
+    def __init__(self, loader: Loader, config: ModelConfig):
+        self.loader = loader
+        self.names = list(hf.tensor_shapes(config))
+        self.num_experts = config.n_routed_experts
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        if ".moe.experts." not in name:
+            return self.loader.read(f"model.{name}")
+        prefix, matrix = name.rsplit(".", 1)
+        return torch.stack([self.loader.read(f"model.{prefix}.{e}.{matrix}") for e in range(self.num_experts)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _pieces(name: str, tensor: Tensor) -> list[Piece]:
+    if ".moe.experts." not in name:
+        return [Piece(f"model.{name}", tuple(tensor.shape), 0, tensor)]
+    prefix, matrix = name.rsplit(".", 1)
+    return [Piece(f"model.{prefix}.{e}.{matrix}", tuple(rows.shape), 0, rows) for e, rows in enumerate(tensor)]
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What the conversion refuses is a request that cannot be; so is a file that is not there."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise BadRequest(str(error)) from error

@@ -1,0 +1,118 @@
+import json
+import math
+
+import pytest
+
+from model import count
+from orchestrator.config import Config
+from orchestrator.plan.cost import BUCKETS, Ledger
+from orchestrator.train.finish import finish_run, format_usd, headline
+
+DEVICES, PEAK, PLACED = 4, 5e10, 1e9
+
+
+def config_for(run_dir, *, usd_per_h=0.5, device="cpu"):
+    config = Config()
+    config.run.name, config.run.dir = "test", str(run_dir)
+    config.train.seq_len = 128
+    config.hardware.usd_per_h, config.hardware.device, config.hardware.name = usd_per_h, device, device
+    return config
+
+
+def result_of(config, *, price=0.5, **more):
+    """What the loop returns after 100 s, of which it booked 90."""
+    ledger = Ledger(DEVICES, price, PLACED)
+    for bucket, seconds in (("startup", 20.0), ("goodput", 60.0), ("data", 1.0), ("checkpoint", 4.0), ("validation", 5.0)):
+        ledger.charge(bucket, seconds)
+    return {"status": "completed", "steps": 50, "tokens": 102_400, "loss_train": 2.5, "loss_validation": 2.6,
+            "bits_per_byte": {"validation": 3.1, "bigram": 3.6, "gzip": 2.7}, "tokens_per_s": 1700.0,
+            "step_time_s": 1.2, "peak_flops_per_s": PEAK, "ledger": ledger.to_dict(PLACED + 100),
+            "wandb_id": "abc", **more}
+
+
+def finish(config, result, *, released_after=107.5):
+    return finish_run(config, result, placed_at=PLACED, released_at=PLACED + released_after, devices=DEVICES, attempts=1)
+
+
+def test_the_summary_has_the_keys_that_scripts_lean_on(tmp_path):
+    config = config_for(tmp_path)
+    finish(config, result_of(config))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["steps"] == 50 and summary["tokens"] == 102_400
+    assert summary["loss"] == {"train": 2.5, "validation": 2.6}
+    assert summary["bits_per_byte"] == {"validation": 3.1, "bigram": 3.6, "gzip": 2.7}
+    assert summary["layout"].items() >= {"pp": 1, "dp": 1, "ep": 1, "schedule": "1f1b", "microbatches": 1}.items()
+    assert {"predicted", "measured", "attempts", "hardware", "run_dir", "tokens_per_s"} <= summary.keys()
+    assert set(summary["buckets_s"]) == set(BUCKETS)
+
+
+def test_every_device_second_until_release_is_charged_and_bucketed(tmp_path):
+    summary = finish(config_for(tmp_path), result_of(config_for(tmp_path)))
+    assert summary["measured"]["charged_s"] == DEVICES * 107.5
+    assert math.fsum(summary["buckets_s"].values()) == summary["measured"]["charged_s"] == summary["device_hours"] * 3600
+    assert summary["buckets_s"]["idle"] == pytest.approx(DEVICES * 17.5)
+    assert summary["usd_total"] == pytest.approx(DEVICES * 107.5 / 3600 * 0.5)
+    assert summary["usd_per_million_tokens"] == pytest.approx(summary["usd_total"] / 0.1024)
+    assert summary["goodput"] == pytest.approx(60 / 107.5)
+
+
+def test_mfu_and_dense_equivalents_follow_from_the_measured_rate(tmp_path):
+    config = config_for(tmp_path)
+    summary = finish(config, result_of(config))
+    flops = count.training_flops(config.model, 128, mtp=True)
+    assert summary["mfu"] == pytest.approx(1700 * flops / (DEVICES * PEAK))
+    active, total = summary["dense"]["equal_active"], summary["dense"]["equal_total"]
+    assert active["device_hours"] == pytest.approx(102_400 / 1700 * DEVICES / 3600), "its own productive time"
+    assert total["device_hours"] > active["device_hours"] and total["usd"] == pytest.approx(total["device_hours"] * 0.5)
+    assert "own MFU" in summary["dense"]["at"]
+
+
+def test_gpu_hours_are_named_on_gpus_only(tmp_path):
+    cpu = finish(config_for(tmp_path), result_of(config_for(tmp_path)))
+    gpu = finish(config_for(tmp_path), result_of(config_for(tmp_path), device="cuda"))
+    assert "gpu_hours" not in cpu and gpu["gpu_hours"] == gpu["device_hours"]
+
+
+def test_an_unknown_price_leaves_dollars_unknown(tmp_path):
+    summary = finish(config_for(tmp_path, usd_per_h=None), result_of(config_for(tmp_path), price=None))
+    assert summary["usd_total"] is None and summary["usd_per_million_tokens"] is None
+    assert summary["dense"]["equal_total"]["usd"] is None and summary["dense"]["equal_total"]["device_hours"] > 0
+    assert "unknown" in "\n".join(headline(summary)) and "$" not in "\n".join(headline(summary))
+
+
+def test_a_failed_run_is_summed_up_from_the_rows_it_left(tmp_path):
+    rows = [{"step": step, "train/loss": 5.0 - step, "tokens/total": 100 * step, "tokens/per_s": 50.0, "time/step_s": 2.0,
+             "time/data_s": 0.5, "validation/loss": 4.5 if step == 2 else None} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = finish(config_for(tmp_path), {"status": "failed"}, released_after=10.0)
+    assert (summary["status"], summary["steps"], summary["tokens"], summary["loss"]) == (
+        "failed", 3, 300, {"train": 2.0, "validation": 4.5})
+    assert summary["buckets_s"]["goodput"] == pytest.approx(DEVICES * 4.5)
+    assert math.fsum(summary["buckets_s"].values()) == pytest.approx(DEVICES * 10.0)
+    assert summary["tokens_per_s"] == pytest.approx(50.0) and summary["mfu"] is None
+
+
+def test_a_run_that_failed_before_its_first_step_is_still_charged(tmp_path):
+    summary = finish(config_for(tmp_path), {}, released_after=36.0)
+    assert summary["status"] == "failed" and summary["steps"] == 0
+    assert summary["usd_total"] == pytest.approx(DEVICES * 0.01 * 0.5)
+    assert summary["usd_per_million_tokens"] is None and headline(summary)
+
+
+def test_figures_that_are_not_finite_become_null(tmp_path):
+    finish(config_for(tmp_path), result_of(config_for(tmp_path), loss_train=math.nan))
+    assert "NaN" not in (tmp_path / "summary.json").read_text()
+
+
+def test_the_last_block_names_figures_beside_what_they_are_measured_by(tmp_path):
+    lines = headline(finish(config_for(tmp_path), result_of(config_for(tmp_path))))
+    text = "\n".join(lines)
+    for part in ("completed: 50 steps, 102,400 tokens, 1 attempt", "3.100 bits per byte (bigram 3.600, gzip 2.700)",
+                 "1,700 tokens/s", "measured GEMM", "goodput 56%", "per million tokens", "equal total", "same MFU"):
+        assert part in text, part
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_dollars_show_three_significant_digits():
+    assert [format_usd(x) for x in (None, 0, 0.000123456, 0.0123, 1.5, 99.999, 5576000)] == [
+        "unknown", "$0.00", "$0.000123", "$0.0123", "$1.50", "$100.00", "$5,576,000.00"]
