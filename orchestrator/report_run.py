@@ -69,7 +69,7 @@ def headline_figures(summary: dict) -> list[Figure]:
     devices, device = summary["hardware"].get("devices"), summary["hardware"].get("device") or "device"
     peak = summary["measured"].get("peak_flops_per_s")
     peak_note = "" if peak is None else (f"of {devices} x {peak / 1e12:.3g} TFLOP/s, "
-                                         + ("measured GEMM" if device == "cpu" else "peak"))
+                                         f"{summary['measured'].get('peak_source')}")
     twin = dense.get("equal_total", {})
     mean_of = f"the last {LAST_STEPS} steps" if summary["status"] == "unfinished" else "kept steps"
     return [

@@ -20,6 +20,7 @@ from orchestrator.plan.cost import (
 )
 from orchestrator.train import metrics
 from orchestrator.train.data import Corpus
+from orchestrator.train.finish import read_summary, summarise
 
 TEARDOWN_S = 3.0
 """Wall time kept in hand for the release of the devices when a budget is about to end a run."""
@@ -144,15 +145,23 @@ class Accounts:
     def close(self) -> None:
         """Flush and close the logs; without a result the run has failed."""
         if self.tracker is not None:
-            self.tracker.finish(self.final or {"status": "failed"})
+            final = self.final or {"status": "failed", "steps": self.progress.step,
+                                   "ledger": self.ledger.to_dict(time.time())}
+            self.tracker.finish(summarise(self.config, final, placed_at=self.placed_at, released_at=time.time(),
+                                          devices=self.devices, attempts=self.attempt))
 
     def _open_ledger(self, restored: dict | None) -> Ledger:
+        """This run's bill so far: the checkpoint's, raised to what earlier attempts were charged after it."""
         price = self.config.hardware.usd_per_h
         if restored is None:
-            return Ledger(self.devices, price, self.placed_at)
-        ledger = Ledger.from_dict(restored["ledger"], devices=self.devices, usd_per_h=price, since=self.placed_at)
+            ledger = Ledger(self.devices, price, self.placed_at)
+        else:
+            ledger = Ledger.from_dict(restored["ledger"], devices=self.devices, usd_per_h=price, since=self.placed_at)
         if self.tracker is not None:
             ledger.catch_up(self.tracker.dropped.charged_s, "lost_work")
+            summary = read_summary(self.config.run.dir)
+            if summary is not None:
+                ledger.catch_up(summary["measured"]["charged_s"], "restart")
         return ledger
 
     def _loads(self, counts: torch.Tensor) -> dict:

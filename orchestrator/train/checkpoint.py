@@ -261,11 +261,11 @@ class Saver:
                 files[report["file"]] = ShardFile(report["bytes"], report["sha256"])
             for key, dtype, shape, start, stop in report["index"]:
                 spans[key].append(Span(report["file"], start, stop))
-                kind = (dtype, tuple(shape))
+                kind = f"{dtype} {list(shape)}", dtype, tuple(shape)
                 if kinds.setdefault(key, kind) != kind:
-                    raise ValueError(f"{key}: {kind} in {report['file']}, {kinds[key]} elsewhere")
-        tensors = {key: Entry(dtype, tuple(shape), tuple(sorted(spans[key], key=lambda span: (span.start, span.stop))))
-                   for key, (dtype, shape) in kinds.items()}
+                    raise ValueError(f"{key}: {kind[0]} in {report['file']}, {kinds[key][0]} elsewhere")
+        tensors = {key: Entry(dtype, shape, tuple(sorted(spans[key], key=lambda span: (span.start, span.stop))))
+                   for key, (_, dtype, shape) in kinds.items()}
         return Manifest(job.step, self._claim.number, self.fence, job.state, files,
                         expert_census(tensors, self.experts), tensors)
 

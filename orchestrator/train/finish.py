@@ -22,11 +22,18 @@ def finish_run(config: Config, result: dict, *, placed_at: float, released_at: f
     if result.get("ledger") is None:
         rows_at = storage.join(config.run.dir, METRICS)
         rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
-        result = _result_from_rows(rows, config, placed_at=placed_at, devices=devices) | result
+        left = _result_from_rows(rows, placed_at=placed_at, released_at=released_at, devices=devices)
+        result = left | {key: value for key, value in result.items() if value is not None}
     summary = summarise(config, result, placed_at=placed_at, released_at=released_at, devices=devices,
                         attempts=attempts)
     storage.write_bytes(storage.join(config.run.dir, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def read_summary(run_dir: str) -> dict | None:
+    """The summary an earlier attempt left, if any."""
+    path = storage.join(run_dir, SUMMARY)
+    return json.loads(storage.read_bytes(path)) if storage.exists(path) else None
 
 
 def summarise(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
@@ -70,6 +77,7 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
             "model_flops_total": result.get("model_flops_total") or flops * tokens,
             "model_flops_per_token": flops,
             "peak_flops_per_s": peak,
+            "peak_source": _peak_source(config, peak),
             "mfu_convention": cost.MFU_CONVENTION,
             "charged_s": charged_s,
             "wall_s": released_at - placed_at,
@@ -110,11 +118,10 @@ def headline(summary: dict) -> list[str]:
         lines[-1] += " (set hardware.usd_per_h to see dollars)"
     if summary["usd_per_million_tokens"] is not None:
         lines.append(f"          {format_usd(summary['usd_per_million_tokens'])} per million tokens")
-    dense = summary["dense"]
-    if dense["equal_total"]["device_hours"] is not None:
-        lines.append("dense     " + "; ".join(
-            f"equal {name}: {format_usd(dense[key]['usd'])}, {dense[key]['device_hours']:.4g} {unit}"
-            for name, key in (("total", "equal_total"), ("active", "equal_active"))) + "  (same tokens, same MFU)")
+    for name, twin in (("total", summary["dense"]["equal_total"]), ("active", summary["dense"]["equal_active"])):
+        if twin["device_hours"] is not None:
+            lines.append(f"dense     {format_usd(twin['usd'])}, {twin['device_hours']:.4g} {unit} for equal {name} "
+                         "parameters, same tokens, this MFU")
     return lines
 
 
@@ -128,26 +135,39 @@ def format_usd(usd: float | None) -> str:
 
 
 def _peak(summary: dict) -> str:
-    tflops, hardware = summary["measured"]["peak_flops_per_s"] / 1e12, summary["hardware"]
-    how = "measured GEMM" if hardware["device"] == "cpu" else "peak"
-    return f"{hardware['devices']} x {tflops:.3g} TFLOP/s ({how})"
+    measured = summary["measured"]
+    return (f"{summary['hardware']['devices']} x {measured['peak_flops_per_s'] / 1e12:.3g} TFLOP/s "
+            f"({measured['peak_source']})")
+
+
+def _peak_source(config: Config, peak: float | None) -> str | None:
+    """Whether MFU is against a published peak or against what this machine's GEMM was seen to do."""
+    if peak is None:
+        return None
+    published = {"bf16": config.hardware.bf16_tflops, "fp32": config.hardware.fp32_tflops}
+    dtypes = [name for name, tflops in published.items() if tflops and math.isclose(tflops * 1e12, peak)]
+    return f"{dtypes[0]} peak" if dtypes else "measured GEMM"
 
 
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _result_from_rows(rows: list[dict], config: Config, *, placed_at: float, devices: int) -> dict:
-    """What a failed attempt left behind: last figures by its last row, and the buckets that rows speak of."""
+def _result_from_rows(rows: list[dict], *, placed_at: float, released_at: float, devices: int) -> dict:
+    """What a failed attempt left behind: last figures by its last row, and the buckets that rows speak of.
+
+    It is charged from placement to release, and not less than its last row showed, earlier attempts included.
+    """
     if not rows:
         return {}
     last = rows[-1]
     sums = {key: math.fsum(row.get(key) or 0.0 for row in rows)
-            for key in ("time/step_s", "time/data_s", "time/checkpoint_s")}
-    ledger = Ledger(devices, config.hardware.usd_per_h, placed_at)
-    ledger.charge("goodput", sums["time/step_s"] - sums["time/data_s"])
-    ledger.charge("data", sums["time/data_s"])
-    ledger.charge("checkpoint", sums["time/checkpoint_s"])
+            for key in ("time/step_s", "time/data_s", "time/checkpoint_s", "time/validation_s")}
+    buckets = {"goodput": sums["time/step_s"] - sums["time/data_s"], "data": sums["time/data_s"],
+               "checkpoint": sums["time/checkpoint_s"], "validation": sums["time/validation_s"]}
+    shown_s = (last.get("cost/device_hours") or 0.0) * 3600
+    ledger = {"at": min(placed_at, released_at - shown_s / devices), "charged_s": 0.0, "usd": 0.0,
+              "buckets_s": {name: seconds * devices for name, seconds in buckets.items()}}
     validated = [row for row in rows if row.get("validation/loss") is not None]
     rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s")]
     return {
@@ -157,7 +177,7 @@ def _result_from_rows(rows: list[dict], config: Config, *, placed_at: float, dev
         "bits_per_byte": {"validation": validated[-1].get("validation/bits_per_byte")} if validated else {},
         "tokens_per_s": len(rates) / math.fsum(1 / rate for rate in rates) if rates else None,
         "step_time_s": sums["time/step_s"] / len(rows),
-        "ledger": ledger.to_dict(placed_at) | {"charged_s": 0.0, "usd": 0.0, "at": placed_at},
+        "ledger": ledger,
     }
 
 

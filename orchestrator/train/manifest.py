@@ -198,7 +198,9 @@ def check_cover(key: str, entry: Entry) -> None:
         if span.start > position:
             raise ValueError(f"{key}: rows {position} to {span.start} of {entry.num_rows} are in no shard")
         position, held_by = span.stop, span.file
-    if position != entry.num_rows:
+    if position > entry.num_rows:
+        raise ValueError(f"{key}: {held_by} has it up to row {position} of {entry.num_rows}")
+    if position < entry.num_rows:
         raise ValueError(f"{key}: rows {position} to {entry.num_rows} of {entry.num_rows} are in no shard")
 
 

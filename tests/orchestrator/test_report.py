@@ -64,8 +64,8 @@ def summary_of(rows, *, name="tiny", usd_per_h=0.05):
                         "usd": last[f"cost/dense_{key}_usd"]}
                   for key, parameters in (("equal_total", 3_400_000), ("equal_active", 1_200_000))},
         "predicted": {"step_time_s": 0.40}, "run_dir": "x",
-        "measured": {"step_time_s": 0.43, "peak_flops_per_s": 5.5e10, "model_flops_total": 1e12,
-                     "mfu_convention": MFU_CONVENTION},
+        "measured": {"step_time_s": 0.43, "peak_flops_per_s": 5.5e10, "peak_source": "measured GEMM",
+                     "model_flops_total": 1e12, "mfu_convention": MFU_CONVENTION},
         "model": {"name": "tiny", "parameters": 3_400_000, "active_parameters": 1_200_000},
         "layout": {"pp": 2, "dp": 2, "ep": 2, "schedule": "1f1b", "microbatches": 2},
         "hardware": {"name": "cpu_2core", "device": "cpu", "devices": 4, "usd_per_h": usd_per_h, "market": "on_demand",

@@ -19,8 +19,8 @@ def s3():
                             "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
+        s3fs.S3FileSystem().mkdir(f"bucket-{port}")
+        yield f"s3://bucket-{port}"
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 

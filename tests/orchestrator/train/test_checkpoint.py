@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -58,8 +59,8 @@ def pieces_of(tensors, rank, world):
 class Team:
     """The savers of an attempt."""
 
-    def __init__(self, directory, world=4, *, keep=0, fence="attempt-1", timeout_s=20, experts=EXPERTS):
-        store = dist.HashStore() if world > 1 else None
+    def __init__(self, directory, world=4, *, keep=0, fence="attempt-1", timeout_s=20, experts=EXPERTS, store=None):
+        store = (store or dist.HashStore()) if world > 1 else None
         self.savers = [Saver(directory, rank=rank, world_size=world, store=store, keep=keep, fence=fence,
                              timeout_s=timeout_s, experts=experts) for rank in range(world)]
 
@@ -397,9 +398,21 @@ def test_what_is_not_whole_is_not_committed(tmp_path, tensors, change, reason):
     assert checkpoint.list_checkpoints(str(tmp_path)) == []
 
 
-def test_one_rank_s_experts_saved_by_all_is_not_committed(tmp_path, tensors):
-    result = Team(str(tmp_path), 2).save(1, lambda rank, world: pieces_of(tensors, 0, world))
-    assert not result.ok and "both in rank-00000.safetensors and in rank-00001.safetensors" in result.error
+@pytest.mark.parametrize("experts, reason", [
+    (EXPERTS, "4 of 8 experts present"), (None, "both in rank-00000.safetensors and in rank-00001.safetensors")])
+def test_one_rank_s_experts_saved_by_all_is_not_committed(tmp_path, tensors, experts, reason):
+    mine = {key: tensor for key, tensor in tensors.items() if not re.search(r"experts\.[4-7]\.", key)}
+    result = Team(str(tmp_path), 2, experts=experts).save(1, lambda rank, world: pieces_of(mine, 0, 1))
+    assert not result.ok and reason in result.error
+
+
+def test_a_tcp_store_carries_the_index(tmp_path, tensors):
+    store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    team = Team(str(tmp_path), 4, store=store)
+    for step in (1, 2):
+        result = team.save(step, lambda rank, world: pieces_of(tensors, rank, world))
+        assert result.ok, result.error
+    assert_holds(result.path, tensors)
 
 
 def test_without_an_expected_census_the_trees_must_agree(tmp_path, tensors):

@@ -22,7 +22,8 @@ def config_for(run_dir, *, usd_per_h=0.5, device="cpu"):
 def result_of(config, *, price=0.5, **more):
     """What the loop returns after 100 s, of which it booked 90."""
     ledger = Ledger(DEVICES, price, PLACED)
-    for bucket, seconds in (("startup", 20.0), ("goodput", 60.0), ("data", 1.0), ("checkpoint", 4.0), ("validation", 5.0)):
+    booked = {"startup": 20.0, "goodput": 60.0, "data": 1.0, "checkpoint": 4.0, "validation": 5.0}
+    for bucket, seconds in booked.items():
         ledger.charge(bucket, seconds)
     return {"status": "completed", "steps": 50, "tokens": 102_400, "loss_train": 2.5, "loss_validation": 2.6,
             "bits_per_byte": {"validation": 3.1, "bigram": 3.6, "gzip": 2.7}, "tokens_per_s": 1700.0,
@@ -31,7 +32,8 @@ def result_of(config, *, price=0.5, **more):
 
 
 def finish(config, result, *, released_after=107.5):
-    return finish_run(config, result, placed_at=PLACED, released_at=PLACED + released_after, devices=DEVICES, attempts=1)
+    return finish_run(config, result, placed_at=PLACED, released_at=PLACED + released_after, devices=DEVICES,
+                      attempts=1)
 
 
 def test_the_summary_has_the_keys_that_scripts_lean_on(tmp_path):
@@ -48,8 +50,9 @@ def test_the_summary_has_the_keys_that_scripts_lean_on(tmp_path):
 
 def test_every_device_second_until_release_is_charged_and_bucketed(tmp_path):
     summary = finish(config_for(tmp_path), result_of(config_for(tmp_path)))
-    assert summary["measured"]["charged_s"] == DEVICES * 107.5
-    assert math.fsum(summary["buckets_s"].values()) == summary["measured"]["charged_s"] == summary["device_hours"] * 3600
+    charged_s = summary["measured"]["charged_s"]
+    assert charged_s == math.fsum(summary["buckets_s"].values()) == pytest.approx(DEVICES * 107.5, rel=1e-12)
+    assert summary["device_hours"] == charged_s / 3600
     assert summary["buckets_s"]["idle"] == pytest.approx(DEVICES * 17.5)
     assert summary["usd_total"] == pytest.approx(DEVICES * 107.5 / 3600 * 0.5)
     assert summary["usd_per_million_tokens"] == pytest.approx(summary["usd_total"] / 0.1024)
@@ -67,6 +70,13 @@ def test_mfu_and_dense_equivalents_follow_from_the_measured_rate(tmp_path):
     assert "own MFU" in summary["dense"]["at"]
 
 
+def test_the_peak_behind_mfu_is_named(tmp_path):
+    config = config_for(tmp_path)
+    assert finish(config, result_of(config))["measured"]["peak_source"] == "measured GEMM"
+    config.hardware.bf16_tflops = 989.0
+    assert finish(config, result_of(config) | {"peak_flops_per_s": 989e12})["measured"]["peak_source"] == "bf16 peak"
+
+
 def test_gpu_hours_are_named_on_gpus_only(tmp_path):
     cpu = finish(config_for(tmp_path), result_of(config_for(tmp_path)))
     gpu = finish(config_for(tmp_path), result_of(config_for(tmp_path), device="cuda"))
@@ -81,8 +91,9 @@ def test_an_unknown_price_leaves_dollars_unknown(tmp_path):
 
 
 def test_a_failed_run_is_summed_up_from_the_rows_it_left(tmp_path):
-    rows = [{"step": step, "train/loss": 5.0 - step, "tokens/total": 100 * step, "tokens/per_s": 50.0, "time/step_s": 2.0,
-             "time/data_s": 0.5, "validation/loss": 4.5 if step == 2 else None} for step in (1, 2, 3)]
+    rows = [{"step": step, "train/loss": 5.0 - step, "tokens/total": 100 * step, "tokens/per_s": 50.0,
+             "time/step_s": 2.0, "time/data_s": 0.5, "validation/loss": 4.5 if step == 2 else None}
+            for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = finish(config_for(tmp_path), {"status": "failed"}, released_after=10.0)
     assert (summary["status"], summary["steps"], summary["tokens"], summary["loss"]) == (
@@ -90,6 +101,13 @@ def test_a_failed_run_is_summed_up_from_the_rows_it_left(tmp_path):
     assert summary["buckets_s"]["goodput"] == pytest.approx(DEVICES * 4.5)
     assert math.fsum(summary["buckets_s"].values()) == pytest.approx(DEVICES * 10.0)
     assert summary["tokens_per_s"] == pytest.approx(50.0) and summary["mfu"] is None
+
+
+def test_a_failed_run_costs_no_less_than_its_last_row_showed(tmp_path):
+    row = {"step": 9, "time/step_s": 2.0, "cost/device_hours": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    summary = finish(config_for(tmp_path), {"status": "failed", "ledger": None}, released_after=10.0)
+    assert summary["device_hours"] == pytest.approx(0.5) and summary["usd_total"] == pytest.approx(0.25)
 
 
 def test_a_run_that_failed_before_its_first_step_is_still_charged(tmp_path):
@@ -108,7 +126,7 @@ def test_the_last_block_names_figures_beside_what_they_are_measured_by(tmp_path)
     lines = headline(finish(config_for(tmp_path), result_of(config_for(tmp_path))))
     text = "\n".join(lines)
     for part in ("completed: 50 steps, 102,400 tokens, 1 attempt", "3.100 bits per byte (bigram 3.600, gzip 2.700)",
-                 "1,700 tokens/s", "measured GEMM", "goodput 56%", "per million tokens", "equal total", "same MFU"):
+                 "1,700 tokens/s", "measured GEMM", "goodput 56%", "per million tokens", "equal total", "this MFU"):
         assert part in text, part
     assert all(len(line) <= 120 for line in lines)
 

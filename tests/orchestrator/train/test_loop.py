@@ -1,0 +1,220 @@
+"""The rank program on real gloo ranks: resume, stop, budget, bad steps. Tiny model, a few files of text."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from model.config import ModelConfig
+from orchestrator.config import Config, WandbMode
+from orchestrator.errors import BadRequest, NotTrustworthy
+from orchestrator.parallel.mesh import RankInfo
+from orchestrator.train.control import Control
+from orchestrator.train.loop import Trainer, run_rank
+
+LAYOUTS = {"one": (1, 1, 1, 4), "pp2_ep2": (2, 2, 2, 4), "ep4": (1, 4, 4, 2), "pp4": (4, 1, 1, 4)}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(12):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
+    return folder
+
+
+def make_config(text: Path, run_dir: Path, layout: str = "one", **changes) -> Config:
+    config = Config()
+    config.model = ModelConfig(vocab_size=264, dim=48, inter_dim=96, moe_inter_dim=32, n_mtp_layers=1, init_std=0.05,
+                               balance_loss_weight=1e-3, bias_update_speed=1e-2)
+    config.layout.pp, config.layout.dp, config.layout.ep, config.layout.microbatches = LAYOUTS[layout]
+    config.train = dataclasses.replace(config.train, steps=6, batch_size=16, seq_len=32, validate_every=3,
+                                       validate_sequences=16)
+    config.data.path, config.data.cache_dir = f"{text}/*.txt", str(text / "cache")
+    config.data.validation_fraction = 0.2
+    config.optim.warmup_steps = 2
+    config.checkpoint.every, config.checkpoint.keep = 2, 0
+    config.tracker.wandb = WandbMode.off
+    config.run.dir, config.checkpoint.dir = str(run_dir), str(run_dir / "checkpoints")
+    config.hardware.name, config.hardware.usd_per_h = "cpu", 3.6
+    config.cluster.step_timeout_s = 30
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        setattr(getattr(config, section), name, value) if name else setattr(config, section, value)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def train(info: RankInfo, config: Config, control: Control | None = None) -> dict:
+    return run_rank(config, info, control=control or Control(), placed_at=time.time())
+
+
+def train_and_stop_after(info: RankInfo, config: Config, step: int) -> dict:
+    control = Control()
+    update = control.update
+
+    def watched(**fields):
+        update(**fields)
+        if info.rank == 0 and fields.get("step") == step:
+            control.request_stop("SIGTERM")
+
+    control.update = watched
+    return train(info, config, control)
+
+
+def train_with_bad_steps(info: RankInfo, config: Config, bad: list[int]) -> dict:
+    """The last rank's first expert gradient turns into NaN at steps `bad` (from 1)."""
+    original = Trainer._step
+
+    def step(self, tokens):
+        finish = type(self.pipeline).finish_grads
+
+        def poisoned():
+            finish(self.pipeline)
+            if info.rank == info.world_size - 1 and self.progress.step + 1 in bad:
+                next(s for s in self.pipeline.shards if s.is_expert).grad().fill_(math.nan)
+
+        self.pipeline.finish_grads = poisoned
+        return original(self, tokens)
+
+    Trainer._step = step
+    try:
+        return train(info, config)
+    finally:
+        Trainer._step = original
+
+
+def run(ranks, function, config: Config, *args) -> list[dict]:
+    return ranks.run(function, config, *args, world=config.layout.pp * config.layout.dp)
+
+
+def rows(run_dir: Path) -> dict[int, dict]:
+    return {row["step"]: row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())}
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (run_dir / "events.jsonl").read_text().splitlines()) if e["kind"] == kind]
+
+
+def losses(run_dir: Path) -> dict[int, tuple]:
+    keys = ("train/loss", "train/mtp_loss_1", "train/balance_loss", "train/grad_norm", "validation/loss")
+    return {step: tuple(row.get(key) for key in keys) for step, row in rows(run_dir).items()}
+
+
+def checkpoint_of(run_dir: Path, step: int) -> str:
+    return str(next((run_dir / "checkpoints").glob(f"step-{step:08d}*")))
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, text, tmp_path_factory):
+    """An uninterrupted run of six steps on pp2 x ep2."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(ranks, train, make_config(text, folder, "pp2_ep2"))
+    return folder
+
+
+def test_same_config_and_seed_give_the_same_losses_bit_for_bit(ranks, text, whole, tmp_path):
+    run(ranks, train, make_config(text, tmp_path, "pp2_ep2"))
+    assert losses(tmp_path) == losses(whole)
+    run(ranks, train, make_config(text, tmp_path / "other", "pp2_ep2", seed=1))
+    assert losses(tmp_path / "other")[1] != losses(whole)[1]
+
+
+def test_resume_is_bit_equal_to_the_uninterrupted_run(ranks, text, whole, tmp_path):
+    config = make_config(text, tmp_path, "pp2_ep2")
+    results = run(ranks, train_and_stop_after, config, 3)
+    assert {result["status"] for result in results} == {"preempted"} and max(rows(tmp_path)) == 4
+    config.resume = "auto"
+    results = run(ranks, train, config)
+    assert results[0]["status"] == "completed"
+    assert {step: row[:4] for step, row in losses(tmp_path).items()} == {
+        step: row[:4] for step, row in losses(whole).items()}
+    assert losses(tmp_path)[6] == losses(whole)[6]
+    assert events(tmp_path, "resumed")[0]["step"] == 4
+
+
+@pytest.mark.parametrize("layout", ["one", "ep4", "pp4"])
+def test_a_checkpoint_of_pp2_ep2_goes_on_under_another_layout(ranks, text, whole, tmp_path, layout):
+    config = make_config(text, tmp_path, layout, resume=checkpoint_of(whole, 2))
+    run(ranks, train, config)
+    expected = losses(whole)
+    assert set(rows(tmp_path)) == {3, 4, 5, 6}
+    for step, row in losses(tmp_path).items():
+        assert row[:3] == pytest.approx(expected[step][:3], rel=1e-5)
+        assert row[3] == pytest.approx(expected[step][3], rel=1e-4)
+        assert rows(tmp_path)[step]["moe/tokens_per_expert"] == rows(whole)[step]["moe/tokens_per_expert"]
+
+
+def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_continues(ranks, text, whole, tmp_path):
+    config = make_config(text, tmp_path, "pp2_ep2")
+    run(ranks, train, config)
+    shard = next(Path(checkpoint_of(tmp_path, 6)).glob("*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-5] ^= 1
+    shard.write_bytes(damaged)
+    config.resume = "auto"
+    run(ranks, train, config)
+    resumed = events(tmp_path, "resumed")[0]
+    assert resumed["step"] == 4 and resumed["skipped"] == [checkpoint_of(tmp_path, 6).replace("0001-", "0001-")]
+    assert losses(tmp_path)[6] == losses(whole)[6]
+
+
+def test_resume_refuses_another_model_and_another_order_of_samples(text, whole, tmp_path):
+    path = checkpoint_of(whole, 6)
+    other = make_config(text, tmp_path, resume=path, model__dim=32)
+    with pytest.raises(BadRequest, match="another model: model.dim=48 there, 32 here"):
+        train(RankInfo(), other)
+    with pytest.raises(BadRequest, match="seed=5.*was written with 0"):
+        train(RankInfo(), make_config(text, tmp_path, resume=path, seed=5))
+    with pytest.raises(BadRequest, match="no whole checkpoint there"):
+        train(RankInfo(), make_config(text, tmp_path, resume=str(tmp_path / "nothing")))
+
+
+def test_a_non_finite_step_is_skipped_by_all_ranks_and_counted(ranks, text, whole, tmp_path):
+    results = run(ranks, train_with_bad_steps, make_config(text, tmp_path, "pp2_ep2"), [3])
+    assert {result["skipped_steps"] for result in results} == {1}
+    ours, expected = losses(tmp_path), losses(whole)
+    assert ours[2] == expected[2] and ours[3][0] == expected[3][0]
+    assert [row["train/skipped"] for row in rows(tmp_path).values()] == [0, 0, 1, 0, 0, 0]
+    assert all(math.isfinite(row[0]) for row in ours.values())
+    assert events(tmp_path, "step_skipped")[0]["step"] == 3
+    assert results[0]["ledger"]["buckets_s"]["lost_work"] > 0
+
+
+def test_too_many_bad_steps_end_the_run_as_not_trustworthy(text, tmp_path):
+    config = make_config(text, tmp_path, train__max_bad_steps=2)
+    with pytest.raises(NotTrustworthy, match="2 steps in a row"):
+        train_with_bad_steps(RankInfo(), config, [2, 3, 4, 5])
+    assert max(rows(tmp_path)) == 3
+
+
+def test_the_budget_ends_the_run_with_a_checkpoint_before_it_is_passed(text, tmp_path):
+    config = make_config(text, tmp_path, train__steps=100_000, budget__max_usd=0.009)
+    result = train(RankInfo(), config)
+    assert result["status"] == "budget" and 0 < result["steps"] < 100_000
+    assert result["ledger"]["usd"] <= 0.009
+    assert checkpoint_of(tmp_path, result["steps"]) and events(tmp_path, "budget_reached")
+
+
+def test_the_ledger_follows_the_clock_and_rows_carry_the_money(whole):
+    row = rows(whole)[6]
+    assert row["cost/usd_total"] == pytest.approx(row["cost/device_hours"] * 3.6)
+    assert row["cost/usd_per_million_tokens"] == pytest.approx(row["cost/usd_total"] / row["tokens/total"] * 1e6)
+    assert row["cost/dense_equal_total_usd"] > row["cost/dense_equal_active_usd"] > 0
+    assert row["tokens/total"] == 6 * 16 * 32 and 0 < row["perf/mfu"] < 1
+    totals = [r["cost/usd_total"] for r in rows(whole).values()]
+    assert totals == sorted(totals)
+
+
+def test_a_batch_ramp_counts_samples_and_resumes(ranks, text, tmp_path):
+    ramp = dict(train__batch_start=8, train__batch_ramp_steps=3)
+    run(ranks, train, make_config(text, tmp_path / "a", "one", layout__microbatches=2, **ramp))
+    run(ranks, train, make_config(text, tmp_path / "b", "pp2_ep2", layout__microbatches=2, **ramp))
+    ours, alone = rows(tmp_path / "b"), rows(tmp_path / "a")
+    assert [r["tokens/total"] for r in ours.values()] == [r["tokens/total"] for r in alone.values()]
+    assert ours[1]["tokens/total"] == 8 * 32
+    for step, row in ours.items():
+        assert row["train/loss"] == pytest.approx(alone[step]["train/loss"], rel=1e-5)
