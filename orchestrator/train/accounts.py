@@ -84,7 +84,8 @@ class Accounts:
         """losses: mean cross-entropies in nats per token of the held-out sequences, main head first."""
         self.ledger.charge("validation", seconds)
         self.progress.loss_validation = losses[0]
-        bits = losses[0] / math.log(2) / self.corpus.bytes_per_token
+        per_token = self.corpus.bytes_per_token
+        bits = losses[0] / math.log(2) / per_token if per_token else None
         self.progress.extra["bits_per_byte"] = bits
         self.event("validated", step=self.progress.step, loss=losses[0], bits_per_byte=bits)
         return {"validation/loss": losses[0], "validation/bits_per_byte": bits, "time/validation_s": seconds,

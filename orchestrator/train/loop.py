@@ -95,7 +95,8 @@ class Trainer:
         self.config, self.mesh, self.control = config, mesh, control
         self.is_lead = mesh.info.rank == 0
         self.n_extra = 1 + config.model.n_mtp_layers
-        self.corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len, n_extra=self.n_extra)
+        self.corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len, n_extra=self.n_extra,
+                                   on_progress=lambda done, total: control.update(phase="data", done=done, total=total))
         compute = compute_dtype(config, mesh.device)
         self.pipeline: Pipeline = build_pipeline(config, mesh, compute)
         self.optimizer = build_optimizer(self.pipeline.shards, config.optim)
@@ -157,7 +158,7 @@ class Trainer:
     def _step(self, tokens: Tensor) -> tuple[StepSums, float]:
         """Forward, backward, agree, clip, update: one optimizer step of the V3 recipe."""
         config, progress, pipeline = self.config, self.progress, self.pipeline
-        sequences = data.batch_size_at(progress.step, config.train, self._quantum())
+        sequences = data.batch_size_at(progress.step, config.train)
         losses = pipeline.train_step(tokens, step_sequences=sequences)
         pipeline.finish_grads()
         sums = self._reduce(losses)
@@ -191,7 +192,7 @@ class Trainer:
         packed = self._sum_over_ranks(packed)
         squared = packed[width + 1].item()
         reduced = packed[width + 3 :].view_as(counts).to(torch.int64)
-        self._count_hosted(reduced)
+        self.hosted += reduced
         return StepSums(packed[:width].tolist(), packed[width].item(), math.sqrt(squared) if squared >= 0 else squared,
                         packed[width + 2].item() > 0, reduced)
 
@@ -219,7 +220,7 @@ class Trainer:
         rows = data.validation_batches(self.corpus, config.train.validate_sequences, config.train.seq_len, self.n_extra)
         share = len(rows) // layout.dp
         mine = torch.from_numpy(rows[self.mesh.coordinate.dp * share :][:share]).to(self.mesh.device)
-        size = math.gcd(share, data.batch_size_at(self.progress.step, config.train, self._quantum()) // layout.dp)
+        size = math.gcd(share, data.batch_size_at(self.progress.step, config.train) // layout.dp)
         losses = sum(self.pipeline.validate(part) for part in mine.split(size))
         sums = self._sum_over_ranks(losses.double().cpu()) / (len(rows) * config.train.seq_len)
         return self.accounts.validated(sums.tolist(), time.perf_counter() - began)
@@ -233,17 +234,11 @@ class Trainer:
     def _batch(self, step: int) -> Tensor:
         """This rank's sequences of a step, [sequences, S + 1 + M]: a function of (seed, step) and coordinate alone."""
         train, dp = self.config.train, self.mesh.layout.dp
-        size = data.batch_size_at(step, train, self._quantum())
+        size = data.batch_size_at(step, train)
         share = size // dp
-        first = data.samples_before(step, train, self._quantum()) + self.mesh.coordinate.dp * share
+        first = data.samples_before(step, train) + self.mesh.coordinate.dp * share
         return torch.from_numpy(data.batch(self.corpus, seed=self.config.seed, first_sample=first, num=share,
                                            seq_len=train.seq_len, n_extra=self.n_extra))
-
-    def _quantum(self) -> int:
-        return self.mesh.layout.dp * self.config.layout.microbatches
-
-    def _count_hosted(self, counts: Tensor) -> None:
-        self.hosted += counts
 
     def _publish(self, **fields) -> None:
         """Status for whoever asks: what is hosted here, what it received, how far the run is."""

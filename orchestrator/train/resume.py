@@ -79,7 +79,8 @@ class Checkpoints:
         self._report()
 
     def close(self) -> None:
-        self.saver.wait()
+        """Give a save under way a moment; after a failure it cannot end, since other ranks are gone."""
+        self.saver.wait(timeout_s=5)
 
     def _report(self) -> None:
         for result in self.saver.results():

@@ -1,0 +1,121 @@
+"""Which tokens a step sees: a pure function of (seed, sample index), the same under every layout.
+
+Sample i of a stream covers tokens [i * seq_len, i * seq_len + seq_len + n_extra): the look-ahead overlaps the next
+sample. grain permutes the samples anew each epoch; a run's position is the number of samples before it.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from model.config import ModelConfig
+from orchestrator.config import DataConfig, DataKind, TrainConfig
+from orchestrator.errors import BadRequest
+from orchestrator.train.tokens import build_index, read_index
+
+
+class TokenStream:
+    """The shards of one split, memory-mapped, as one long row of tokens."""
+
+    def __init__(self, folder: Path, dtype: str, shards: list[dict]):
+        self.maps = [np.memmap(folder / shard["file"], dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+                     for shard in shards]
+        self.ends = np.cumsum([len(part) for part in self.maps])
+        self.num_tokens = int(self.ends[-1])
+        self.num_bytes = sum(shard["bytes"] for shard in shards)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) as int64."""
+        assert 0 <= start and start + length <= self.num_tokens, (start, length, self.num_tokens)
+        parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
+        while length:
+            offset = start - (self.ends[shard] - len(self.maps[shard]))
+            part = self.maps[shard][offset : offset + length]
+            parts.append(part)
+            start, length, shard = start + len(part), length - len(part), shard + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared data set. `streams` is None for random tokens."""
+
+    digest: str
+    """Identity of the tokens: a run resumes on the same ones or not at all."""
+    vocab_size: int
+    streams: dict[str, TokenStream] | None
+    baselines: dict[str, float | None]
+    """Bits per byte of a bigram model and of gzip -9 on the validation split."""
+    bytes_per_token: float | None
+    """Of the validation split, to turn nats per token into bits per byte."""
+
+
+def prepare(config: DataConfig, *, model: ModelConfig, seq_len: int, n_extra: int,
+            on_progress: Callable[[int, int], None] | None = None) -> Corpus:
+    """Tokenise if nobody has yet, map the shards, and refuse data that this model or length cannot use."""
+    if config.kind is DataKind.random:
+        return Corpus("random", model.vocab_size, None, {"bigram": None, "gzip": None}, None)
+    folder = build_index(config, on_progress)
+    index = read_index(folder)
+    if index["vocab_size"] > model.vocab_size:
+        raise BadRequest(f"model.vocab_size={model.vocab_size}: must hold the {index['vocab_size']} tokens of "
+                         f"data.tokenizer={config.tokenizer}; use model.vocab_size={-(-index['vocab_size'] // 8) * 8}")
+    streams = {split: TokenStream(folder, index["dtype"], shards) for split, shards in index["shards"].items()}
+    for split, stream in streams.items():
+        if stream.num_tokens < seq_len + n_extra:
+            raise BadRequest(f"train.seq_len={seq_len}: the {split} split has only {stream.num_tokens} tokens; use "
+                             "shorter sequences, more data or another data.validation_fraction")
+    hashes = [shard["sha256"] for split in sorted(streams) for shard in index["shards"][split]]
+    held_out = streams["validation"]
+    return Corpus(hashlib.sha256("".join(hashes).encode()).hexdigest(), index["vocab_size"], streams,
+                  index["baselines"], held_out.num_bytes / held_out.num_tokens)
+
+
+def batch(corpus: Corpus, *, seed: int, first_sample: int, num: int, seq_len: int, n_extra: int) -> np.ndarray:
+    """Samples [first_sample, first_sample + num) of the run's order, int64 [num, seq_len + n_extra]."""
+    if corpus.streams is None:
+        return np.stack([_random_row(corpus.vocab_size, seed, i, seq_len + n_extra)
+                         for i in range(first_sample, first_sample + num)])
+    stream = corpus.streams["train"]
+    order = sample_order((stream.num_tokens - n_extra) // seq_len, seed)
+    rows = [stream.read(int(order[i]) * seq_len, seq_len + n_extra) for i in range(first_sample, first_sample + num)]
+    return np.stack(rows)
+
+
+def validation_batches(corpus: Corpus, num: int, seq_len: int, n_extra: int) -> np.ndarray:
+    """`num` sequences spread evenly over the held-out tokens, always the same ones, int64 [num, seq_len + n_extra]."""
+    if corpus.streams is None:
+        return np.stack([_random_row(corpus.vocab_size, -1, i, seq_len + n_extra) for i in range(num)])
+    stream = corpus.streams["validation"]
+    last = stream.num_tokens - seq_len - n_extra
+    return np.stack([stream.read(last * i // max(1, num - 1), seq_len + n_extra) for i in range(num)])
+
+
+@lru_cache(maxsize=4)
+def sample_order(num_samples: int, seed: int):
+    """`order[i]` for any global index i >= 0: a permutation of the samples per epoch, each epoch another one."""
+    import grain
+
+    return grain.MapDataset.range(num_samples).seed(seed).shuffle().repeat()
+
+
+def batch_size_at(step: int, train: TrainConfig) -> int:
+    """Sequences of step `step` (from 0). A ramp grows linearly in multiples of `batch_start`, whatever the layout."""
+    if not train.batch_start or step >= train.batch_ramp_steps:
+        return train.batch_size
+    grown = train.batch_start + (train.batch_size - train.batch_start) * step // train.batch_ramp_steps
+    return grown // train.batch_start * train.batch_start
+
+
+def samples_before(step: int, train: TrainConfig) -> int:
+    """Sequences of all steps before `step`: the global index of its first sample."""
+    ramp = min(step, train.batch_ramp_steps if train.batch_start else 0)
+    return sum(batch_size_at(s, train) for s in range(ramp)) + (step - ramp) * train.batch_size
+
+
+def _random_row(vocab_size: int, seed: int, index: int, length: int) -> np.ndarray:
+    return np.random.default_rng([seed + 1, index]).integers(0, vocab_size, length, dtype=np.int64)

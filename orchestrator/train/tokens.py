@@ -1,0 +1,295 @@
+"""Text into token shards, once: flat little-endian integers beside one JSON index, memory-mapped ever after.
+
+    <cache_dir>/<key>/index.json                  version, tokenizer, baselines, and per shard tokens, bytes, sha256
+    <cache_dir>/<key>/train-00000.bin ...         uint16 or uint32 by vocabulary; documents end in the eos token
+    <cache_dir>/<key>/validation-00000.bin ...    a split by document: a document's content decides its side
+
+The key is a digest of the files' names, sizes and times and of what is done to them. Concurrent processes build it
+once, under a lock that dies with its holder; readers see a whole directory or none.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.config import DataConfig
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
+from orchestrator.train import storage
+
+VERSION = 1
+SHARD_TOKENS = 1 << 28
+LOCK_TIMEOUT_S = 3600.0
+BYTE_EOS = 256
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids. `identity` changes with anything that would change the ids."""
+
+    identity: str
+    vocab_size: int
+    eos: int
+    encode: Callable[[str], np.ndarray]
+
+
+def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | None = None) -> Path:
+    """The directory of this data's shards, made if it is not there. on_progress(bytes done, bytes in all)."""
+    files = find_files(config.path)
+    tokenizer = load_tokenizer(config.tokenizer)
+    cache = Path(config.cache_dir).expanduser()
+    target = cache / _key(files, tokenizer, config)
+    if (target / "index.json").exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"{target.name}.lock"):
+        if not (target / "index.json").exists():
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
+            try:
+                _build(files, tokenizer, config, temporary, on_progress or (lambda done, total: None))
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(temporary, target)
+            except OSError as error:
+                raise NotFit(f"data.cache_dir={cache}: {error.strerror or error}; "
+                             "make room there, or choose another directory") from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def find_files(path: str) -> list[str]:
+    """Files that `data.path` means, sorted: globs, comma separated, or `stdlib`."""
+    if path == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+        return sorted(str(file) for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
+    found = set()
+    for pattern in filter(None, (part.strip() for part in path.split(","))):
+        matches = storage.glob(pattern)
+        if not matches:
+            raise BadRequest(f"data.path={pattern}: matches no file; give a path or glob of text, .jsonl or .parquet "
+                             "files, or stdlib")
+        found.update(matches)
+    if not found:
+        raise BadRequest(f"data.path={path!r}: names no file; give a glob, or stdlib")
+    return sorted(found)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`byte`: ids are bytes, 256 ends a document. Else a Hugging Face tokenizer.json."""
+    if name == "byte":
+        return Tokenizer("byte", 257, BYTE_EOS, lambda text: np.frombuffer(text.encode(), dtype=np.uint8))
+    if not os.path.isfile(name):
+        raise BadRequest(f"data.tokenizer={name}: no such file; give a tokenizer.json, or byte")
+    try:
+        from tokenizers import Tokenizer as HFTokenizer
+    except ImportError:
+        raise NotFit(f"data.tokenizer={name}: needs the package tokenizers; pip install tokenizers") from None
+    text = Path(name).read_text(encoding="utf-8")
+    try:
+        loaded = HFTokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise BadRequest(f"data.tokenizer={name}: cannot be read ({error}); give a Hugging Face tokenizer.json") from None
+    names = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+    eos = next((loaded.token_to_id(n) for n in names if loaded.token_to_id(n) is not None), None)
+    vocab_size = loaded.get_vocab_size()
+    if eos is None:
+        eos, vocab_size = vocab_size, vocab_size + 1
+    return Tokenizer(hashlib.sha256(text.encode()).hexdigest(), vocab_size, eos,
+                     lambda text: np.asarray(loaded.encode(text, add_special_tokens=False).ids, dtype=np.uint32))
+
+
+def documents(file: str, text_key: str) -> Iterator[str]:
+    """The texts in one file: a line's field of .jsonl, a row's of .parquet, else the whole file."""
+    if file.endswith((".jsonl", ".ndjson")):
+        for number, line in enumerate(storage.read_bytes(file).decode("utf-8", "replace").splitlines(), 1):
+            if line.strip():
+                yield _field(line, text_key, f"{file}:{number}")
+    elif file.endswith(".parquet"):
+        yield from _parquet_texts(file, text_key)
+    else:
+        yield storage.read_bytes(file).decode("utf-8", "replace")
+
+
+def _field(line: str, text_key: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{where}: is not JSON ({error.msg}); one object per line is wanted") from None
+    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+        raise BadRequest(f"{where}: has no text under data.text_key={text_key}; "
+                         f"its keys are {list(row) if isinstance(row, dict) else type(row).__name__}")
+    return row[text_key]
+
+
+def _parquet_texts(file: str, text_key: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise NotFit(f"{file}: reading Parquet needs pyarrow; pip install pyarrow") from None
+    with storage.open_read(file) as handle:
+        try:
+            table = parquet.ParquetFile(handle)
+            if text_key not in table.schema_arrow.names:
+                raise BadRequest(f"{file}: has no column data.text_key={text_key}; its columns are "
+                                 f"{table.schema_arrow.names}")
+            for batch in table.iter_batches(columns=[text_key]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        except pyarrow.ArrowException as error:
+            raise BadRequest(f"{file}: is not readable Parquet ({error}); remove or repair it") from None
+
+
+def _build(files: list[str], tokenizer: Tokenizer, config: DataConfig, folder: Path,
+           on_progress: Callable[[int, int], None]) -> None:
+    sizes = [storage.size(file) for file in files]
+    writers = {split: _ShardWriter(folder, split, tokenizer.vocab_size) for split in SPLITS}
+    bigrams = _Bigrams()
+    squeezed, packer = 0, zlib.compressobj(9, wbits=31)
+    done = 0
+    for file, size in zip(files, sizes, strict=True):
+        for text in documents(file, config.text_key):
+            if not text:
+                continue
+            raw = text.encode()
+            share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little") / 2**64
+            split = "validation" if share < config.validation_fraction else "train"
+            writers[split].add(tokenizer.encode(text), tokenizer.eos, len(raw))
+            bigrams.add(raw, split)
+            if split == "validation":
+                squeezed += len(packer.compress(raw))
+        done += size
+        on_progress(done, sum(sizes))
+    squeezed += len(packer.flush())
+    shards = {split: writer.close() for split, writer in writers.items()}
+    for split in SPLITS:
+        if not shards[split]:
+            raise BadRequest(f"data.path={config.path}: the {split} split is empty ({len(files)} files, "
+                             f"data.validation_fraction={config.validation_fraction}); give more documents or another "
+                             "fraction")
+    held_out = sum(shard["bytes"] for shard in shards["validation"])
+    index = {"version": VERSION, "tokenizer": tokenizer.identity, "vocab_size": tokenizer.vocab_size,
+             "eos": tokenizer.eos, "dtype": writers["train"].dtype.name,
+             "documents": {split: writer.documents for split, writer in writers.items()}, "shards": shards,
+             "baselines": {"bigram": bigrams.bits_per_byte(), "gzip": 8 * squeezed / held_out}}
+    data = json.dumps(index, indent=1)
+    (folder / "index.json").write_text(json.dumps({"sha256": hashlib.sha256(data.encode()).hexdigest(), "index": index}))
+
+
+def read_index(folder: Path) -> dict:
+    """The checked index: its own hash, and every shard there at its size."""
+    path = folder / "index.json"
+    try:
+        outer = json.loads(path.read_text())
+        index = outer["index"]
+        sound = hashlib.sha256(json.dumps(index, indent=1).encode()).hexdigest() == outer["sha256"]
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise NotTrustworthy(f"{path}: is damaged; delete {folder} and it is made again")
+    for split in SPLITS:
+        for shard in index["shards"][split]:
+            file, wanted = folder / shard["file"], shard["tokens"] * np.dtype(index["dtype"]).itemsize
+            actual = file.stat().st_size if file.exists() else None
+            if actual != wanted:
+                raise NotTrustworthy(f"{file}: has {actual} bytes, the index says {wanted}; delete {folder} and it is "
+                                     "made again")
+    return index
+
+
+def verify_shards(folder: Path) -> None:
+    """Compare every shard's content with its hash."""
+    for split in SPLITS:
+        for shard in read_index(folder)["shards"][split]:
+            with open(folder / shard["file"], "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                    raise NotTrustworthy(f"{folder / shard['file']}: its content is not what was written; delete "
+                                         f"{folder} and it is made again")
+
+
+class _ShardWriter:
+    def __init__(self, folder: Path, split: str, vocab_size: int):
+        self.folder, self.split = folder, split
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.shards: list[dict] = []
+        self.file, self.documents = None, 0
+
+    def add(self, ids: np.ndarray, eos: int, num_bytes: int) -> None:
+        if self.file is None or self.tokens >= SHARD_TOKENS:
+            self._finish()
+            self.name = f"{self.split}-{len(self.shards):05d}.bin"
+            self.file, self.digest = open(self.folder / self.name, "wb"), hashlib.sha256()
+            self.tokens = self.bytes = 0
+        data = np.append(ids, eos).astype(self.dtype).tobytes()
+        self.file.write(data)
+        self.digest.update(data)
+        self.tokens, self.bytes, self.documents = self.tokens + len(ids) + 1, self.bytes + num_bytes, self.documents + 1
+
+    def close(self) -> list[dict]:
+        self._finish()
+        return self.shards
+
+    def _finish(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.shards.append({"file": self.name, "tokens": self.tokens, "bytes": self.bytes,
+                                "sha256": self.digest.hexdigest()})
+            self.file = None
+
+
+class _Bigrams:
+    """A byte-level bigram model: counts of (previous byte, byte), 256 standing for a document's start."""
+
+    def __init__(self) -> None:
+        self.counts = {split: np.zeros((257, 256), dtype=np.int64) for split in SPLITS}
+
+    def add(self, raw: bytes, split: str) -> None:
+        after = np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
+        before = np.concatenate([[256], after[:-1]])
+        self.counts[split] += np.bincount(before * 256 + after, minlength=257 * 256).reshape(257, 256)
+
+    def bits_per_byte(self) -> float:
+        """On the validation split, interpolated with unigrams as strongly as suits it best: a generous baseline."""
+        seen, held_out = self.counts["train"].astype(float), self.counts["validation"]
+        single = (seen.sum(0) + 1) / (seen.sum() + 256)
+        rows = seen.sum(1, keepdims=True)
+        bits = [-(held_out * np.log2((seen + weight * single) / (rows + weight))).sum() / held_out.sum()
+                for weight in (0.1, 1.0, 3.0, 10.0, 30.0, 100.0)]
+        return float(min(bits))
+
+
+def _key(files: list[str], tokenizer: Tokenizer, config: DataConfig) -> str:
+    parts = [VERSION, tokenizer.identity, config.text_key, config.validation_fraction]
+    for file in files:
+        local = storage.local_path(file)
+        parts.append((file, storage.size(file), os.stat(local).st_mtime_ns if local else 0))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An advisory lock that the kernel drops with its holder; others wait, with a deadline."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise NotFit(f"{path}: another process has been tokenising for {LOCK_TIMEOUT_S:.0f} s; "
+                                 "see what it does, or choose another data.cache_dir") from None
+                time.sleep(0.1)
+        yield
