@@ -9,6 +9,7 @@ import difflib
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from model.config import ModelConfig
 
@@ -48,8 +49,10 @@ class WandbMode(Enum):
 
 
 class ClusterKind(Enum):
-    """`local`: Ray started on this machine, nodes simulated. `ray`: the Ray cluster this process is in."""
+    """`local`: Ray started on this machine, nodes simulated. `ray`: the Ray cluster this process is in.
+    `auto`: the cluster if there is one (a Ray job, or RAY_ADDRESS), else local."""
 
+    auto = "auto"
     local = "local"
     ray = "ray"
 
@@ -193,7 +196,7 @@ class HardwareConfig:
 
 @dataclass
 class ClusterConfig:
-    kind: ClusterKind = ClusterKind.local
+    kind: ClusterKind = ClusterKind.auto
     nodes: int = 0
     """Nodes; 0 derives them from the layout. Under `local` they are simulated."""
     ranks_per_node: int = 0
@@ -237,6 +240,23 @@ class Config:
     """The one seed; every random stream derives from (seed, purpose, index)."""
     resume: str = "none"
     """`none`, `auto` (the newest whole checkpoint of run.dir, if any), or a checkpoint's path."""
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped YAML files: beside the packages in a checkout, inside the package when installed."""
+    here = Path(__file__).resolve().parent
+    return next(folder for folder in (here.parent / "conf", here / "conf") if (folder / "config.yaml").exists())
+
+
+def register() -> None:
+    """Tell Hydra the schema: `base_config`, and `base_<group>` in every group."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=Config)
+    for key, hint in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(hint):
+            store.store(group=key, name=f"base_{key}", node=hint)
 
 
 def to_dict(config: object) -> object:

@@ -163,7 +163,7 @@ def _check_numbers(config: Config) -> None:
     require(budget is None or budget > 0, "budget.max_usd", budget, "must be positive", "give dollars, or leave it out")
     price = config.hardware.usd_per_h
     require(price is None or price >= 0, "hardware.usd_per_h", price, "must not be negative", "give dollars per hour")
-    require(budget is None or price is not None, "budget.max_usd", budget,
+    require(budget is None or price is not None or config.hardware.name == "auto", "budget.max_usd", budget,
             f"needs a price, and hardware {config.hardware.name} has none", "set hardware.usd_per_h")
 
 

@@ -9,18 +9,22 @@ import json
 import signal
 import sys
 import time
+from dataclasses import replace
+
+import torch
 
 from orchestrator.config import Config, from_dict, to_dict
 from orchestrator.errors import SparingError
 from orchestrator.parallel.mesh import open_store, rank_from_env
+from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run, require
 from orchestrator.train.control import Control
 from orchestrator.train.finish import finish_run
-from orchestrator.train.run_dir import prepare_run_dir, release_run_dir
+from orchestrator.train.run_dir import Claim, claim_run_dir
 
 
 def train_as_rank(config: Config) -> dict | None:
-    """Train as the rank that the environment names; rank 0 prepares the run directory and returns the summary.
+    """Train as the rank that the environment names; rank 0 claims the run directory and returns the summary.
 
     The other ranks take the config from rank 0, so that a default run directory is one directory.
     """
@@ -31,39 +35,40 @@ def train_as_rank(config: Config) -> dict | None:
             f"times layout.pp={config.layout.pp} must equal the {info.world_size} processes that torchrun started",
             f"start {world} processes, or use layout.dp={max(1, info.world_size // config.layout.pp)}")
     store = open_store(info, timeout_s=config.cluster.start_timeout_s)
-    if info.rank == 0:
-        config = _shared(config, store)
-    else:
-        message = json.loads(store.get("config"))
-        if "error" in message:
-            return None
-        config = from_dict(Config, message)
     control = Control()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, frame: control.request_stop(signal.Signals(caught).name))
-    try:
+    with contextlib.ExitStack() as stack:
+        if info.rank == 0:
+            claim = _claimed(config, store, stack)
+        else:
+            message = json.loads(store.get("config"))
+            if "error" in message:
+                return None
+            claim = Claim(from_dict(Config, message["config"]), message["attempt"])
         from orchestrator.train.loop import run_rank
 
-        result = run_rank(config, info, control=control, placed_at=placed_at, store=store)
+        result = run_rank(claim.config, info, control=control, placed_at=placed_at, attempt=claim.attempt, store=store)
         if info.rank != 0:
             return None
-        return finish_run(config, result, placed_at=placed_at, released_at=time.time(), devices=world, attempts=1)
-    finally:
-        if info.rank == 0:
-            release_run_dir(config)
+        return finish_run(claim.config, result, placed_at=placed_at, released_at=time.time(), devices=world,
+                          attempts=claim.attempt)
 
 
-def _shared(config: Config, store) -> Config:
-    """Rank 0's side: resolve the run directory and tell the others, also when that fails."""
+def _claimed(config: Config, store, stack: contextlib.ExitStack) -> Claim:
+    """Rank 0's side: name the hardware, claim the run directory and tell the others, also when that fails."""
     try:
-        config = prepare_run_dir(config)
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        config = replace(config, hardware=resolve_hardware(config.hardware, name))
+        check_run(config)
+        claim = stack.enter_context(claim_run_dir(config))
     except SparingError as error:
         if store is not None:
             store.set("config", json.dumps({"error": str(error)}))
         raise
     if store is not None:
-        store.set("config", json.dumps(to_dict(config)))
-    return config
+        store.set("config", json.dumps({"config": to_dict(claim.config), "attempt": claim.attempt}))
+    return claim
 
 
 def main(argv: list[str]) -> int:

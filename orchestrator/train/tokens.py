@@ -131,7 +131,7 @@ def _field(line: str, text_key: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
         raise BadRequest(f"{where}: has no text under data.text_key={text_key}; "
                          f"its keys are {list(row) if isinstance(row, dict) else type(row).__name__}")
-    return row[text_key]
+    return row[text_key].encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
 
 
 def _parquet_texts(file: str, text_key: str) -> Iterator[str]:
@@ -154,38 +154,69 @@ def _parquet_texts(file: str, text_key: str) -> Iterator[str]:
 
 def _build(files: list[str], tokenizer: Tokenizer, config: DataConfig, folder: Path,
            on_progress: Callable[[int, int], None]) -> None:
+    """Write shards and index. A corpus of few documents may hold out none: then the one of lowest share is held out,
+    and of a single document its end."""
+    fraction = config.validation_fraction
+    writer = _Writer(folder, tokenizer)
+    for text, share in _read(files, config.text_key, on_progress):
+        writer.add(text, "validation" if share < fraction else "train")
+    if not writer.sound:
+        texts = sorted(_read(files, config.text_key, on_progress), key=lambda item: item[1])
+        if len(texts) == 1:
+            text = texts[0][0]
+            end = min(len(text) - 1, int(len(text) * (1 - fraction)))
+            texts = [(text[end:], 0.0), (text[:end], 1.0)]
+        writer = _Writer(folder, tokenizer)
+        for i, (text, _) in enumerate(texts):
+            writer.add(text, "train" if i else "validation")
+    if not writer.sound:
+        raise BadRequest(f"data.path={config.path}: has too little text for two splits ({len(files)} files); give more")
+    data = json.dumps(writer.index(), indent=1)
+    (folder / "index.json").write_text(
+        json.dumps({"sha256": hashlib.sha256(data.encode()).hexdigest(), "index": json.loads(data)}))
+
+
+def _read(files: list[str], text_key: str, on_progress: Callable[[int, int], None]) -> Iterator[tuple[str, float]]:
+    """Every text that is not empty, with its share: a hash of its content in [0, 1)."""
     sizes = [storage.size(file) for file in files]
-    writers = {split: _ShardWriter(folder, split, tokenizer.vocab_size) for split in SPLITS}
-    bigrams = _Bigrams()
-    squeezed, packer = 0, zlib.compressobj(9, wbits=31)
     done = 0
     for file, size in zip(files, sizes, strict=True):
-        for text in documents(file, config.text_key):
-            if not text:
-                continue
-            raw = text.encode()
-            share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little") / 2**64
-            split = "validation" if share < config.validation_fraction else "train"
-            writers[split].add(tokenizer.encode(text), tokenizer.eos, len(raw))
-            bigrams.add(raw, split)
-            if split == "validation":
-                squeezed += len(packer.compress(raw))
+        for text in documents(file, text_key):
+            if text:
+                yield text, int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
         done += size
         on_progress(done, sum(sizes))
-    squeezed += len(packer.flush())
-    shards = {split: writer.close() for split, writer in writers.items()}
-    for split in SPLITS:
-        if not shards[split]:
-            raise BadRequest(f"data.path={config.path}: the {split} split is empty ({len(files)} files, "
-                             f"data.validation_fraction={config.validation_fraction}); give more documents or another "
-                             "fraction")
-    held_out = sum(shard["bytes"] for shard in shards["validation"])
-    index = {"version": VERSION, "tokenizer": tokenizer.identity, "vocab_size": tokenizer.vocab_size,
-             "eos": tokenizer.eos, "dtype": writers["train"].dtype.name,
-             "documents": {split: writer.documents for split, writer in writers.items()}, "shards": shards,
-             "baselines": {"bigram": bigrams.bits_per_byte(), "gzip": 8 * squeezed / held_out}}
-    data = json.dumps(index, indent=1)
-    (folder / "index.json").write_text(json.dumps({"sha256": hashlib.sha256(data.encode()).hexdigest(), "index": index}))
+
+
+class _Writer:
+    """Both splits' shards, and the baselines counted on the way."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.splits = {split: _ShardWriter(folder, split, tokenizer.vocab_size) for split in SPLITS}
+        self.bigrams = _Bigrams()
+        self.packer, self.packed = zlib.compressobj(9, wbits=31), 0
+
+    def add(self, text: str, split: str) -> None:
+        raw = text.encode()
+        self.splits[split].add(self.tokenizer.encode(text), self.tokenizer.eos, len(raw))
+        self.bigrams.add(raw, split)
+        if split == "validation":
+            self.packed += len(self.packer.compress(raw))
+
+    @property
+    def sound(self) -> bool:
+        return all(writer.documents for writer in self.splits.values())
+
+    def index(self) -> dict:
+        """Close the shards and describe them."""
+        shards = {split: writer.close() for split, writer in self.splits.items()}
+        held_out = sum(shard["bytes"] for shard in shards["validation"])
+        packed = self.packed + len(self.packer.flush())
+        return {"version": VERSION, "tokenizer": self.tokenizer.identity, "vocab_size": self.tokenizer.vocab_size,
+                "eos": self.tokenizer.eos, "dtype": self.splits["train"].dtype.name,
+                "documents": {split: writer.documents for split, writer in self.splits.items()}, "shards": shards,
+                "baselines": {"bigram": self.bigrams.bits_per_byte(), "gzip": 8 * packed / held_out}}
 
 
 def read_index(folder: Path) -> dict:

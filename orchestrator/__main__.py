@@ -1,0 +1,179 @@
+"""The command: `sparing VERB ...`, equally `python -m orchestrator VERB ...`. Parse, check, call, tell, exit.
+
+Exit codes: 0 done, 1 failed, 2 bad request, 3 environment not fit, 17 not trustworthy, 33 transient, 34 preempted.
+SPARING_TRACEBACK=1 shows where an error came from.
+"""
+
+import os
+import sys
+import traceback
+
+from orchestrator.errors import BadRequest, SparingError
+
+USAGE = """\
+Sparing trains mixture-of-experts language models and accounts for what that costs.
+
+usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ...)
+
+  train   [OVERRIDES]        train; `sparing train experiment=tiny` is a first run of about two minutes
+  status  RUN                what a live run is doing: who hosts what, load, rate, cost so far
+  report  RUN [RUN ...]      one self-contained HTML page (and Markdown) about finished runs; out=FILE.html
+  export  CHECKPOINT DIR     write a Hugging Face directory; dtype=fp32 or dtype=bf16
+  import  DIR CHECKPOINT     read a Hugging Face directory; then train with resume=CHECKPOINT
+
+`sparing VERB --help` says more."""
+
+HELP = {
+    "train": """\
+usage: sparing train [KEY=VALUE ...] [Hydra flags]
+
+  sparing train experiment=tiny                        four ranks on this machine (layout pp=2, dp=2, ep=2)
+  sparing train experiment=tiny train.steps=50 layout.schedule=dualpipev layout.microbatches=4
+  sparing train data=text data.path='/corpus/*.jsonl'  your own text
+  sparing train run.dir=runs/NAME resume=auto          go on with a run, with its own config
+  sparing train budget.max_usd=25                      end, with a checkpoint, before it costs more
+
+Groups: model layout data optim precision checkpoint tracker hardware cluster experiment; `model=x` lists what there is.
+Flags:  --cfg job (print the config), --multirun (one run per value), --shell-completion, --hydra-help""",
+    "status": "usage: sparing status RUN\n\nRUN is a run directory, such as runs/tiny-20261124-120000.",
+    "report": "usage: sparing report RUN [RUN ...] [out=FILE.html]\n\nSeveral runs are overlaid. Default: RUN/report.html.",
+    "export": "usage: sparing export CHECKPOINT DIR [dtype=fp32|bf16]\n\nCHECKPOINT may be a run directory: its newest.",
+    "import": "usage: sparing import DIR CHECKPOINT\n\nDIR holds config.json and safetensors of a supported architecture.",
+}
+PLANNED = ("plan", "launch", "compare", "generate", "evaluate", "serve")
+EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except SparingError as error:
+        if os.environ.get("SPARING_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 34
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    verb, arguments = argv[0], argv[1:]
+    if verb in PLANNED:
+        raise BadRequest(f"{verb}: is not built yet; there are {', '.join(VERBS)}")
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        raise BadRequest(f"{verb}: no such verb; {hint} (`sparing --help`)")
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(HELP[verb])
+        return 0
+    return VERBS[verb](arguments)
+
+
+def _train(arguments: list[str]) -> int:
+    from orchestrator.compose import check_overrides, compose_config, with_hydra_flags
+
+    if any(argument.startswith("-") for argument in arguments):
+        check_overrides([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+        return with_hydra_flags(arguments, train_config)
+    return train_config(compose_config(arguments))
+
+
+def train_config(config) -> int:
+    """Check and run one config, here as one of torchrun's processes or as Ray's driver; returns the exit code."""
+    from orchestrator.plan.layout import check_run
+
+    check_run(config)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from orchestrator.train.rank import train_as_rank
+
+        summary = train_as_rank(config)
+    else:
+        from orchestrator.cluster.controller import train
+
+        summary = train(config)
+    if summary is None:
+        return 0
+    from orchestrator.train.finish import headline
+
+    run_dir = _shown(summary["run_dir"])
+    following = (f"sparing report {run_dir}" if summary["status"] != "preempted"
+                 else f"sparing train run.dir={run_dir} resume=auto")
+    print("\n" + "\n".join([*headline(summary), f"run       {run_dir}", f"next      {following}"]))
+    return EXIT_CODES[summary["status"]]
+
+
+def _status(arguments: list[str]) -> int:
+    from orchestrator.cluster.status import show_status
+
+    show_status(*_positional("status", arguments, 1))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from orchestrator.report import write_report
+
+    options, runs = _options("report", arguments, ("out",))
+    print(f"wrote {_shown(write_report(runs, options.get('out')))}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    import torch
+
+    from orchestrator.train.export import export_checkpoint
+
+    options, rest = _options("export", arguments, ("dtype",))
+    source, out = _positional("export", rest, 2)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = options.get("dtype", "fp32")
+    if dtype not in dtypes:
+        raise BadRequest(f"dtype={dtype}: must be one of {', '.join(dtypes)}; use dtype=fp32")
+    path = export_checkpoint(source, out, dtype=dtypes[dtype])
+    print(f"wrote {out} from {_shown(path)}\nnext  AutoModelForCausalLM.from_pretrained({out!r}), or sparing import {out}")
+    return 0
+
+
+def _import(arguments: list[str]) -> int:
+    from orchestrator.train.export import import_hf
+
+    source, out = _positional("import", arguments, 2)
+    print(f"wrote {_shown(import_hf(source, out))}\nnext  sparing train model=... resume={out}")
+    return 0
+
+
+def _positional(verb: str, arguments: list[str], number: int) -> list[str]:
+    if len(arguments) != number:
+        raise BadRequest(f"{verb}: takes {number} arguments, {len(arguments)} were given; {HELP[verb].splitlines()[0]}")
+    return arguments
+
+
+def _options(verb: str, arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """KEY=VALUE arguments of this verb, and the rest."""
+    options = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key.isidentifier():
+            if key not in known:
+                raise BadRequest(f"{argument}: {verb} has no option {key}; {HELP[verb].splitlines()[0]}")
+            options[key] = value
+    return options, [argument for argument in arguments if not argument.partition("=")[0] in options]
+
+
+def _shown(path: str) -> str:
+    """A local path as short as it can be typed from here."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith("..") else relative
+
+
+VERBS = {"train": _train, "status": _status, "report": _report, "export": _export, "import": _import}
+
+if __name__ == "__main__":
+    sys.exit(main())

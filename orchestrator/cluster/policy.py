@@ -1,0 +1,78 @@
+"""What to do next, as a pure function of what is known about the ranks: typed states in, one decision out. No Ray."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(Enum):
+    """A rank's life as the controller sees it."""
+
+    start = "start"
+    data = "data"
+    step = "step"
+    save = "save"
+    done = "done"
+    failed = "failed"
+    dead = "dead"
+
+
+class Action(Enum):
+    """`wait`: nothing to do. `finish`: all ranks are done. `fail`: end the run with an error."""
+
+    wait = "wait"
+    finish = "finish"
+    fail = "fail"
+
+
+@dataclass(frozen=True)
+class RankState:
+    """One rank, now. `cause`, `at` (unix time) and `exit_code` belong to a failed or dead one."""
+
+    rank: int
+    phase: Phase
+    silent_s: float = 0.0
+    """Seconds since its last sign of progress."""
+    node: str = ""
+    cause: str = ""
+    at: float = 0.0
+    exit_code: int = 1
+    is_consequence: bool = False
+    """Its error is that of a lost connection: some other rank failed first."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Longest silence per phase, seconds."""
+
+    start_s: float
+    step_s: float
+    settle_s: float = 3.0
+    """After a first failure, how long the others may take to tell what they saw: the root cause may come second."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Action
+    cause: str = ""
+    rank: int | None = None
+    node: str = ""
+    exit_code: int = 0
+
+
+def decide(states: list[RankState], limits: Limits, now: float) -> Decision:
+    """Wait, finish, or fail with the rank that is to blame: the first that failed on its own account."""
+    broken = [state for state in states if state.phase in (Phase.failed, Phase.dead)]
+    if broken:
+        culprit = min(broken, key=lambda state: (state.is_consequence, state.phase is not Phase.dead, state.at))
+        settled = now - min(state.at for state in broken) >= limits.settle_s
+        if settled or not culprit.is_consequence or len(broken) == len(states):
+            return Decision(Action.fail, culprit.cause, culprit.rank, culprit.node, culprit.exit_code)
+        return Decision(Action.wait)
+    if all(state.phase is Phase.done for state in states):
+        return Decision(Action.finish)
+    for state in states:
+        limit = {Phase.start: limits.start_s, Phase.done: None, Phase.data: None}.get(state.phase, limits.step_s)
+        if limit is not None and state.silent_s > limit:
+            return Decision(Action.fail, f"no progress for {state.silent_s:.0f} s in phase {state.phase.name}",
+                            state.rank, state.node, 33)
+    return Decision(Action.wait)

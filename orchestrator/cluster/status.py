@@ -1,0 +1,53 @@
+"""`sparing status RUN`: what a live run is doing, from the status.json its controller keeps."""
+
+import json
+import time
+
+from orchestrator.errors import BadRequest
+from orchestrator.train import storage
+from orchestrator.train.finish import format_usd, headline, read_summary
+from orchestrator.train.run_dir import CONFIG, STATUS
+
+
+def show_status(run_dir: str) -> None:
+    """A table, one row a rank: where it is, what it hosts, what it received, when it last moved."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not storage.exists(storage.join(run_dir, CONFIG)):
+        raise BadRequest(f"{run_dir}: is no run directory (it has no {CONFIG}); name one, as in runs/NAME")
+    console = Console(width=None, highlight=False, soft_wrap=True)
+    path, summary = storage.join(run_dir, STATUS), read_summary(run_dir)
+    if not storage.exists(path):
+        console.print("no ranks have been placed by Ray" if summary is None else "\n".join(headline(summary)))
+        return
+    status = json.loads(storage.read_bytes(path))
+    ended = summary is not None and summary["released_at"] >= status["time"]
+    now = summary["released_at"] if ended else time.time()
+    lead = status["ranks"][0]
+    state = summary["status"] if ended else lead.get("phase", "start")
+    line = f"{run_dir}: {state}, step {lead.get('step', 0)} of {lead.get('steps', '?')}, attempt {status['attempt']}"
+    if lead.get("loss") is not None:
+        line += (f", loss {lead['loss']:.4f}, {lead['tokens_per_s']:,.0f} tokens/s, "
+                 f"{format_usd(lead['usd_total'])} so far")
+    console.print(line)
+    table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "tokens received by expert", "last sign")
+    for row in status["ranks"]:
+        table.add_row(*_cells(row, now))
+    console.print(table)
+    if not ended and time.time() - status["time"] > 30:
+        console.print(f"the controller has been silent for {time.time() - status['time']:.0f} s: it may be gone")
+
+
+def _cells(row: dict, now: float) -> list[str]:
+    experts = row.get("experts") or [0, 0]
+    received = row.get("tokens_per_expert") or {}
+    totals = [sum(column) for column in zip(*received.values(), strict=True)] if received else []
+    shown = " ".join(f"{first}:{total:,}" for first, total in enumerate(totals[:16], experts[0]))
+    return [str(row["rank"]), str(row["node_rank"]), row["host"], str(row["pid"]), _span(row.get("stages")),
+            _span(row.get("layers")), f"{experts[0]}-{experts[1] - 1}" if received else "-",
+            shown + (" ..." if len(totals) > 16 else ""), f"{max(0.0, now - row.get('heartbeat_at', now)):.1f} s ago"]
+
+
+def _span(numbers: list[int] | None) -> str:
+    return ", ".join(map(str, numbers)) if numbers else "-"

@@ -1,0 +1,63 @@
+"""The actor around one rank: runs the rank program in one of its threads while others answer questions about it."""
+
+import os
+import socket
+import time
+import traceback
+
+import ray
+
+from orchestrator.config import Config, from_dict
+from orchestrator.errors import SparingError
+from orchestrator.parallel.mesh import RankInfo
+from orchestrator.train.control import Control
+
+THREADS = 4
+"""One for the rank program, the others for `status`, `request_stop` and the like."""
+
+
+class Worker:
+    """Method results are plain data, so that a driver needs nothing but this room's classes to read them."""
+
+    def __init__(self) -> None:
+        self.control = Control()
+
+    def home(self) -> dict:
+        """Where this actor lives: Ray node id, address, host, pid, GPU index (-1 is none), a free port."""
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "host": socket.gethostname(),
+                "pid": os.getpid(), "gpu": int(gpus[0]) if gpus else -1, "port": port}
+
+    def run(self, config: dict, info: RankInfo, placed_at: float, attempt: int) -> dict:
+        """The rank program to its end: {"result": ...} or {"error": ..., "at": ..., ...}; never raises."""
+        try:
+            from orchestrator.train.loop import run_rank
+
+            return {"result": run_rank(from_dict(Config, config), info, control=self.control, placed_at=placed_at,
+                                       attempt=attempt)}
+        except SparingError as error:
+            return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": type(error).__name__}
+        except BaseException as error:
+            return {"error": f"{type(error).__name__}: {error}", "exit_code": 1, "at": time.time(),
+                    "kind": type(error).__name__, "traceback": traceback.format_exc(),
+                    "is_consequence": _is_lost_connection(error)}
+
+    def status(self) -> dict:
+        return self.control.status()
+
+    def request_stop(self, cause: str) -> None:
+        self.control.request_stop(cause)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because its other end went away: the other end is to blame."""
+    from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+
+    if isinstance(error, DistBackendError | DistNetworkError | DistStoreError | ConnectionError):
+        return True
+    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "recvValue")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

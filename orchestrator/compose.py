@@ -1,0 +1,230 @@
+"""Command line and YAML into one typed `Config`; with `config.register`, the only code that knows Hydra.
+
+Overrides are checked against the schema before Hydra sees them, so that a mistake is answered with key, value, rule
+and remedy. Nothing here can run code from a config: there is no `_target_`, and keys outside the schema are refused.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+from orchestrator.config import Config, conf_dir, from_dict, register, to_dict
+from orchestrator.errors import BadRequest, SparingError
+
+HYDRA_VERSION_BASE = "1.3"
+SECRET = re.compile(r"key|token(?!izer|s)|secret|password|credential", re.IGNORECASE)
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """The config that these overrides ask for; on `resume=auto` of an earlier run, that run's own config goes first."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_overrides(overrides)
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION_BASE):
+            config = to_config(compose("config", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadRequest(_first_lines(error)) from error
+    return _over_saved(config, overrides)
+
+
+def to_config(composed) -> Config:
+    """OmegaConf ends here."""
+    from omegaconf import OmegaConf
+
+    missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra."))
+    if missing:
+        raise BadRequest(f"{missing[0]}: must be given; add {missing[0]}=VALUE to the command")
+    plain = OmegaConf.to_object(composed)
+    if isinstance(plain, Config):
+        return plain
+    plain.pop("hydra", None)
+    return from_dict(Config, to_dict(plain))
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """`BadRequest` for an override that no schema, group or type admits."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        shown = text.split("=", 1)[0] if SECRET.search(text.split("=", 1)[0]) else text
+        if "=" not in text and not text.startswith("~"):
+            raise BadRequest(f"{shown}: is no override; write KEY=VALUE, as in train.steps=100")
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            raise BadRequest(f"{shown}: cannot be read; put quotes around a value with special characters, as in "
+                             "'data.path=\"a,b\"'") from None
+        if override.key_or_group.startswith("hydra"):
+            continue
+        if override.is_delete():
+            raise BadRequest(f"{shown}: nothing can be removed from the config; override it with another value")
+        if override.key_or_group.split("@")[0] in _groups():
+            _check_group(override)
+        else:
+            _check_key(override, shown)
+
+
+def _check_group(override) -> None:
+    group, value = override.key_or_group.split("@")[0], override.value()
+    options = _options(group)
+    for name in value if isinstance(value, list) else [value]:
+        if str(name) not in options and not override.is_sweep_override() and name is not None:
+            raise BadRequest(f"{group}={name}: no such option{_near(str(name), options)}; options are "
+                             f"{', '.join(options)}")
+
+
+def _check_key(override, shown: str) -> None:
+    key, hint = override.key_or_group, Config
+    if SECRET.search(key):
+        raise BadRequest(f"{key}: secrets are never part of a config, which is saved with the run; put them into the "
+                         "environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ...)")
+    walked: list[str] = []
+    for part in key.split("."):
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        if part not in hints:
+            prefix = "".join(f"{name}." for name in walked)
+            near = _near(part, list(hints), prefix) or _near(key, _all_keys())
+            raise BadRequest(f"{key}: unknown key{near}; `sparing train --cfg job` prints all keys")
+        walked.append(part)
+        hint = hints[part]
+    if dataclasses.is_dataclass(hint):
+        raise BadRequest(f"{shown}: {key} is a group with options {', '.join(_options(key))} and keys "
+                         f"{', '.join(f.name for f in dataclasses.fields(hint))}; set one of these")
+    if override.is_sweep_override():
+        return
+    wanted = _mismatch(override.value(), hint)
+    if wanted:
+        raise BadRequest(f"{shown}: must be {wanted}; use {key}={_example(hint)}")
+
+
+def _mismatch(value: object, hint: object) -> str | None:
+    """What the value should have been, if it is not."""
+    if isinstance(hint, types.UnionType):
+        inner = next(item for item in hint.__args__ if item is not types.NoneType)
+        wrong = None if value is None else _mismatch(value, inner)
+        return f"{wrong}, or null" if wrong else None
+    if isinstance(value, str) and "${" in value:
+        return None
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return None if str(value) in hint.__members__ else f"one of {', '.join(hint.__members__)}"
+    if hint is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if hint is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if hint is float:
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if typing.get_origin(hint) is list:
+        return None if isinstance(value, list) else "a list, as in [a,b]"
+    if value is None:
+        return "text"
+    return "text (put quotes around it)" if isinstance(value, list | dict) else None
+
+
+def _example(hint: object) -> str:
+    if isinstance(hint, types.UnionType):
+        hint = next(item for item in hint.__args__ if item is not types.NoneType)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return next(iter(hint.__members__))
+    return {bool: "true", int: "100", float: "0.5"}.get(hint, "'...'")
+
+
+def _over_saved(config: Config, overrides: list[str]) -> Config:
+    """Continuing a run takes its saved config, then what this command overrides; an experiment names everything."""
+    from orchestrator.train import storage
+
+    if config.resume != "auto" or config.run.dir is None or any(o.startswith("experiment=") for o in overrides):
+        return config
+    path = storage.join(config.run.dir, "config.yaml")
+    if not storage.exists(path):
+        return config
+    saved, asked = read_config(path), to_dict(config)
+    merged = to_dict(saved)
+    for key in (text.lstrip("+").split("=", 1)[0] for text in overrides if not text.startswith("hydra")):
+        *parents, leaf = key.split("@")[0].replace("/", ".").split(".")
+        source, target = asked, merged
+        for part in parents:
+            source, target = source[part], target[part]
+        target[leaf] = source[leaf]
+    return from_dict(Config, merged)
+
+
+def read_config(path: str) -> Config:
+    """A run's config.yaml."""
+    import yaml
+
+    from orchestrator.train import storage
+
+    try:
+        return from_dict(Config, yaml.safe_load(storage.read_bytes(path)))
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise BadRequest(f"{path}: is no config of a run ({str(error).splitlines()[0]}); repair it, or start a new run "
+                         "in another run.dir") from error
+
+
+def _groups() -> list[str]:
+    return sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in Path(conf_dir(), group).glob("*.yaml"))
+
+
+def _all_keys(kind: type = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(kind).items():
+        keys += _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return keys
+
+
+def _near(name: str, among: list[str], prefix: str = "") -> str:
+    found = difflib.get_close_matches(name, among, n=1)
+    if not found:
+        found = [item for item in among if item.rsplit(".", 1)[-1] == name][:1]
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def _first_lines(error: Exception) -> str:
+    """Hydra's own words without its search path."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause) not in lines[0]:
+        lines.insert(1, str(cause).splitlines()[0])
+    return "; ".join(lines[:3])
+
+
+def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
+    """Hydra's own command line (--cfg, --info, --multirun, completion): `run` is called once per job."""
+    import hydra
+
+    register()
+    codes: list[int] = []
+
+    def job(composed) -> None:
+        try:
+            codes.append(run(to_config(composed)))
+        except SparingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            codes.append(error.exit_code)
+
+    before, sys.argv = sys.argv, ["sparing train", *arguments]
+    try:
+        hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(conf_dir()), config_name="config")(job)()
+    except SystemExit as stop:
+        return 2 if stop.code else 0
+    finally:
+        sys.argv = before
+    return max(codes, default=0)

@@ -1,0 +1,161 @@
+"""A run's directory: named, claimed by one live run at a time, with the resolved config in it before anything starts.
+
+A local directory is held by a file lock that the kernel drops with its holder; an object store by an exclusively
+created `lock.json`, which a later attempt takes over once its holder is known to be gone.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from orchestrator.config import Config, to_dict
+from orchestrator.errors import BadRequest, NotFit
+from orchestrator.train import storage
+from orchestrator.train.finish import SUMMARY
+from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
+
+CONFIG, LOCK, STATUS = "config.yaml", "lock.json", "status.json"
+STALE_S = 120.0
+"""Age of a remote run's status.json after which its holder on another host counts as gone."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run directory that is ours until the context ends."""
+
+    config: Config
+    """With `run.dir` and `checkpoint.dir` filled in, absolute where local."""
+    attempt: int
+    """1 for the first start in this directory."""
+
+
+@contextlib.contextmanager
+def claim_run_dir(config: Config) -> Iterator[Claim]:
+    """Make or re-open the run directory and hold it."""
+    config = _named(config)
+    run_dir = config.run.dir
+    with contextlib.ExitStack() as stack:
+        local = storage.local_path(run_dir)
+        stack.enter_context(_locked_folder(local, run_dir) if local else _locked_url(run_dir))
+        _refuse_used(config)
+        attempt = 1 + len([row for row in _events(run_dir) if row.get("kind") == "attempt_claimed"])
+        storage.write_bytes(storage.join(run_dir, CONFIG), _yaml(config).encode())
+        append_event(run_dir, "attempt_claimed", attempt=attempt, node=socket.gethostname(), pid=os.getpid())
+        yield Claim(config, attempt)
+
+
+def _named(config: Config) -> Config:
+    run = config.run
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
+        raise BadRequest(f"run.name={run.name}: must be letters, digits, dots, dashes and underscores; choose another")
+    run_dir = run.dir if run.dir is not None else _new_dir(run.name)
+    if storage.local_path(run_dir):
+        run_dir = os.path.abspath(storage.local_path(run_dir))
+    checkpoints = config.checkpoint.dir or storage.join(run_dir, "checkpoints")
+    if storage.local_path(checkpoints):
+        checkpoints = os.path.abspath(storage.local_path(checkpoints))
+    resume = config.resume
+    if resume not in ("none", "auto") and storage.local_path(resume):
+        resume = os.path.abspath(storage.local_path(resume))
+    return replace(config, run=replace(run, dir=run_dir), checkpoint=replace(config.checkpoint, dir=checkpoints),
+                   resume=resume)
+
+
+def _new_dir(name: str) -> str:
+    """runs/<name>-<time>, made here so that two runs of one second get two directories."""
+    stem = os.path.join("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    for number in range(1, 1000):
+        path = stem if number == 1 else f"{stem}-{number}"
+        try:
+            os.makedirs(path)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise NotFit(f"run.dir={path}: cannot be made ({error.strerror}); choose another run.dir") from error
+        return path
+    raise NotFit(f"run.dir={stem}: a thousand runs of this second exist; name another run.dir")
+
+
+def _refuse_used(config: Config) -> None:
+    used = [name for name in (METRICS, SUMMARY) if storage.exists(storage.join(config.run.dir, name))]
+    if used and config.resume != "auto":
+        raise BadRequest(f"run.dir={config.run.dir}: holds a run already ({used[0]}); continue it with resume=auto, or "
+                         "choose another run.dir")
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: str, run_dir: str) -> Iterator[None]:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, LOCK), "a+")
+    except OSError as error:
+        raise NotFit(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _in_use(run_dir, file.read()) from None
+        file.truncate(0)
+        file.write(_holder())
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _locked_url(run_dir: str) -> Iterator[None]:
+    path = storage.join(run_dir, LOCK)
+    try:
+        storage.create_exclusive(path, _holder().encode())
+    except FileExistsError:
+        held = storage.read_bytes(path).decode()
+        if _is_live(run_dir, held):
+            raise _in_use(run_dir, held) from None
+        storage.write_bytes(path, _holder().encode())
+    try:
+        yield
+    finally:
+        storage.remove(path)
+
+
+def _is_live(run_dir: str, held: str) -> bool:
+    try:
+        holder = json.loads(held)
+    except ValueError:
+        return False
+    if holder.get("host") == socket.gethostname():
+        return holder.get("pid") != os.getpid() and os.path.exists(f"/proc/{holder.get('pid')}")
+    path = storage.join(run_dir, STATUS)
+    seen = json.loads(storage.read_bytes(path))["time"] if storage.exists(path) else holder.get("since", 0)
+    return time.time() - seen < STALE_S
+
+
+def _in_use(run_dir: str, held: str) -> BadRequest:
+    try:
+        holder = json.loads(held)
+        who = f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError):
+        who = "another process"
+    return BadRequest(f"run.dir={run_dir}: is in use by a live run ({who}); wait for it, stop it, or choose another "
+                      "run.dir")
+
+
+def _holder() -> str:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+
+
+def _events(run_dir: str) -> list[dict]:
+    path = storage.join(run_dir, EVENTS)
+    return read_rows(storage.read_bytes(path).decode()) if storage.exists(path) else []
+
+
+def _yaml(config: Config) -> str:
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
