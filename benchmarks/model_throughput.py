@@ -97,7 +97,8 @@ def main() -> None:
     torch.manual_seed(0)
     steps = {"sparing": make_step(*ours(config), config.vocab_size, args.sequences, args.seq_len)}
     for name in filter(None, args.implementations.split(",")):
-        steps[f"transformers {name}"] = make_step(*theirs(config, name), config.vocab_size, args.sequences, args.seq_len)
+        steps[f"transformers {name}"] = make_step(*theirs(config, name), config.vocab_size, args.sequences,
+                                                  args.seq_len)
     for step in steps.values():
         step()
     seconds = {name: [] for name in steps}

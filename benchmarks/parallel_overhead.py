@@ -92,8 +92,8 @@ def compare_checkpoint(args: argparse.Namespace) -> None:
         writing = 0 < since and elapsed - row["time/step_s"] < seconds and row["step"] > 8
         (busy if writing else quiet).append(row["time/step_s"] + (row.get("time/checkpoint_s") or 0.0))
     print(f"step time while a checkpoint is written over without (aim at most 1.10): "
-          f"{statistics.median(busy) / statistics.median(quiet):.3f} ({len(busy)} and {len(quiet)} steps); stall for the "
-          f"copy {statistics.median(r['time/checkpoint_s'] for r in rows if 'time/checkpoint_s' in r):.3f} s")
+          f"{statistics.median(busy) / statistics.median(quiet):.3f} ({len(busy)} and {len(quiet)} steps);  stall "
+          f"for the copy {statistics.median(r['time/checkpoint_s'] for r in rows if 'time/checkpoint_s' in r):.3f} s")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "a"), Path(folder, "b")
         source.write_bytes(os.urandom(1 << 20) * (size >> 20))

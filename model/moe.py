@@ -129,7 +129,8 @@ class Router(nn.Module):
             scores = scores + self.expert_bias
         if config.n_limited_groups < config.n_expert_groups:
             groups = scores.unflatten(-1, (config.n_expert_groups, -1))
-            best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1) if config.expert_bias else groups.amax(-1)
+            top2 = groups.topk(min(2, groups.shape[-1]), dim=-1).values
+            best = top2.sum(-1) if config.expert_bias else top2[..., 0]
             kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
                 -1, best.topk(config.n_limited_groups, dim=-1).indices, True)
             scores = groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)

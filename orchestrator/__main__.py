@@ -36,9 +36,12 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
 Groups: model layout data optim precision checkpoint tracker hardware cluster experiment; `model=x` lists what there is.
 Flags:  --cfg job (print the config), --multirun (one run per value), --shell-completion, --hydra-help""",
     "status": "usage: sparing status RUN\n\nRUN is a run directory, such as runs/tiny-20261124-120000.",
-    "report": "usage: sparing report RUN [RUN ...] [out=FILE.html]\n\nSeveral runs are overlaid. Default: RUN/report.html.",
-    "export": "usage: sparing export CHECKPOINT DIR [dtype=fp32|bf16]\n\nCHECKPOINT may be a run directory: its newest.",
-    "import": "usage: sparing import DIR CHECKPOINT\n\nDIR holds config.json and safetensors of a supported architecture.",
+    "report": "usage: sparing report RUN [RUN ...] [out=FILE.html]\n\n"
+              "Several runs are overlaid. Default: RUN/report.html.",
+    "export": "usage: sparing export CHECKPOINT DIR [dtype=fp32|bf16]\n\n"
+              "CHECKPOINT may be a run directory: its newest.",
+    "import": "usage: sparing import DIR CHECKPOINT\n\n"
+              "DIR holds config.json and safetensors of a supported architecture.",
 }
 PLANNED = ("plan", "launch", "compare", "generate", "evaluate", "serve")
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
@@ -137,7 +140,8 @@ def _export(arguments: list[str]) -> int:
     if dtype not in dtypes:
         raise BadRequest(f"dtype={dtype}: must be one of {', '.join(dtypes)}; use dtype=fp32")
     path = export_checkpoint(source, out, dtype=dtypes[dtype])
-    print(f"wrote {out} from {_shown(path)}\nnext  AutoModelForCausalLM.from_pretrained({out!r}), or sparing import {out}")
+    print(f"wrote {out} from {_shown(path)}\n"
+          f"next  AutoModelForCausalLM.from_pretrained({out!r}), or sparing import {out}")
     return 0
 
 
@@ -164,7 +168,7 @@ def _options(verb: str, arguments: list[str], known: tuple[str, ...]) -> tuple[d
             if key not in known:
                 raise BadRequest(f"{argument}: {verb} has no option {key}; {HELP[verb].splitlines()[0]}")
             options[key] = value
-    return options, [argument for argument in arguments if not argument.partition("=")[0] in options]
+    return options, [argument for argument in arguments if argument.partition("=")[0] not in options]
 
 
 def _shown(path: str) -> str:

@@ -112,7 +112,8 @@ class LayoutConfig:
 class DataConfig:
     kind: DataKind = DataKind.text
     path: str = "stdlib"
-    """fsspec glob(s), comma separated, of .txt/.py/.md..., .jsonl or .parquet; `stdlib` is the running Python's library source."""
+    """fsspec glob(s), comma separated, of plain text, .jsonl or .parquet; `stdlib` is the running Python's library
+    source."""
     text_key: str = "text"
     """Field that holds the text in JSONL and Parquet."""
     tokenizer: str = "byte"

@@ -212,8 +212,8 @@ def place(config: Config, request: placement.Request) -> Ranks:
         homes = ray.get([worker.home.remote() for worker in workers], timeout=max(10.0, limit - (placed_at - began)))
     except GetTimeoutError:
         remove_placement_group(group)
-        raise Transient(f"cluster.start_timeout_s={limit:g}: {request.ranks} ranks could not be placed in that time; the "
-                        "cluster is busy: wait, free its actors, or raise cluster.start_timeout_s") from None
+        raise Transient(f"cluster.start_timeout_s={limit:g}: {request.ranks} ranks could not be placed in that time; "
+                        "the cluster is busy: wait, free its actors, or raise cluster.start_timeout_s") from None
     except RayError as error:
         remove_placement_group(group)
         raise Transient(f"the ranks could not be started: {str(error).splitlines()[-1]}") from None
@@ -280,8 +280,8 @@ def _gpu_name() -> str | None:
 
 def _checked_request(config: Config, *, simulated: bool) -> placement.Request:
     request = placement.request_of(config, gpu=bool(ray.cluster_resources().get("GPU")), simulated=simulated)
-    nodes = [placement.Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
-             for node in ray.nodes() if node["Alive"]]
+    alive = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = [placement.Node(name, resources.get("CPU", 0), resources.get("GPU", 0)) for name, resources in alive]
     missing = placement.what_is_missing(request, nodes)
     if missing:
         raise NotFit(f"layout.pp={config.layout.pp} x layout.dp={config.layout.dp}: no room on the cluster: {missing}; "

@@ -22,8 +22,8 @@ class Progress:
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"),
-                           TimeRemainingColumn(compact=True), transient=True)
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=24),
+                           TextColumn("{task.fields[facts]}"), TimeRemainingColumn(compact=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task("placing", total=None, facts="")
         return self

@@ -31,7 +31,8 @@ def show_status(run_dir: str) -> None:
         line += (f", loss {lead['loss']:.4f}, {lead['tokens_per_s']:,.0f} tokens/s, "
                  f"{format_usd(lead['usd_total'])} so far")
     console.print(line)
-    table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "tokens received by expert", "last sign")
+    table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "tokens received by expert",
+                  "last sign")
     for row in status["ranks"]:
         table.add_row(*_cells(row, now))
     console.print(table)

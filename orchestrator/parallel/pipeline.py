@@ -50,7 +50,8 @@ class Pipeline:
                 moe.balance_scale = self.model.balance_loss_weight / step_sequences
         loss_scale = _LossScale(self.model, tokens.shape[1], step_sequences)
         with self._autocast(tokens):
-            return self._run_alone(tokens, loss_scale) if self.mesh.pp is None else self._run_schedule(tokens, loss_scale)
+            run = self._run_alone if self.mesh.pp is None else self._run_schedule
+            return run(tokens, loss_scale)
 
     @torch.no_grad()
     def validate(self, tokens: Tensor) -> Tensor:

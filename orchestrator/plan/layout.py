@@ -155,8 +155,6 @@ def _check_numbers(config: Config) -> None:
     for key, value in [("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2),
                        ("data.validation_fraction", config.data.validation_fraction)]:
         require(0 <= value < 1, key, value, "must lie between 0 and 1, 1 excluded", "give a fraction")
-    require(optim.warmup_steps <= train.steps, "optim.warmup_steps", optim.warmup_steps,
-            f"must not exceed train.steps={train.steps}", "warm up for fewer steps")
     require(train.seq_len <= config.model.max_seq_len, "train.seq_len", train.seq_len,
             f"must not exceed model.max_seq_len={config.model.max_seq_len}", "shorten it or raise model.max_seq_len")
     budget = config.budget.max_usd

@@ -70,7 +70,7 @@ class Accounts:
             "step": progress.step,
             "train/loss": sums.losses[0] / tokens,
             **{f"train/mtp_loss_{k + 1}": loss / tokens for k, loss in enumerate(sums.losses[1:])},
-            "train/balance_loss": sums.balance_loss * config.model.balance_loss_weight / (tokens // config.train.seq_len),
+            "train/balance_loss": sums.balance_loss * config.model.balance_loss_weight * config.train.seq_len / tokens,
             "train/grad_norm": sums.grad_norm, "train/lr": lr, "train/skipped": int(not sums.finite),
             "tokens/total": progress.tokens, "tokens/per_s": tokens / seconds,
             "tokens/per_s_per_rank": tokens / seconds / self.devices,
@@ -189,15 +189,18 @@ class Accounts:
 
 
 def peak_flops_per_s(config: Config, device: torch.device, dtype: torch.dtype) -> float:
-    """The device's dense peak in the compute dtype: from conf/hardware, else a GEMM measured now (fp32 on a CPU)."""
+    """The device's dense peak in the compute dtype: from conf/hardware, else a GEMM measured now (fp32 on a CPU).
+
+    Ranks that share a CPU measure at the same time, so that each sees its share of it.
+    """
     known = config.hardware.bf16_tflops if dtype == torch.bfloat16 else config.hardware.fp32_tflops
     if known:
         return known * 1e12
     size = 4096 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    best, deadline = math.inf, time.perf_counter() + 1.0
-    while time.perf_counter() < deadline:
-        began = time.perf_counter()
+    (a @ b).flatten()[0].item()
+    rounds, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 1.0:
         (a @ b).flatten()[0].item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        rounds += 1
+    return 2 * size**3 * rounds / (time.perf_counter() - began)

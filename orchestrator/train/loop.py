@@ -105,6 +105,7 @@ class Trainer:
         self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt,
                                        data_digest=self.corpus.digest)
         restored = self.checkpoints.restore(self.progress)
+        self._mean_over_ranks(0.0)
         self.accounts = Accounts(config, mesh, self.corpus, self.progress, placed_at=placed_at, attempt=attempt,
                                  restored=restored, moe_layers=self.moe_layers,
                                  peak_flops_per_s=self._mean_over_ranks(peak_flops_per_s(config, mesh.device, compute)))

@@ -147,8 +147,8 @@ class Checkpoints:
         ours, theirs = to_dict(self.config), state["config"]
         for key in FIXED_KEYS:
             if _get(ours, key) != _get(theirs, key):
-                raise BadRequest(f"{key}={_get(ours, key)}: the checkpoint {path} was written with {_get(theirs, key)}, "
-                                 f"and the order of samples depends on it; use {key}={_get(theirs, key)}")
+                raise BadRequest(f"{key}={_get(ours, key)}: the checkpoint {path} was written with {_get(theirs, key)}"
+                                 f", and the order of samples depends on it; use {key}={_get(theirs, key)}")
         if state["data_digest"] != self.data_digest:
             raise BadRequest(f"data.path={self.config.data.path}: the data is not what the checkpoint {path} was "
                              "trained on; restore the data, or start a new run with resume=none")

@@ -101,7 +101,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         loaded = HFTokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise BadRequest(f"data.tokenizer={name}: cannot be read ({error}); give a Hugging Face tokenizer.json") from None
+        raise BadRequest(f"data.tokenizer={name}: cannot be read ({error}); give a Hugging Face "
+                         "tokenizer.json") from None
     names = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
     eos = next((loaded.token_to_id(n) for n in names if loaded.token_to_id(n) is not None), None)
     vocab_size = loaded.get_vocab_size()

@@ -28,7 +28,8 @@ GRIDS = [(1, 2, 1, "1f1b"), (1, 2, 2, "1f1b"), (1, 4, 1, "1f1b"), (1, 4, 2, "1f1
 def make_config(pp: int, dp: int, ep: int, schedule: str, *, depths: int = 1, tied: bool = False) -> Config:
     config = Config()
     config.model = ModelConfig(
-        vocab_size=VOCAB, dim=48, n_layers=8, n_dense_layers=1, inter_dim=96, n_heads=4, q_lora_rank=24, kv_lora_rank=16,
+        vocab_size=VOCAB, dim=48, n_layers=8, n_dense_layers=1, inter_dim=96, n_heads=4, q_lora_rank=24,
+        kv_lora_rank=16,
         qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_activated_experts=2,
         moe_inter_dim=32, n_expert_groups=4, n_limited_groups=2, n_mtp_layers=depths, balance_loss_weight=1e-2,
         bias_update_speed=1e-2, init_std=0.05, route_scale=2.5, tie_embeddings=tied)
@@ -49,7 +50,8 @@ def train(info: RankInfo, config: Config) -> dict:
     losses, counts, norms = [], {}, []
     share = SEQUENCES // mesh.layout.dp
     for step in range(STEPS):
-        batch = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 1 + config.model.n_mtp_layers), generator=torch.Generator().manual_seed(step))
+        batch = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 1 + config.model.n_mtp_layers),
+                              generator=torch.Generator().manual_seed(step))
         mine = batch[mesh.coordinate.dp * share :][:share]
         sums = pipeline.train_step(mine, step_sequences=SEQUENCES).double()
         pipeline.finish_grads()
@@ -87,7 +89,7 @@ def reference():
 
 def assert_equal_to_one_process(results: list[dict], reference: dict) -> None:
     whole = {name: torch.from_numpy(value) for name, _, value, _ in reference["weights"]}
-    seen = {name: 0 for name in whole}
+    seen = dict.fromkeys(whole, 0)
     biases = {}
     for result in results:
         for ours, theirs in [*zip(result["losses"], reference["losses"], strict=True)]:
@@ -118,7 +120,8 @@ def test_two_mtp_depths_equal_the_one_process_run(ranks, reference, schedule):
     assert_equal_to_one_process(results, reference[2, False])
 
 
-@pytest.mark.parametrize("pp, dp, ep, schedule, depths", [(2, 2, 2, "1f1b", 1), (2, 1, 1, "zbv", 0), (1, 2, 1, "1f1b", 1)])
+@pytest.mark.parametrize("pp, dp, ep, schedule, depths",
+                         [(2, 2, 2, "1f1b", 1), (2, 1, 1, "zbv", 0), (1, 2, 1, "1f1b", 1)])
 def test_tied_embeddings_equal_the_one_process_run(ranks, reference, pp, dp, ep, schedule, depths):
     results = ranks.run(train, make_config(pp, dp, ep, schedule, depths=depths, tied=True), world=pp * dp)
     assert_equal_to_one_process(results, reference[depths, True])
