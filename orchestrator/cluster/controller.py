@@ -18,7 +18,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster import placement
 from orchestrator.cluster.policy import Action, Decision, Limits, Phase, RankState, decide
-from orchestrator.cluster.progress import Progress
 from orchestrator.cluster.worker import THREADS, Worker
 from orchestrator.config import ClusterKind, Config, DataKind, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Preempted, SparingError, Transient
@@ -27,6 +26,7 @@ from orchestrator.plan.layout import check_run
 from orchestrator.train import storage
 from orchestrator.train.finish import finish_run
 from orchestrator.train.metrics import append_event
+from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import STATUS, claim_run_dir
 
 POLL_S = 0.5
@@ -69,7 +69,6 @@ class Controller:
         self.config, self.attempt, self.request, self.progress = config, attempt, request, progress
         self.stop_cause: str | None = None
         self.wrote_status_at = 0.0
-        self.stepping: tuple[float, int] | None = None
 
     def run(self) -> dict:
         config, result, error, placed_at = self.config, {"status": "failed"}, None, time.time()
@@ -151,10 +150,6 @@ class Controller:
         """To the screen, and to whoever asks `sparing status`."""
         lead = statuses[0]
         if lead:
-            if lead.get("phase") == "step" and self.stepping is None and lead.get("loss") is not None:
-                self.stepping = time.time(), lead["step"]
-            if self.stepping:
-                lead = lead | {"stepping_since": self.stepping[0], "first_step": self.stepping[1]}
             self.progress.show(lead)
         local = storage.local_path(self.config.run.dir) is not None
         if force or time.monotonic() - self.wrote_status_at > (STATUS_EVERY_S if local else 15.0):
@@ -240,6 +235,7 @@ def _ray(config: Config, kind: ClusterKind) -> Iterator[None]:
     """Ray for the length of the run: our own on this machine, or the cluster we are in. Quiet, without telemetry."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if ray.is_initialized():
@@ -256,7 +252,8 @@ def _ray(config: Config, kind: ClusterKind) -> Iterator[None]:
                      object_store_memory=128 << 20, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
     except ConnectionError as error:
         raise NotFit("cluster=ray: no Ray cluster is reachable from here; start one with `ray start --head`, set "
-                     "RAY_ADDRESS, or use cluster=local") from error
+                     "RAY_ADDRESS (and RAY_AUTH_MODE and the token of a cluster that asks for one), or use "
+                     "cluster=local") from error
     except (RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise NotFit(f"Ray could not be started: {str(error).splitlines()[0]}") from error
     try:

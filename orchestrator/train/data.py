@@ -5,6 +5,7 @@ sample. grain permutes the samples anew each epoch; a run's position is the numb
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,6 +99,7 @@ def validation_batches(corpus: Corpus, num: int, seq_len: int, n_extra: int) -> 
 @lru_cache(maxsize=4)
 def sample_order(num_samples: int, seed: int):
     """`order[i]` for any global index i >= 0: a permutation of the samples per epoch, each epoch another one."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # else the import warns that there is no jax
     import grain
 
     return grain.MapDataset.range(num_samples).seed(seed).shuffle().repeat()

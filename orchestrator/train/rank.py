@@ -8,6 +8,7 @@ import contextlib
 import json
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run, require
 from orchestrator.train.control import Control
 from orchestrator.train.finish import finish_run
+from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import Claim, claim_run_dir
 
 
@@ -41,6 +43,9 @@ def train_as_rank(config: Config) -> dict | None:
     with contextlib.ExitStack() as stack:
         if info.rank == 0:
             claim = _claimed(config, store, stack)
+            progress, ended = stack.enter_context(Progress()), threading.Event()
+            stack.callback(ended.set)
+            threading.Thread(target=progress.follow, args=(control.status, ended), daemon=True).start()
         else:
             message = json.loads(store.get("config"))
             if "error" in message:

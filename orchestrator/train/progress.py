@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: one moving line on a terminal, plain lines in a log."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ class Progress:
         self.print_line = print_line
         self.bar = self.task = None
         self.said_at, self.said = 0.0, None
+        self.first: tuple[float, int] | None = None
 
     def __enter__(self) -> "Progress":
         if sys.stdout.isatty():
@@ -62,12 +64,16 @@ class Progress:
         elif step and self._due(("step", step == steps), fresh=step):
             self.print_line(f"{facts}{self._eta(status)}")
 
+    def follow(self, status: Callable[[], dict], stopped: threading.Event, *, every_s: float = 0.5) -> None:
+        """Show what `status()` says until stopped; for a thread beside the rank program."""
+        while not stopped.wait(every_s):
+            self.show(status())
+
     def _eta(self, status: dict) -> str:
-        left, since = status["steps"] - status["step"], status.get("stepping_since")
-        done = status["step"] - status.get("first_step", 0)
-        if not left or not since or done <= 0:
-            return ""
-        return f", {_duration((time.time() - since) / done * left)} left"
+        if self.first is None:
+            self.first = time.time(), status["step"]
+        since, left, done = self.first[0], status["steps"] - status["step"], status["step"] - self.first[1]
+        return f", {_duration((time.time() - since) / done * left)} left" if left and done > 0 else ""
 
     def _due(self, kind: object, fresh: object = None) -> bool:
         """Whether it is time for another line: every few seconds, and at once when the kind of news changes."""

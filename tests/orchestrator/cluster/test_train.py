@@ -1,0 +1,210 @@
+"""Whole runs through the command line, on Ray actors and under torchrun. Tiny model, a few files of text."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import free_port
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[3]
+FOUR = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
+        "train.steps=8", "train.validate_every=4", "train.validate_sequences=16", "checkpoint.every=2",
+        "checkpoint.keep=0", "data.validation_fraction=0.2", "optim.warmup_steps=2", "tracker=off"]
+FAIL_AT = """
+import os, sys, threading, time
+
+def patch():
+    while not hasattr(sys.modules.get("orchestrator.train.loop"), "moe_layer_names"):
+        time.sleep(0.005)
+    Trainer = sys.modules["orchestrator.train.loop"].Trainer
+    original = Trainer._step
+
+    def step(self, tokens):
+        if self.mesh.info.rank == 2 and self.progress.step == 3:
+            raise ZeroDivisionError("scripted failure")
+        return original(self, tokens)
+
+    Trainer._step = step
+
+threading.Thread(target=patch, daemon=True).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
+    return folder
+
+
+def command(text: Path, run_dir: Path | str, *overrides: str) -> list[str]:
+    return ["-m", "orchestrator", "train", *FOUR, f"data.path={text}/*.txt", f"data.cache_dir={text}/cache",
+            f"run.dir={run_dir}", *overrides]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return kept | {"PYTHONPATH": str(ROOT)} | variables
+
+
+def sparing(*arguments: str, timeout: float = 90, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(**variables), text=True,
+                          capture_output=True, timeout=timeout)
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    keys = ("step", "train/loss", "train/grad_norm", "validation/loss")
+    rows = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
+    return [tuple(row.get(key) for key in keys) for row in rows]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run of two simulated nodes with two ranks each."""
+    folder = tmp_path_factory.mktemp("ray") / "run"
+    done = sparing(*command(text, folder, "cluster=local", "cluster.nodes=2", "cluster.ranks_per_node=2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+def test_a_run_on_ray_ends_with_its_figures_and_says_nothing_on_stderr(whole):
+    folder, done = whole
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("completed: 8 steps") for line in lines)
+    assert lines[-2].startswith("run ") and lines[-1].startswith("next      sparing report ")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["attempts"] == 1 and summary["usd_total"] > 0
+    assert sum(summary["buckets_s"].values()) == pytest.approx(summary["measured"]["charged_s"])
+    assert {"config.yaml", "events.jsonl", "checkpoints", "status.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_status_tells_who_hosts_what(whole):
+    folder, _ = whole
+    ranks = json.loads((folder / "status.json").read_text())["ranks"]
+    assert [rank["node_rank"] for rank in ranks] == [0, 0, 1, 1]
+    assert [rank["stages"] for rank in ranks] == [[0], [0], [1], [1]]
+    assert [rank["experts"] for rank in ranks] == [[0, 4], [4, 8], [0, 4], [4, 8]]
+    tokens = 8 * 16 * 32
+    for pair in (ranks[:2], ranks[2:]):
+        for layer in pair[0]["tokens_per_expert"]:
+            assert sum(sum(rank["tokens_per_expert"][layer]) for rank in pair) == 2 * tokens
+    shown = sparing("-m", "orchestrator", "status", str(folder), COLUMNS="160")
+    assert shown.returncode == 0 and "completed, step 8 of 8" in shown.stdout and "4-7" in shown.stdout
+
+
+def test_torchrun_gives_the_same_losses_bit_for_bit(text, whole, tmp_path):
+    done = sparing("-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={free_port()}",
+                   *command(text, tmp_path / "run"), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "run") == losses(whole[0])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+
+
+def test_sigterm_saves_and_resume_auto_goes_on_with_the_runs_own_config(text, whole, tmp_path):
+    process = start(*command(text, tmp_path, "train.steps=400", "checkpoint.every=0", "optim.decay_fraction=0"))
+    wait_for_step(tmp_path, 3, process)
+    in_use = sparing(*command(text, tmp_path, "resume=auto"))
+    assert in_use.returncode == 2 and f"in use by a live run (process {process.pid}" in in_use.stderr
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 34 and err == "" and "resume=auto" in out.splitlines()[-1]
+    reached = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert 3 <= reached < 400
+    done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto", f"train.steps={reached + 2}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == reached + 2 and summary["attempts"] == 2
+    assert [row[0] for row in losses(tmp_path)] == list(range(1, reached + 3))
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_own_error(text, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAIL_AT)
+    done = sparing(*command(text, tmp_path / "run"), PYTHONPATH=f"{ROOT}:{tmp_path / 'site'}")
+    assert done.returncode == 1
+    assert "rank 2 on node 0: ZeroDivisionError: scripted failure" in done.stderr and "Traceback" not in done.stderr
+    assert "scripted failure" in (tmp_path / "run" / "error.txt").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["steps"] == 3 and summary["usd_total"] > 0
+    again = sparing(*command(text, tmp_path / "run", "resume=auto"))
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["attempts"] == 2
+
+
+def test_a_killed_actor_ends_the_run_as_transient_and_names_its_rank(text, tmp_path):
+    process = start(*command(text, tmp_path, "train.steps=400"))
+    wait_for_step(tmp_path, 3, process)
+    ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
+    os.kill(ranks[1]["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode == 33, out + err
+    assert err.startswith("error: rank 1 on node 0: its process died") and "resume=auto" in err
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+    for rank in ranks:
+        assert not Path(f"/proc/{rank['pid']}/cmdline").exists() or "ray::" not in Path(
+            f"/proc/{rank['pid']}/cmdline").read_text()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray head with four CPUs and a job server, on loopback, with token authentication."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    port, dashboard = free_port(), free_port()
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    done = subprocess.run([*ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
+                           f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"],
+                          env=environment(**token), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield {"RAY_ADDRESS": f"127.0.0.1:{port}", **token}, f"http://127.0.0.1:{dashboard}"
+    subprocess.run([*ray, "stop", "--force"], env=environment(), capture_output=True, timeout=60)
+
+
+def test_ray_job_submit_runs_from_the_repositorys_root(cluster, text, whole, tmp_path):
+    submitted = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", cluster[1], "--working-dir", ".",
+         "--", "python", *command(text, tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=environment(**cluster[0], PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", PYTHONPATH=""))
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "completed: 8 steps" in submitted.stdout
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_cluster_without_room_says_what_is_missing(cluster, text, tmp_path):
+    done = sparing(*command(text, tmp_path, "cluster=ray", "layout.pp=4", "layout.microbatches=4"),
+                   **cluster[0])
+    assert done.returncode == 3 and "8 ranks want one free CPU each, 4 are there" in done.stderr
+    done = sparing(*command(text, tmp_path, "cluster=ray", "cluster.nodes=2"), **cluster[0])
+    assert done.returncode == 3 and "2 nodes with 2 free CPUs each are wanted, 1 such are there" in done.stderr
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        absent = f"127.0.0.1:{nobody.getsockname()[1]}"
+        done = sparing(*command(text, tmp_path, "cluster=ray"), **cluster[0] | {"RAY_ADDRESS": absent})
+    assert done.returncode == 3 and "no Ray cluster is reachable" in done.stderr and "Traceback" not in done.stderr
