@@ -54,7 +54,8 @@ def command(text: Path, run_dir: Path | str, *overrides: str) -> list[str]:
 
 def environment(**variables: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"PYTHONPATH": str(ROOT)} | variables
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return kept | {"PYTHONPATH": str(ROOT), "PATH": path} | variables
 
 
 def sparing(*arguments: str, timeout: float = 90, **variables: str) -> subprocess.CompletedProcess:
@@ -191,7 +192,7 @@ def test_ray_job_submit_runs_from_the_repositorys_root(cluster, text, whole, tmp
         [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", cluster[1], "--working-dir", ".",
          "--", "python", *command(text, tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=environment(**cluster[0], PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", PYTHONPATH=""))
+        env=environment(**cluster[0], PYTHONPATH=""))
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "completed: 8 steps" in submitted.stdout
     assert losses(tmp_path) == losses(whole[0])
