@@ -174,6 +174,7 @@ def _dense_twin(config: ModelConfig, target: int, suffix: str, multiple_of: int)
     """
     dense = dataclasses.replace(config, name=f"{config.name}_{suffix}", n_dense_layers=config.n_layers,
                                 n_routed_experts=0, n_shared_experts=0, n_activated_experts=0, moe_inter_dim=0,
+                                bias_update_speed=ModelConfig.bias_update_speed,
                                 n_expert_groups=1, n_limited_groups=1, expert_bias=False, route_scale=1.0,
                                 balance_loss_weight=0.0, inter_dim=0)
     step = 3 * config.dim * config.n_layers * multiple_of
