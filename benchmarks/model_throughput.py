@@ -1,14 +1,18 @@
 """Training tokens/s of one process: this model against transformers' DeepseekV3ForCausalLM of the same shape.
 
 Same threads, batch, optimizer (fused AdamW), fp32, random weights and tokens; transformers runs each of its experts
-implementations. The two sides take turns step by step, so that a drifting machine slows both; the ratio is the
-median over turns. Also the share of the machine's fp32 GEMM peak, measured between the turns.
+implementations. Each side is a process of its own, as its users start it; they take turns, so that a drifting
+machine slows all, and a turn is the faster of two steps; the ratio is the median over turns. Also the share of the
+machine's fp32 GEMM peak, measured between the turns.
 
-    python benchmarks/model_throughput.py --model mini --sequences 4 --seq-len 512 --turns 5
+    python benchmarks/model_throughput.py --model mini --sequences 8 --seq-len 512 --turns 5
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -80,42 +84,62 @@ def _timed(call) -> float:
     return time.perf_counter() - began
 
 
+def serve(args: argparse.Namespace) -> None:
+    """One side in a process of its own: a step for every line on stdin, its seconds on stdout."""
+    torch.set_num_threads(args.threads)
+    if args.side == "sparing" or args.same_malloc:
+        keep_freed_memory()
+    config = load_config(args.model)
+    torch.manual_seed(0)
+    sides = ours(config) if args.side == "sparing" else theirs(config, args.side)
+    step = make_step(*sides, config.vocab_size, args.sequences, args.seq_len)
+    for line in sys.stdin:
+        print(json.dumps([step() for _ in range(int(line))] + [gemm_flops_per_s()]), flush=True)
+
+
+def ask(process: subprocess.Popen, steps: int) -> list[float]:
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--implementations", default="eager,grouped_mm")
-    parser.add_argument("--default-malloc", action="store_true", help="leave the C library's allocator as it is")
+    parser.add_argument("--same-malloc", action="store_true", 
+                        help="give transformers this project's malloc setting, too")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if not args.default_malloc:
-        keep_freed_memory()
-    config = load_config(args.model)
-    torch.manual_seed(0)
-    steps = {"sparing": make_step(*ours(config), config.vocab_size, args.sequences, args.seq_len)}
-    for name in filter(None, args.implementations.split(",")):
-        steps[f"transformers {name}"] = make_step(*theirs(config, name), config.vocab_size, args.sequences,
-                                                  args.seq_len)
-    for step in steps.values():
-        step()
-    seconds = {name: [] for name in steps}
-    peaks = []
+    if args.side:
+        return serve(args)
+    names = ["sparing", *filter(None, args.implementations.split(","))]
+    sides = {name: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--side", name], text=True,
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+             for name in names}
+    for process in sides.values():
+        ask(process, 2)
+    seconds, peaks = {name: [] for name in names}, []
     for _ in range(args.turns):
-        peaks.append(gemm_flops_per_s())
-        for name, step in steps.items():
-            seconds[name].append(step())
-    tokens = args.sequences * args.seq_len
-    flops = training_flops(config, args.seq_len) * tokens
-    peak = statistics.median(peaks)
+        for name, process in sides.items():
+            *times, peak = ask(process, 2)
+            seconds[name].append(min(times))
+            peaks.append(peak)
+    for process in sides.values():
+        process.kill()
+    config, tokens = load_config(args.model), args.sequences * args.seq_len
+    flops, peak = training_flops(config, args.seq_len) * tokens, statistics.median(peaks)
     print(f"{args.model}, {args.sequences} x {args.seq_len} tokens, {args.threads} threads, torch {torch.__version__}, "
-          f"fp32 GEMM {peak / 1e9:.0f} GFLOP/s")
+          f"fp32 GEMM {peak / 1e9:.0f} GFLOP/s{', same malloc setting for all' * args.same_malloc}")
     for name, times in seconds.items():
         ratios = [t / s for t, s in zip(times, seconds["sparing"], strict=True)]
         median = statistics.median(times)
-        print(f"{name:28s} {tokens / median:8.0f} tokens/s  {flops / median / peak:5.1%} of the GEMM peak  "
+        label = name if name == "sparing" else f"transformers {name}"
+        print(f"{label:28s} {tokens / median:8.0f} tokens/s  {flops / median / peak:5.1%} of the GEMM peak  "
               f"sparing is {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
 
 
