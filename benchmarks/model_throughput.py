@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--implementations", default="eager,grouped_mm")
-    parser.add_argument("--same-malloc", action="store_true", 
+    parser.add_argument("--same-malloc", action="store_true",
                         help="give transformers this project's malloc setting, too")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()

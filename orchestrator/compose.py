@@ -97,7 +97,7 @@ def _check_key(override, shown: str) -> None:
         hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
         if part not in hints:
             prefix = "".join(f"{name}." for name in walked)
-            near = _near(part, list(hints), prefix) or _near(key, _all_keys())
+            near = _same_leaf(part) or _near(part, list(hints), prefix) or _near(key, _all_keys())
             raise BadRequest(f"{key}: unknown key{near}; `sparing train --cfg job` prints all keys")
         walked.append(part)
         hint = hints[part]
@@ -192,9 +192,12 @@ def _all_keys(kind: type = Config, prefix: str = "") -> list[str]:
 
 def _near(name: str, among: list[str], prefix: str = "") -> str:
     found = difflib.get_close_matches(name, among, n=1)
-    if not found:
-        found = [item for item in among if item.rsplit(".", 1)[-1] == name][:1]
     return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def _same_leaf(name: str) -> str:
+    found = [key for key in _all_keys() if key.rsplit(".", 1)[-1] == name]
+    return f"; did you mean {' or '.join(found[:2])}?" if found else ""
 
 
 def _first_lines(error: Exception) -> str:

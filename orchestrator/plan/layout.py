@@ -157,6 +157,8 @@ def _check_numbers(config: Config) -> None:
         require(0 <= value < 1, key, value, "must lie between 0 and 1, 1 excluded", "give a fraction")
     require(train.seq_len <= config.model.max_seq_len, "train.seq_len", train.seq_len,
             f"must not exceed model.max_seq_len={config.model.max_seq_len}", "shorten it or raise model.max_seq_len")
+    require(config.data.kind.name != "text" or config.data.path.strip() != "", "data.path", "''",
+            "must name text for data.kind=text", "use data.path='/corpus/*.txt', or data=stdlib")
     budget = config.budget.max_usd
     require(budget is None or budget > 0, "budget.max_usd", budget, "must be positive", "give dollars, or leave it out")
     price = config.hardware.usd_per_h

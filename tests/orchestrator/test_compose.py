@@ -1,0 +1,154 @@
+"""The command line into a config: everything shipped composes, everything wrong is answered with key, rule, remedy."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.compose import compose_config
+from orchestrator.config import Config, HardwareConfig, conf_dir, from_dict, to_dict
+from orchestrator.errors import BadRequest
+from orchestrator.plan.hardware import catalogue, resolve_hardware
+from orchestrator.plan.layout import check_run
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = [(folder.name, file.stem) for folder in sorted(conf_dir().iterdir()) if folder.is_dir()
+           for file in sorted(folder.glob("*.yaml"))]
+FOUR = ["experiment=tiny"]
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_shipped_option_composes(group, option):
+    config = compose_config([f"{group}={option}"] + (["data.path=x.txt"] if option == "text" else []))
+    config.model.check()
+    if group == "experiment":
+        check_run(config)
+    assert from_dict(Config, to_dict(config)) == config
+
+
+BAD = {
+    "an unknown key": (["train.stepz=3"], r"train\.stepz: unknown key; did you mean train\.steps\?"),
+    "a key of another group": (["train.pp=3"], r"train\.pp: unknown key; did you mean layout\.pp\?"),
+    "an unknown group": (["modle=tiny"], r"modle: unknown key; did you mean model\?"),
+    "an unknown option": (["model=mixtrl"], r"model=mixtrl: no such option; did you mean mixtral"),
+    "a new key": (["+train.new=1"], r"train\.new: unknown key"),
+    "code": (["+model._target_=os.system"], r"model\._target_: unknown key"),
+    "a removed group": (["~layout"], r"~layout: nothing can be removed"),
+    "text for a whole number": (["train.steps=abc"], r"train\.steps=abc: must be a whole number; use"),
+    "a fraction for a whole number": (["train.steps=1.5"], r"train\.steps=1\.5: must be a whole number"),
+    "text for a number": (["optim.lr=fast"], r"optim\.lr=fast: must be a number"),
+    "text for a switch": (["checkpoint.background=maybe"], r"must be true or false"),
+    "an unknown choice": (["layout.schedule=2f2b"], r"must be one of gpipe, 1f1b, .*dualpipev"),
+    "null where a value must be": (["train.steps=null"], r"train\.steps=null: must be a whole number"),
+    "a list": (["layout.pp=2,3"], r"layout\.pp=2,3"),
+    "no value": (["train.steps"], r"train\.steps: is no override; write KEY=VALUE"),
+    "a value for a group": (["layout=5"], r"layout=5: no such option; options are"),
+    "bad quoting": (["data.path='x"], r"cannot be read; put quotes"),
+}
+
+
+@pytest.mark.parametrize("overrides, message", BAD.values(), ids=BAD.keys())
+def test_a_bad_override_is_explained(overrides, message):
+    with pytest.raises(BadRequest, match=message):
+        compose_config(overrides)
+
+
+@pytest.mark.parametrize("key", ["tracker.wandb_api_key", "tracker.token", "data.s3_secret", "+password"])
+def test_a_secret_is_refused_and_not_repeated(key):
+    with pytest.raises(BadRequest, match="environment") as caught:
+        compose_config([f"{key}=hunter2"])
+    assert "hunter2" not in str(caught.value)
+
+
+RULES = {
+    "experts by ep": ([*FOUR, "model.n_routed_experts=6", "layout.dp=4", "layout.ep=4"],
+                      "layout.ep=4: must divide model.n"),
+    "dp by ep": ([*FOUR, "layout.ep=3"], r"layout\.ep=3: must divide layout\.dp=2; use one of \[1, 2\]"),
+    "experts of a dense model": (["model=tiny_dense_total", "layout.dp=2", "layout.ep=2"], "the model is dense"),
+    "stages and layers": ([*FOUR, "layout.pp=8"], r"layout\.pp=8: makes 8 stages.*model\.n_layers=4"),
+    "microbatches of 1F1B": ([*FOUR, "layout.microbatches=1"], r"layout\.microbatches=1: must be at least the 2 stages"),
+    "looped microbatches": ([*FOUR, "layout.schedule=interleaved_1f1b", "layout.microbatches=5"],
+                            r"layout\.microbatches=5: must be a multiple of layout\.pp=2"),
+    "batch by microbatches": ([*FOUR, "train.batch_size=18"], r"train\.batch_size=18: must be a multiple.*use 16 or 20"),
+    "validation by microbatches": ([*FOUR, "train.validate_sequences=6"], "validate_sequences=6: must be a multiple"),
+    "recompute and split backward": ([*FOUR, "layout.schedule=zbv", "layout.microbatches=4", "layout.recompute=full"],
+                                     "layout.recompute=full: does not go with the split backward"),
+    "sequence too long": ([*FOUR, "train.seq_len=4096"], r"train\.seq_len=4096: must not exceed model\.max_seq_len"),
+    "a budget without a price": ([*FOUR, "hardware=cpu", "hardware.usd_per_h=null", "budget.max_usd=1"],
+                                 "needs a price.*set hardware.usd_per_h"),
+    "a negative rate": ([*FOUR, "optim.lr=-1"], "optim.lr=-1.0: must be positive"),
+    "no steps": ([*FOUR, "train.steps=0"], "train.steps=0: must be at least 1"),
+    "nodes and ranks": ([*FOUR, "cluster.nodes=3"], "cluster.nodes=3: must divide the 4 ranks"),
+    "missing data": (["data=text"], r"data\.path='': must name text.*use data\.path="),
+    "a contradiction in the model": ([*FOUR, "model.n_activated_experts=9"], "model.n_activated_experts"),
+}
+
+
+@pytest.mark.parametrize("overrides, message", RULES.values(), ids=RULES.keys())
+def test_a_run_that_cannot_be_is_refused_with_rule_and_remedy(overrides, message):
+    with pytest.raises(BadRequest, match=message) as caught:
+        check_run(compose_config(overrides))
+    assert ";" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_continuing_takes_the_runs_own_config_then_this_commands_overrides(tmp_path):
+    saved = compose_config([*FOUR, "model=mini", "train.steps=70", f"run.dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(saved)))
+    config = compose_config([f"run.dir={tmp_path}", "resume=auto", "layout.pp=4", "tracker=off"])
+    assert config.model == saved.model and config.train == saved.train
+    assert config.layout.pp == 4 and config.layout.dp == 2 and config.tracker.wandb.name == "off"
+    assert compose_config([f"run.dir={tmp_path}"]).model.name == "tiny"
+    (tmp_path / "config.yaml").write_text("train: {stepz: 3}")
+    with pytest.raises(BadRequest, match=r"config\.yaml: is no config of a run \(train\.stepz: unknown key"):
+        compose_config([f"run.dir={tmp_path}", "resume=auto"])
+
+
+def test_every_price_has_a_source_and_a_day():
+    for name, entry in catalogue().items():
+        assert entry.name == name
+        if entry.usd_per_h is not None:
+            assert entry.source and re.fullmatch(r"20\d\d-\d\d-\d\d", entry.date), name
+
+
+def test_auto_finds_the_device_and_keeps_what_the_user_set():
+    auto = HardwareConfig()
+    assert resolve_hardware(auto, None).name == "cpu"
+    assert resolve_hardware(auto, "NVIDIA H200").name == "h200"
+    assert resolve_hardware(auto, "NVIDIA H100 80GB HBM3").bf16_tflops == 989
+    unknown = resolve_hardware(auto, "Some GPU 9000")
+    assert unknown.usd_per_h is None and unknown.bf16_tflops is None and unknown.device == "cuda"
+    assert resolve_hardware(HardwareConfig(usd_per_h=1.25), "NVIDIA H200").usd_per_h == 1.25
+    assert resolve_hardware(HardwareConfig(name="mine"), "NVIDIA H200").name == "mine"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "orchestrator", *arguments], cwd=ROOT, text=True, capture_output=True,
+                          timeout=60)
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["train", "train.stepz=3"], 2, "error: train.stepz: unknown key"),
+    (["train", "layout.ep=3"], 2, "error: layout.ep=3: must divide"),
+    (["trian"], 2, "did you mean train?"),
+    (["plan"], 2, "not built yet"),
+    (["status", "nowhere"], 2, "nowhere: is no run directory"),
+    (["report", "nowhere"], 2, "nowhere"),
+    (["report"], 2, "no run directory was given"),
+    (["export", "nowhere", "out"], 2, "nowhere: no whole checkpoint there"),
+    (["export", "nowhere", "out", "dtype=int4"], 2, "dtype=int4: must be one of"),
+    (["import", "nowhere", "out"], 2, "nowhere: is no directory"),
+    (["import"], 2, "import: takes 2 arguments"),
+    (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
+])
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, code, words):
+    done = run(*arguments)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_hydras_own_flags_work_behind_the_verb():
+    done = run("train", "experiment=tiny", "--cfg", "job")
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["layout"]["pp"] == 2 and done.stderr == ""
