@@ -26,7 +26,7 @@ def commands(verb: str) -> list[str]:
 
 
 def test_the_tree_names_every_source_file_and_no_other():
-    tree = README[README.index("## The files") :].split("\n## ")[1 - 1]
+    tree = README[README.index("## The files") :].split("\n## ")[0]
     named, folders = set(), {}
     for line in re.findall(r"^    ( *\S.*)$", tree, re.MULTILINE):
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
@@ -43,7 +43,7 @@ def test_the_tree_names_every_source_file_and_no_other():
 @pytest.mark.parametrize("command", commands("train"))
 def test_every_train_command_composes_and_passes_the_checks(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [word for word in shlex.split(command)[2:]]
+    arguments = shlex.split(command)[2:]
     check_run(compose_config(arguments))
 
 

@@ -1,0 +1,84 @@
+"""States in, decision out; resources in, placement out: no Ray, no processes."""
+
+import pytest
+
+from orchestrator.cluster.placement import Node, Request, nodes_of, order_ranks, rank_infos, request_of, what_is_missing
+from orchestrator.cluster.policy import Action, Limits, Phase, RankState, decide
+from orchestrator.config import Config
+
+LIMITS = Limits(start_s=60, step_s=30)
+
+
+def states(*phases: Phase, **silent: float) -> list[RankState]:
+    return [RankState(rank, phase, **silent) for rank, phase in enumerate(phases)]
+
+
+def test_waits_while_ranks_work_and_finishes_when_all_are_done():
+    assert decide(states(Phase.start, Phase.step), LIMITS, 0).action is Action.wait
+    assert decide(states(Phase.done, Phase.step), LIMITS, 0).action is Action.wait
+    assert decide(states(Phase.done, Phase.done), LIMITS, 0).action is Action.finish
+
+
+def test_blames_the_rank_that_failed_on_its_own_account_even_if_others_told_first():
+    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True),
+            RankState(1, Phase.step), RankState(2, Phase.failed, cause="out of memory", at=11, exit_code=1)]
+    decision = decide(seen, LIMITS, 11)
+    assert (decision.action, decision.rank, decision.cause) == (Action.fail, 2, "out of memory")
+
+
+def test_blames_a_dead_rank_over_those_that_lost_their_connection_to_it():
+    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True),
+            RankState(1, Phase.dead, cause="killed", at=12, exit_code=33)]
+    decision = decide(seen, LIMITS, 12)
+    assert (decision.rank, decision.exit_code) == (1, 33)
+
+
+def test_waits_a_moment_for_the_root_cause_behind_a_lost_connection():
+    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True), RankState(1, Phase.step)]
+    assert decide(seen, LIMITS, 10.5).action is Action.wait
+    assert decide(seen, LIMITS, 10 + LIMITS.settle_s).action is Action.fail
+
+
+@pytest.mark.parametrize("phase, limit", [(Phase.start, 60), (Phase.step, 30), (Phase.save, 30)])
+def test_silence_has_a_limit_per_phase(phase, limit):
+    assert decide([RankState(0, phase, silent_s=limit - 1)], LIMITS, 0).action is Action.wait
+    decision = decide([RankState(0, Phase.step), RankState(1, phase, silent_s=limit + 1)], LIMITS, 0)
+    assert (decision.action, decision.rank, decision.exit_code) == (Action.fail, 1, 33)
+    assert phase.name in decision.cause
+
+
+def test_what_is_missing_is_said():
+    nodes = [Node("a", 8, 8), Node("b", 8, 4)]
+    assert what_is_missing(Request(12, 1, True, False), nodes) is None
+    assert what_is_missing(Request(13, 1, True, False), nodes) == (
+        "13 ranks want one free GPU each, 12 are there (a: 8 GPUs, 8 CPUs, b: 4 GPUs, 8 CPUs)")
+    assert what_is_missing(Request(2, 4, True, True), nodes) is None
+    missing = what_is_missing(Request(2, 8, True, True), nodes)
+    assert missing.startswith("2 nodes with 8 free GPUs each are wanted, 1 such are there")
+    assert "no nodes" in what_is_missing(Request(1, 1, False, False), [])
+
+
+def test_ranks_of_a_node_are_consecutive_in_device_order_and_the_order_is_stable():
+    homes = [("b", 1), ("a", 0), ("b", 0), ("a", 1), ("b", 2)]
+    order = order_ranks(homes)
+    assert [homes[i] for i in order] == [("b", 0), ("b", 1), ("b", 2), ("a", 0), ("a", 1)]
+    shuffled = [homes[i] for i in (4, 3, 2, 1, 0)]
+    assert [shuffled[i] for i in order_ranks(shuffled)] == [homes[i] for i in order]
+
+
+def test_ranks_get_torchruns_numbers():
+    infos = rank_infos([("b", 4), ("b", 5), ("a", -1), ("a", -1)], "10.0.0.1", 29400)
+    assert [info.rank for info in infos] == [0, 1, 2, 3] and {info.world_size for info in infos} == {4}
+    assert [info.local_rank for info in infos] == [4, 5, 0, 1]
+    assert [info.node_rank for info in infos] == [0, 0, 1, 1]
+    assert {info.local_world_size for info in infos} == {2} and infos[3].master_addr == "10.0.0.1"
+
+
+def test_nodes_are_simulated_here_and_real_on_a_cluster():
+    config = Config()
+    config.layout.pp, config.layout.dp, config.cluster.nodes = 2, 4, 2
+    assert nodes_of(config) == (2, 4)
+    assert request_of(config, gpu=True, simulated=False) == Request(2, 4, True, spread=True)
+    assert request_of(config, gpu=False, simulated=True) == Request(8, 1, False, spread=False)
+    config.cluster.nodes, config.cluster.ranks_per_node = 0, 2
+    assert nodes_of(config) == (4, 2)

@@ -1,0 +1,241 @@
+"""Tokens and their order: built once, checked, the same under every layout."""
+
+import gzip
+import json
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.config import ModelConfig
+from orchestrator.config import DataConfig, DataKind, TrainConfig
+from orchestrator.errors import BadRequest, NotTrustworthy
+from orchestrator.train import data, storage, tokens
+
+ROOT = Path(__file__).parents[3]
+EOS = tokens.BYTE_EOS
+
+
+def make_texts(number: int = 40) -> list[str]:
+    words = random.Random(0)
+    return ["".join(words.choice("abc de\n\u00e9") for _ in range(words.randrange(50, 400))) for _ in range(number)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for i, text in enumerate(make_texts()):
+        (tmp_path / f"{i:03d}.txt").write_text(text)
+    return tmp_path
+
+
+def config_for(folder: Path, pattern: str = "*.txt", **changes) -> DataConfig:
+    return DataConfig(**{"path": f"{folder}/{pattern}", "cache_dir": str(folder / "cache"), "validation_fraction": 0.2}
+                      | changes)
+
+
+def prepare(config: DataConfig, seq_len: int = 16, model: ModelConfig | None = None) -> data.Corpus:
+    return data.prepare(config, model=model or ModelConfig(), seq_len=seq_len, n_extra=2)
+
+
+def documents_of(stream: data.TokenStream) -> list[str]:
+    ids = stream.read(0, stream.num_tokens)
+    assert ids[-1] == EOS
+    parts = np.split(ids, np.flatnonzero(ids == EOS))[:-1]
+    return [bytes(part[part != EOS].astype(np.uint8)).decode() for part in parts]
+
+
+def test_a_step_sees_the_same_samples_under_every_data_parallel_degree(folder):
+    corpus = prepare(config_for(folder))
+
+    def step(index: int, dp: int, seed: int = 3) -> np.ndarray:
+        share = 8 // dp
+        firsts = range(index * 8, index * 8 + 8, share)
+        return np.concatenate([data.batch(corpus, seed=seed, first_sample=first, num=share, seq_len=16, n_extra=2)
+                               for first in firsts])
+
+    for index in (7, 0, 2):
+        assert step(index, 1).shape == (8, 18)
+        for dp in (2, 4, 8):
+            assert (step(index, dp) == step(index, 1)).all()
+    assert (step(7, 1, seed=4) != step(7, 1)).any()
+
+
+def test_each_epoch_is_another_permutation():
+    order = data.sample_order(101, 5)
+    epochs = [[int(order[i]) for i in range(e * 101, (e + 1) * 101)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(101))
+
+
+def test_concurrent_processes_build_the_shards_once(folder):
+    program = ("import sys, json\nfrom orchestrator.config import DataConfig\nfrom orchestrator.train import tokens\n"
+               "calls = []\nplace = tokens.build_index(DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], "
+               "validation_fraction=0.2), lambda *done: calls.append(done))\n"
+               "print(json.dumps([len(calls), str(place), len(tokens.read_index(place)['shards'])]))")
+    processes = [subprocess.Popen([sys.executable, "-c", program, f"{folder}/*.txt", str(folder / "cache")], cwd=ROOT,
+                                  stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    results = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    assert sorted(calls > 0 for calls, _, _ in results) == [False, False, False, True]
+    assert len({place for _, place, _ in results}) == 1
+    assert not [path for path in (folder / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_damage_is_found_and_named(folder):
+    place = tokens.build_index(config_for(folder))
+    shard = place / "train-00000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(NotTrustworthy, match=r"train-00000\.bin: its content is not what was written; delete"):
+        tokens.verify_shards(place)
+    shard.write_bytes(whole[:-2])
+    with pytest.raises(NotTrustworthy, match=r"train-00000\.bin: has \d+ bytes, the index says \d+; delete"):
+        prepare(config_for(folder))
+    shard.write_bytes(whole)
+    tokens.verify_shards(place)
+    index = place / "index.json"
+    index.write_text(index.read_text().replace('"eos": 256', '"eos": 255'))
+    with pytest.raises(NotTrustworthy, match=r"index\.json: is damaged; delete"):
+        tokens.read_index(place)
+
+
+def test_the_same_texts_in_three_formats_make_the_same_documents(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = make_texts()
+    (folder / "all.jsonl").write_text("".join(json.dumps({"body": text, "n": 1}) + "\n\n" for text in texts))
+    parquet.write_table(pyarrow.table({"body": texts, "n": range(len(texts))}), folder / "all.parquet")
+    plain = prepare(config_for(folder))
+    for pattern in ("all.jsonl", "all.parquet"):
+        other = prepare(config_for(folder, pattern, text_key="body"))
+        assert other.baselines["bigram"] == plain.baselines["bigram"]
+        for split in tokens.SPLITS:
+            assert sorted(documents_of(other.streams[split])) == sorted(documents_of(plain.streams[split]))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 40])
+def test_the_splits_are_disjoint_and_whole_however_few_the_documents(tmp_path, number):
+    texts = make_texts(number)
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    corpus = prepare(config_for(tmp_path), seq_len=4)
+    train, held_out = (documents_of(corpus.streams[split]) for split in tokens.SPLITS)
+    assert train and held_out
+    if number == 1:
+        assert train[0] + held_out[0] == texts[0] and len(held_out[0]) < len(train[0])
+    else:
+        assert sorted(train + held_out) == sorted(texts)
+
+
+def test_the_baselines_are_what_an_independent_computation_says(folder):
+    corpus = prepare(config_for(folder))
+    train, held_out = ([text.encode() for text in documents_of(corpus.streams[split])] for split in tokens.SPLITS)
+    pairs = Counter(pair for text in train for pair in zip([256, *text], text, strict=False))
+    before = Counter(first for first, _ in pairs.elements())
+    after = Counter(second for _, second in pairs.elements())
+    size = sum(map(len, held_out))
+
+    def bits(weight: float) -> float:
+        total = 0.0
+        for text in held_out:
+            for first, second in zip([256, *text], text, strict=False):
+                single = (after[second] + 1) / (sum(after.values()) + 256)
+                total -= math.log2((pairs[first, second] + weight * single) / (before[first] + weight))
+        return total / size
+
+    assert corpus.baselines["bigram"] == pytest.approx(min(map(bits, (0.1, 1, 3, 10, 30, 100))), rel=1e-9)
+    assert corpus.baselines["gzip"] == pytest.approx(8 * len(gzip.compress(b"".join(held_out), 9)) / size, rel=0.01)
+    assert corpus.bytes_per_token == pytest.approx(size / (size + len(held_out)))
+
+
+def test_the_ramp_grows_in_whole_starts_and_samples_add_up():
+    train = TrainConfig(batch_size=64, batch_start=16, batch_ramp_steps=9)
+    sizes = [data.batch_size_at(step, train) for step in range(12)]
+    assert sizes == sorted(sizes) and sizes[0] == 16 and sizes[9:] == [64, 64, 64] and {s % 16 for s in sizes} == {0}
+    for step in range(12):
+        assert data.samples_before(step, train) == sum(sizes[:step])
+
+
+def test_a_hugging_face_tokenizer_is_taken(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(make_texts(), tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    path = str(folder / "tokenizer.json")
+    made.save(path)
+    corpus = prepare(config_for(folder, tokenizer=path), model=ModelConfig(vocab_size=304))
+    stream = corpus.streams["train"]
+    ids = stream.read(0, stream.num_tokens)
+    first = ids[: int(np.flatnonzero(ids == made.token_to_id("<|endoftext|>"))[0])]
+    assert made.decode(first.tolist()) in make_texts() and corpus.bytes_per_token > 1
+    with pytest.raises(BadRequest, match=r"model\.vocab_size=264: must hold the 300 tokens.*use model\.vocab_size=304"):
+        prepare(config_for(folder, tokenizer=path))
+    with pytest.raises(BadRequest, match=r"data\.tokenizer=.*nowhere: no such file"):
+        prepare(config_for(folder, tokenizer=str(folder / "nowhere")))
+    (folder / "broken.json").write_text("{}")
+    with pytest.raises(BadRequest, match=r"broken\.json: cannot be read"):
+        prepare(config_for(folder, tokenizer=str(folder / "broken.json")))
+
+
+BAD_FILES = {
+    "nothing matches": ("no*.txt", "", r"matches no file; give"),
+    "only empty files": ("empty.txt", "", r"has too little text"),
+    "a torn line": ("torn.jsonl", '{"text": "a"}\n{"text": ', r"torn\.jsonl:2: is not JSON"),
+    "no such field": ("field.jsonl", '{"body": "a"}\n', r"field\.jsonl:1: has no text under data\.text_key=text.*body"),
+    "no object": ("list.jsonl", "[1]\n", r"list\.jsonl:1: has no text"),
+    "no Parquet": ("bad.parquet", "PAR1 but no", r"bad\.parquet: is not readable Parquet"),
+    "too short": ("short.txt", "ab", r"train\.seq_len=16: the train split has only"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, message):
+    if "*" not in name:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(BadRequest, match=message):
+        prepare(config_for(tmp_path, name))
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(BadRequest, match=r"has no column data\.text_key=text; its columns are \['body'\]"):
+        prepare(config_for(tmp_path, "a.parquet"))
+
+
+def test_only_a_change_builds_anew(folder):
+    place = tokens.build_index(config_for(folder))
+    assert tokens.build_index(config_for(folder)) == place
+    assert tokens.build_index(config_for(folder, validation_fraction=0.3)) != place
+    (folder / "000.txt").write_text("something else")
+    assert tokens.build_index(config_for(folder)) != place
+
+
+def test_any_fsspec_place_and_several_globs_will_do(folder):
+    storage.write_bytes(f"memory://{folder.name}/a.txt", b"in memory " * 20)
+    corpus = prepare(config_for(folder, path=f"{folder}/00*.txt, memory://{folder.name}/*.txt"))
+    found = documents_of(corpus.streams["train"]) + documents_of(corpus.streams["validation"])
+    assert len(found) == 11 and "in memory " * 20 in found
+
+
+def test_stdlib_is_the_source_of_this_python_without_its_tests():
+    files = tokens.find_files("stdlib")
+    assert len(files) > 300 and any(file.endswith("/argparse.py") for file in files)
+    assert not any("/test/" in file or "site-packages" in file for file in files)
+
+
+def test_random_tokens_need_no_files_and_depend_on_seed_and_index_alone():
+    corpus = prepare(DataConfig(kind=DataKind.random))
+    rows = data.batch(corpus, seed=1, first_sample=4, num=4, seq_len=16, n_extra=2)
+    assert (data.batch(corpus, seed=1, first_sample=6, num=1, seq_len=16, n_extra=2)[0] == rows[2]).all()
+    assert rows.shape == (4, 18) and rows.max() < 264

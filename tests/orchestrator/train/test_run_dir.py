@@ -1,0 +1,100 @@
+"""A run directory is new, or continued on purpose, and held by one live run at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.config import Config, from_dict
+from orchestrator.errors import BadRequest, NotFit
+from orchestrator.train import storage
+from orchestrator.train.run_dir import claim_run_dir
+
+ROOT = Path(__file__).parents[3]
+HOLD = """
+import sys
+from orchestrator.config import Config
+from orchestrator.train.run_dir import claim_run_dir
+config = Config()
+config.run.dir = sys.argv[1]
+with claim_run_dir(config):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def config_for(run_dir: object, **changes) -> Config:
+    config = Config(**changes)
+    config.run.dir = str(run_dir) if run_dir else None
+    return config
+
+
+def test_a_run_without_a_directory_gets_a_new_one_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with claim_run_dir(config_for(None)) as first, claim_run_dir(config_for(None)) as second:
+        assert first.config.run.dir != second.config.run.dir
+        for claim in (first, second):
+            assert Path(claim.config.run.dir).parent == tmp_path / "runs" and claim.attempt == 1
+            assert claim.config.checkpoint.dir == f"{claim.config.run.dir}/checkpoints"
+            saved = yaml.safe_load(Path(claim.config.run.dir, "config.yaml").read_text())
+            assert from_dict(Config, saved) == claim.config
+
+
+def test_a_used_directory_is_continued_only_on_purpose(tmp_path):
+    with claim_run_dir(config_for(tmp_path)) as claim:
+        assert claim.attempt == 1
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(BadRequest, match=r"holds a run already \(metrics\.jsonl\); continue it with resume=auto"):
+        with claim_run_dir(config_for(tmp_path)):
+            pass
+    for attempt in (2, 3):
+        with claim_run_dir(config_for(tmp_path, resume="auto")) as claim:
+            assert claim.attempt == attempt
+
+
+def test_a_directory_is_free_again_once_its_holder_is_killed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BadRequest, match=rf"in use by a live run \(process {holder.pid} on "):
+            with claim_run_dir(config_for(tmp_path)):
+                pass
+        holder.kill()
+        holder.wait()
+        with claim_run_dir(config_for(tmp_path)) as claim:
+            assert claim.attempt == 2
+
+
+def test_an_object_store_directory_is_held_and_taken_over_from_the_dead(tmp_path):
+    url = f"memory://{tmp_path.name}/run"
+    lock = storage.join(url, "lock.json")
+    with claim_run_dir(config_for(url)) as claim:
+        assert claim.config.run.dir == url and storage.exists(lock)
+        held = json.loads(storage.read_bytes(lock))
+    assert not storage.exists(lock)
+    storage.write_bytes(lock, json.dumps(held | {"pid": os.getppid()}).encode())
+    with pytest.raises(BadRequest, match=f"process {os.getppid()} on "):
+        with claim_run_dir(config_for(url)):
+            pass
+    storage.write_bytes(lock, json.dumps(held | {"pid": 2**22 + 1}).encode())
+    with claim_run_dir(config_for(url)) as claim:
+        assert claim.attempt == 2
+    storage.write_bytes(lock, json.dumps(held | {"host": "elsewhere", "since": 0}).encode())
+    with claim_run_dir(config_for(url)) as claim:
+        assert claim.attempt == 3
+
+
+def test_a_bad_name_and_an_unwritable_place_are_refused(tmp_path):
+    config = config_for(tmp_path)
+    config.run.name = "../up"
+    with pytest.raises(BadRequest, match=r"run\.name=\.\./up: must be letters"):
+        with claim_run_dir(config):
+            pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotFit, match="cannot be written.*choose another run.dir"):
+        with claim_run_dir(config_for(tmp_path / "file" / "run")):
+            pass
