@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 
-from orchestrator.errors import BadRequest, SparingError
+from orchestrator.errors import BadRequest, NotFit, SparingError
 
 USAGE = """\
 Sparing trains mixture-of-experts language models and accounts for what that costs.
@@ -110,7 +110,7 @@ def train_config(config) -> int:
     following = (f"sparing report {run_dir}" if summary["status"] != "preempted"
                  else f"sparing train run.dir={run_dir} resume=auto")
     print("\n" + "\n".join([*headline(summary), f"run       {run_dir}", f"next      {following}"]))
-    return EXIT_CODES[summary["status"]]
+    return NotFit.exit_code if summary["checkpoint"]["error"] else EXIT_CODES[summary["status"]]
 
 
 def _status(arguments: list[str]) -> int:

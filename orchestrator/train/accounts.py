@@ -126,7 +126,7 @@ class Accounts:
         return {"ledger": self.ledger.to_dict(time.time()), "data_digest": self.corpus.digest,
                 "wandb_id": self.tracker.wandb_id if self.tracker is not None else None}
 
-    def result(self, status: str) -> dict:
+    def result(self, status: str, checkpoint: dict) -> dict:
         """What `finish_run` makes the summary of."""
         progress, seconds = self.progress, self.kept_seconds
         now = time.time()
@@ -138,7 +138,7 @@ class Accounts:
             "step_time_s": sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None,
             "peak_flops_per_s": self.peak, "device": self.mesh.device.type,
             "model_flops_total": model_flops(self.config.model, progress.tokens, self.config.train.seq_len),
-            "ledger": self.ledger.to_dict(now),
+            "ledger": self.ledger.to_dict(now), "checkpoint": checkpoint,
             "wandb_id": self.tracker.wandb_id if self.tracker is not None else None,
         }
         return self.final

@@ -89,6 +89,7 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
         "hardware": {key: getattr(config.hardware, key)
                      for key in ("name", "usd_per_h", "market", "source", "date")}
         | {"device": device, "devices": devices},
+        "checkpoint": result.get("checkpoint") or {"path": None, "step": None, "error": None},
         "attempts": attempts,
         "name": config.run.name,
         "run_dir": config.run.dir,
@@ -122,6 +123,10 @@ def headline(summary: dict) -> list[str]:
         if twin["device_hours"] is not None:
             lines.append(f"dense     {format_usd(twin['usd'])}, {twin['device_hours']:.4g} {unit} for equal {name} "
                          "parameters, same tokens, this MFU")
+    saved = summary["checkpoint"]
+    if saved["error"] is not None:
+        lines.append(f"NOT SAVED {saved['error']}; " + (f"the newest checkpoint is of step {saved['step']}"
+                                                        if saved["step"] is not None else "there is no checkpoint"))
     return lines
 
 

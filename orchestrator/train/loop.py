@@ -154,7 +154,7 @@ class Trainer:
             raise NotTrustworthy("no step was taken")
         self.checkpoints.wait()
         self._publish(phase="done")
-        return self.accounts.result(status)
+        return self.accounts.result(status, self.checkpoints.last)
 
     def _step(self, tokens: Tensor) -> tuple[StepSums, float]:
         """Forward, backward, agree, clip, update: one optimizer step of the V3 recipe."""

@@ -24,7 +24,10 @@ FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", 
 
 
 class Checkpoints:
-    """Saving and resuming for one rank. `on_event(kind, **fields)` hears of every result on rank 0."""
+    """Saving and resuming for one rank. `on_event(kind, **fields)` hears of every result on rank 0.
+
+    `last`: path and step of the newest checkpoint of this attempt, and why the newest save failed, if it did.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, pipeline: Pipeline, optimizer: torch.optim.Optimizer, *,
                  attempt: int, data_digest: str):
@@ -33,6 +36,7 @@ class Checkpoints:
         self.attempt = attempt
         self.on_event: Callable = lambda kind, **fields: None
         self.resumed: dict | None = None
+        self.last: dict = {"path": None, "step": None, "error": None}
         self.saver = checkpoint.Saver(
             config.checkpoint.dir, rank=mesh.info.rank, world_size=mesh.layout.world_size, store=mesh.store,
             keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.step_timeout_s,
@@ -85,8 +89,10 @@ class Checkpoints:
     def _report(self) -> None:
         for result in self.saver.results():
             if result.ok:
+                self.last = {"path": result.path, "step": result.step, "error": None}
                 self.on_event("checkpoint_saved", step=result.step, bytes=result.bytes, seconds=result.seconds)
             else:
+                self.last = self.last | {"error": result.error}
                 self.on_event("checkpoint_failed", step=result.step, cause=result.error)
 
     def _proposed(self, tried: list[str]) -> str | None:

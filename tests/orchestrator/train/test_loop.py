@@ -192,6 +192,28 @@ def test_too_many_bad_steps_end_the_run_as_not_trustworthy(text, tmp_path):
     assert max(rows(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("place", ["s3", "memory"])
+def test_a_run_saves_to_and_resumes_from_an_object_store(request, text, tmp_path, place):
+    url = f"{request.getfixturevalue('s3') if place == 's3' else 'memory://loop'}/{tmp_path.name}/checkpoints"
+    config = make_config(text, tmp_path / "a", checkpoint__dir=url)
+    train_and_stop_after(RankInfo(), config, 3)
+    config.resume = "auto"
+    assert train(RankInfo(), config)["checkpoint"]["path"].startswith(url)
+    alone = make_config(text, tmp_path / "b")
+    train(RankInfo(), alone)
+    assert losses(tmp_path / "a")[6] == losses(tmp_path / "b")[6]
+    assert len(events(tmp_path / "a", "resumed")) == 1
+
+
+def test_a_full_disk_costs_the_checkpoint_but_not_the_run(text, tmp_path, small_disk):
+    config = make_config(text, tmp_path, checkpoint__dir=str(small_disk), model__n_routed_experts=64)
+    result = train(RankInfo(), config)
+    failed = events(tmp_path, "checkpoint_failed")
+    assert result["status"] == "completed" and max(rows(tmp_path)) == 6
+    assert failed and "No space left" in failed[0]["cause"] + result["checkpoint"]["error"]
+    assert not [path for path in small_disk.rglob("*") if path.name == "manifest.json"]
+
+
 def test_the_budget_ends_the_run_with_a_checkpoint_before_it_is_passed(text, tmp_path):
     config = make_config(text, tmp_path, train__steps=100_000, budget__max_usd=0.009)
     result = train(RankInfo(), config)

@@ -1,0 +1,158 @@
+"""When each action of a schedule starts and ends, from durations per stage: an event-driven clock, no processes.
+
+The table is the one that the runtime executes (`schedule.actions`). An action starts when its rank is free and what it
+needs has arrived: a forward needs the stage before, a backward the stage after, a weight part its input part. A
+transfer delays the neighbour, not the sender; between two stages of one rank it costs nothing.
+
+Durations are in any one unit (seconds in the planner); all results are *simulated*, never measured.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from orchestrator.plan.schedule import Action
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long one microbatch takes on one stage. A full backward takes `backward + weight`."""
+
+    forward: float
+    backward: float
+    """The input-gradient part alone (I)."""
+    weight: float
+    """The weight-gradient part alone (W)."""
+    overlapped: float | None = None
+    """A forward and a full backward run as one overlapped slot; None runs them in turn."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One slot of a rank's row on the clock."""
+
+    rank: int
+    start: float
+    end: float
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step."""
+
+    spans: list[Span]
+    step_time: float
+    busy: list[float]
+    """Per rank, time at work."""
+    peak_in_flight: list[list[int]]
+    """Per rank, for each of its stages in order of number, the most microbatches whose activations are held at once."""
+    peak_held: list[float]
+    """Per rank, the most activation held at once, each microbatch weighted by `weights` of its stage."""
+
+    @property
+    def bubble(self) -> list[float]:
+        """Per rank, time idle inside the step."""
+        return [self.step_time - busy for busy in self.busy]
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Idle share of all ranks' time."""
+        return sum(self.bubble) / (len(self.busy) * self.step_time)
+
+
+def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, transfer: float = 0.0,
+             weights: list[float] | None = None) -> Timeline:
+    """Run the table on the clock.
+
+    times: one per stage. transfer: from the end of an action until its neighbour on another rank has the result.
+    weights: activation of one microbatch per stage, any unit; one each by default. Activations are held from the
+    forward until the weight part is done. Raises ValueError if the table can never end.
+    """
+    num_stages = len(times)
+    rank_of = {action.stage: rank for rank, row in enumerate(table) for slot in row for action in slot}
+    done: dict[tuple[str, int, int], float] = {}
+    free, cursor = [0.0] * len(table), [0] * len(table)
+    spans: list[Span] = []
+    waiting: dict[tuple[str, int, int], list[int]] = {}
+    ready = deque(range(len(table)))
+    while ready:
+        rank = ready.popleft()
+        row = table[rank]
+        while cursor[rank] < len(row):
+            slot = row[cursor[rank]]
+            start, missing = _start(slot, free[rank], done, rank_of, num_stages, transfer)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                break
+            end = start + _length(slot, times)
+            for key in _finished(slot):
+                done[key] = end
+                ready.extend(waiting.pop(key, ()))
+            spans.append(Span(rank, start, end, slot))
+            free[rank], cursor[rank] = end, cursor[rank] + 1
+    if any(cursor[rank] < len(row) for rank, row in enumerate(table)):
+        raise ValueError(f"the schedule deadlocks: nobody provides {sorted(waiting)[:3]}")
+    busy = [0.0] * len(table)
+    for span in spans:
+        busy[span.rank] += span.end - span.start
+    counts, held = _held(spans, len(table), weights or [1.0] * num_stages)
+    return Timeline(spans, max(free), busy, counts, held)
+
+
+def _start(slot: tuple[Action, ...], free: float, done: dict, rank_of: dict, num_stages: int,
+           transfer: float) -> tuple[float, tuple | None]:
+    """When the slot can start, or the first result that it still waits for."""
+    start = free
+    for action in slot:
+        for key in _needs(action, num_stages):
+            if key not in done:
+                return 0.0, key
+            delay = transfer if rank_of[key[1]] != rank_of[action.stage] else 0.0
+            start = max(start, done[key] + delay)
+    return start, None
+
+
+def _needs(action: Action, num_stages: int) -> list[tuple[str, int, int]]:
+    kind, stage, micro = action
+    if kind == "F":
+        return [("F", stage - 1, micro)] if stage else []
+    if kind == "W":
+        return [("I", stage, micro)]
+    return [("F", stage, micro)] + ([("I", stage + 1, micro)] if stage + 1 < num_stages else [])
+
+
+def _finished(slot: tuple[Action, ...]) -> list[tuple[str, int, int]]:
+    """Results that the slot provides: a full backward is also its two parts."""
+    found = []
+    for kind, stage, micro in slot:
+        found += [("I", stage, micro), ("W", stage, micro)] if kind == "B" else [(kind, stage, micro)]
+    return found
+
+
+def _length(slot: tuple[Action, ...], times: list[StageTime]) -> float:
+    if len(slot) == 2:
+        backward = next(action for action in slot if action.kind != "F")
+        overlapped = times[backward.stage].overlapped
+        if overlapped is not None:
+            return overlapped
+    return sum(_one(action, times[action.stage]) for action in slot)
+
+
+def _one(action: Action, time: StageTime) -> float:
+    return {"F": time.forward, "I": time.backward, "W": time.weight, "B": time.backward + time.weight}[action.kind]
+
+
+def _held(spans: list[Span], ranks: int, weights: list[float]) -> tuple[list[list[int]], list[float]]:
+    """Activations by rank over the rank's own order: up with a forward, down with a full backward or a weight part."""
+    now: list[dict[int, int]] = [{} for _ in range(ranks)]
+    most: list[dict[int, int]] = [{} for _ in range(ranks)]
+    weight, peak = [0.0] * ranks, [0.0] * ranks
+    for span in spans:
+        rank = span.rank
+        for kind, stage, _ in span.actions:
+            change = {"F": 1, "B": -1, "W": -1, "I": 0}[kind]
+            now[rank][stage] = now[rank].get(stage, 0) + change
+            weight[rank] += change * weights[stage]
+            most[rank][stage] = max(most[rank].get(stage, 0), now[rank][stage])
+            peak[rank] = max(peak[rank], weight[rank])
+    return [[stages[stage] for stage in sorted(stages)] for stages in most], peak
