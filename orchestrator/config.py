@@ -186,6 +186,12 @@ class HardwareConfig:
     fp8_tflops: float | None = None
     memory_gib: float | None = None
     memory_gb_per_s: float | None = None
+    scale_up_devices: int = 8
+    """Devices of one scale-up domain (NVLink)."""
+    scale_up_gb_per_s: float | None = None
+    """Of one device to its domain, one direction, 1e9 bytes/s."""
+    scale_out_gb_per_s: float | None = None
+    """Of one device to other nodes, one direction, 1e9 bytes/s."""
     watts: float | None = None
     usd_per_h: float | None = None
     """Price of one device for one hour; none is shown as unknown, never as 0."""

@@ -30,7 +30,7 @@ from orchestrator.train.metrics import append_event
 from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import STATUS, claim_run_dir
 
-POLL_S = 0.5
+POLL_S = 1.0
 STATUS_EVERY_S = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ERRORS = {kind.__name__: kind for kind in (BadRequest, NotFit, NotTrustworthy, Preempted, Transient)}

@@ -44,6 +44,61 @@ def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages:
     return rows
 
 
+def dualpipe(pp: int, microbatches: int) -> list[list[tuple]]:
+    """DualPipe's table (V3 report, section 3.2.1; the eight steps of DeepSeek's dualpipe.py), which torch does not run.
+
+    Microbatches enter from both ends, half of them from each. Going up they pass stages 0 to pp - 1; coming down they
+    pass the copies of the same stages on the opposite ranks, numbered pp to 2 pp - 1: rank r has r and 2 pp - 1 - r.
+    """
+    if pp % 2 or microbatches % 2 or microbatches < 2 * pp:
+        raise ValueError(f"dualpipe wants an even number of ranks and an even number of microbatches, at least twice as "
+                         f"many: not {pp} ranks with {microbatches} microbatches")
+    return [_dualpipe_rank(rank, pp, microbatches) for rank in range(pp)]
+
+
+def _dualpipe_rank(rank: int, pp: int, microbatches: int) -> list[tuple]:
+    half = min(rank, pp - 1 - rank)
+    stages = (rank, 2 * pp - 1 - rank) if rank < pp // 2 else (2 * pp - 1 - rank, rank)
+    numbers = {(kind, phase): iter(range(microbatches)) for kind in "FB" for phase in (0, 1)}
+    row: list[tuple] = []
+    later: list[Action] = []
+
+    def one(kind: str, phase: int, *, split: bool = False) -> Action:
+        action = Action(kind, stages[phase], next(numbers[kind, phase]))
+        if split:
+            later.append(action._replace(kind="W"))
+            return action._replace(kind="I")
+        return action
+
+    def weight() -> None:
+        row.append((later.pop(0),))
+
+    outer, inner = pp // 2 - half - 1, half + 1
+    row += [(one("F", 0),) for _ in range(2 * outer)]
+    for _ in range(inner):
+        row += [(one("F", 0),), (one("F", 1),)]
+    for _ in range(outer):
+        row.append((one("B", 1, split=True),))
+        weight()
+        row.append((one("F", 1),))
+    for i in range(microbatches // 2 - pp + inner):
+        pair = one("F", 0), one("B", 1)
+        row += [(pair[0],), (pair[1],)] if i == 0 and outer == 0 else [pair]
+        row.append((one("F", 1), one("B", 0)))
+    for _ in range(outer):
+        row += [(one("B", 1),), (one("F", 1), one("B", 0))]
+    for i in range(inner):
+        odd = half % 2
+        row.append((one("B", 1, split=i > inner // 2 or (i == inner // 2 and odd == 1)),))
+        row.append((one("B", 0, split=i >= inner // 2),))
+    for _ in range(outer):
+        weight()
+        row.append((one("B", 0, split=True),))
+    for _ in range(len(later)):
+        weight()
+    return row
+
+
 def _plain(action) -> Action:
     return Action(KINDS[action.computation_type.name], action.stage_index, action.microbatch_index)
 

@@ -61,14 +61,15 @@ class Timeline:
 
 
 def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, transfer: float = 0.0,
-             weights: list[float] | None = None) -> Timeline:
+             weights: list[float] | None = None, chains: int = 1) -> Timeline:
     """Run the table on the clock.
 
     times: one per stage. transfer: from the end of an action until its neighbour on another rank has the result.
     weights: activation of one microbatch per stage, any unit; one each by default. Activations are held from the
-    forward until the weight part is done. Raises ValueError if the table can never end.
+    forward until the weight part is done. chains: copies of the pipeline whose stages are numbered on (DualPipe: 2).
+    Raises ValueError if the table can never end.
     """
-    num_stages = len(times)
+    num_stages = len(times) // chains
     rank_of = {action.stage: rank for rank, row in enumerate(table) for slot in row for action in slot}
     done: dict[tuple[str, int, int], float] = {}
     free, cursor = [0.0] * len(table), [0] * len(table)
@@ -95,7 +96,7 @@ def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, t
     busy = [0.0] * len(table)
     for span in spans:
         busy[span.rank] += span.end - span.start
-    counts, held = _held(spans, len(table), weights or [1.0] * num_stages)
+    counts, held = _held(spans, len(table), weights or [1.0] * len(times))
     return Timeline(spans, max(free), busy, counts, held)
 
 
@@ -115,10 +116,10 @@ def _start(slot: tuple[Action, ...], free: float, done: dict, rank_of: dict, num
 def _needs(action: Action, num_stages: int) -> list[tuple[str, int, int]]:
     kind, stage, micro = action
     if kind == "F":
-        return [("F", stage - 1, micro)] if stage else []
+        return [("F", stage - 1, micro)] if stage % num_stages else []
     if kind == "W":
         return [("I", stage, micro)]
-    return [("F", stage, micro)] + ([("I", stage + 1, micro)] if stage + 1 < num_stages else [])
+    return [("F", stage, micro)] + ([("I", stage + 1, micro)] if (stage + 1) % num_stages else [])
 
 
 def _finished(slot: tuple[Action, ...]) -> list[tuple[str, int, int]]:
