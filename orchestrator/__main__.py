@@ -16,6 +16,7 @@ Sparing trains mixture-of-experts language models and accounts for what that cos
 usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ...)
 
   train   [OVERRIDES]        train; `sparing train experiment=tiny` is a first run of about two minutes
+  plan    OVERRIDES          rank layouts for a model, GPUs and tokens: step time, memory, GPU-hours, dollars; predicted
   status  RUN                what a live run is doing: who hosts what, load, rate, cost so far
   report  RUN [RUN ...]      one self-contained HTML page (and Markdown) about finished runs; out=FILE.html
   export  CHECKPOINT DIR     write a Hugging Face directory; dtype=fp32 or dtype=bf16
@@ -35,6 +36,13 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
 
 Groups: model layout data optim precision checkpoint tracker hardware cluster experiment; `model=x` lists what there is.
 Flags:  --cfg job (print the config), --multirun (one run per value), --shell-completion, --hydra-help""",
+    "plan": """\
+usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8] [out=plan.json]
+
+  sparing plan model=deepseek_v3 cluster=h800_2048 tokens=14.8e12 dtype=fp8
+  sparing plan model=moonlight_16b hardware=h100 gpus=64 tokens=1e12 train.batch_size=1024
+
+Keys and groups are those of train. The batch is 7.5 sequences a GPU unless train.batch_size says otherwise.""",
     "status": "usage: sparing status RUN\n\nRUN is a run directory, such as runs/tiny-20261124-120000.",
     "report": "usage: sparing report RUN [RUN ...] [out=FILE.html]\n\n"
               "Several runs are overlaid. Default: RUN/report.html.",
@@ -43,7 +51,7 @@ Flags:  --cfg job (print the config), --multirun (one run per value), --shell-co
     "import": "usage: sparing import DIR CHECKPOINT\n\n"
               "DIR holds config.json and safetensors of a supported architecture.",
 }
-PLANNED = ("plan", "launch", "compare", "generate", "evaluate", "serve")
+PLANNED = ("launch", "compare", "generate", "evaluate", "serve")
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 
@@ -113,6 +121,14 @@ def train_config(config) -> int:
     return NotFit.exit_code if summary["checkpoint"]["error"] else EXIT_CODES[summary["status"]]
 
 
+def _plan(arguments: list[str]) -> int:
+    from orchestrator.show_plan import OPTIONS, plan
+
+    options = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
+    plan(options, [word for word in arguments if word.split("=", 1)[0] not in OPTIONS])
+    return 0
+
+
 def _status(arguments: list[str]) -> int:
     from orchestrator.cluster.status import show_status
 
@@ -177,7 +193,7 @@ def _shown(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-VERBS = {"train": _train, "status": _status, "report": _report, "export": _export, "import": _import}
+VERBS = {"train": _train, "plan": _plan, "status": _status, "report": _report, "export": _export, "import": _import}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster import placement
 from orchestrator.cluster.policy import Action, Decision, Limits, Phase, RankState, decide
+from orchestrator.cluster.session import gpu_name, ray_session
 from orchestrator.cluster.worker import THREADS, Worker
 from orchestrator.config import ClusterKind, Config, DataKind, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Preempted, SparingError, Transient
@@ -53,11 +53,12 @@ def train(config: Config) -> dict:
         kind = ClusterKind.ray if "RAY_ADDRESS" in os.environ else ClusterKind.local
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
-        stack.enter_context(_ray(config, kind))
-        config = replace(config, hardware=resolve_hardware(config.hardware, _gpu_name()))
+        stack.enter_context(ray_session(config, kind))
+        gpu = _has_gpus(config, progress, here=kind is ClusterKind.local)
+        config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))
         check_run(config)
         _check_data(config, progress, here=kind is ClusterKind.local)
-        request = _checked_request(config, simulated=kind is ClusterKind.local)
+        request = _checked_request(config, gpu=gpu, simulated=kind is ClusterKind.local)
         claim = stack.enter_context(claim_run_dir(config))
         progress.say(f"run {claim.config.run.dir}: {request.ranks} ranks on {claim.config.hardware.name}")
         return Controller(claim.config, claim.attempt, request, progress).run()
@@ -226,69 +227,25 @@ def release(ranks: Ranks) -> None:
 def _start(request: placement.Request, strategy: PlacementGroupSchedulingStrategy):
     """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
     environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
+    if not request.gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return ray.remote(Worker).options(
         num_cpus=1, num_gpus=1 if request.gpu else 0, max_concurrency=THREADS, max_restarts=0,
         scheduling_strategy=strategy, runtime_env={"env_vars": environment}).remote()
 
 
-@contextlib.contextmanager
-def _ray(config: Config, kind: ClusterKind) -> Iterator[None]:
-    """Ray for the length of the run: our own on this machine, or the cluster we are in. Quiet, without telemetry."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        if kind is ClusterKind.ray:
-            _knock(os.environ.get("RAY_ADDRESS", ""))
-            ray.init(address="auto", **quiet)
-        else:
-            os.environ.pop("RAY_ADDRESS", None)
-            ranks = config.layout.pp * config.layout.dp
-            path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
-            ray.init(address="local", num_cpus=max(ranks, os.cpu_count() or 1), include_dashboard=False,
-                     _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
-                     runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
-    except ConnectionError as error:
-        raise NotFit("cluster=ray: no Ray cluster is reachable from here; start one with `ray start --head`, set "
-                     "RAY_ADDRESS (and RAY_AUTH_MODE and the token of a cluster that asks for one), or use "
-                     "cluster=local") from error
-    except (RuntimeError, ValueError, TimeoutError, RayError) as error:
-        raise NotFit(f"Ray could not be started: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+def _has_gpus(config: Config, progress: Progress, *, here: bool) -> bool:
+    """Whether ranks take GPUs: where there are any, but for a machine with too few of them, whose ranks take CPUs."""
+    there, ranks = int(ray.cluster_resources().get("GPU", 0)), config.layout.pp * config.layout.dp
+    if here and 0 < there < ranks:
+        progress.say(f"{ranks} ranks and {there} GPU{'s' * (there > 1)}: running on the CPU; a layout of {there} or "
+                     "fewer ranks takes the GPU")
+        return False
+    return there > 0
 
 
-def _knock(address: str) -> None:
-    """Whether anybody listens there; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in address:
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ConnectionError(f"{address}: {error}") from error
-
-
-def _source_root() -> str:
-    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-def _gpu_name() -> str | None:
-    """The cluster's GPU model as Ray reports it; None where there is no GPU."""
-    resources = ray.cluster_resources()
-    if not resources.get("GPU"):
-        return None
-    types = [key.split(":", 1)[1] for key in resources if key.startswith("accelerator_type:")]
-    return types[0] if types else "GPU"
-
-
-def _checked_request(config: Config, *, simulated: bool) -> placement.Request:
-    request = placement.request_of(config, gpu=bool(ray.cluster_resources().get("GPU")), simulated=simulated)
+def _checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.Request:
+    request = placement.request_of(config, gpu=gpu, simulated=simulated)
     alive = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
     nodes = [placement.Node(name, resources.get("CPU", 0), resources.get("GPU", 0)) for name, resources in alive]
     missing = placement.what_is_missing(request, nodes)

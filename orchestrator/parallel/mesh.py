@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from orchestrator.errors import NotFit
 from orchestrator.plan.layout import Coordinate, Layout
 
 
@@ -67,6 +68,9 @@ def under_torchrun() -> bool:
 def pick_device(info: RankInfo) -> torch.device:
     """The rank's own GPU where there is one, else the CPU. Devices are never masked (ray#61073)."""
     if torch.cuda.is_available():
+        if info.local_rank >= torch.cuda.device_count():
+            raise NotFit(f"local rank {info.local_rank}: this machine has {torch.cuda.device_count()} GPUs; start as "
+                         "many ranks, or set CUDA_VISIBLE_DEVICES='' to run on the CPU")
         device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
         return device

@@ -13,7 +13,7 @@ from model.config import Attention, ModelConfig
 from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.layout import split_stages, stages_per_rank
 from orchestrator.plan.schedule import Action, actions, dualpipe
-from orchestrator.plan.simulate import StageTime, Timeline, simulate
+from orchestrator.plan.simulate import StageTime, Timeline, held, simulate
 
 GIB = 2**30
 PROFILE = "DeepSeek's profile-data trace of V3 training (H800, EP64)"
@@ -118,14 +118,22 @@ def estimate(work: Workload) -> Estimate:
         times.append(_stage_time(work, total))
     link = _link_bytes_per_s(work, crossing_nodes=work.dp >= work.hardware.scale_up_devices)
     transfer = work.microbatch_tokens * work.model.dim * 2 / (link * work.assumptions.network)
-    activation = [_activation_bytes(work, ranges[stage]) for stage in range(stages)]
-    timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, weights=activation,
-                        chains=chains)
-    memory = _memory(work, ranges, table, timeline)
+    timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, chains=chains)
     reduce, optimizer = _reduce_s(work, ranges, table), _optimizer_s(work, ranges, table)
     busiest = max(timeline.busy)
     parts = {"pipeline": busiest, "bubble": timeline.step_time - busiest, "reduce": reduce, "optimizer": optimizer}
-    return Estimate(sum(parts.values()), parts, timeline.bubble_fraction, memory, timeline)
+    return Estimate(sum(parts.values()), parts, timeline.bubble_fraction, memory_gib(work), timeline)
+
+
+def memory_gib(work: Workload) -> dict[str, float]:
+    """By component, of the rank that needs most; needs no clock.
+
+    Dense parameters are whole while a step runs (bf16 copy, fp32 gradient) and sharded over dp at rest (fp32 master,
+    two moments); experts are sharded over ep, their state over dp / ep too.
+    """
+    ranges, table, _ = _pipeline(work)
+    _, activations = held(table, [_activation_bytes(work, layers) for layers in ranges])
+    return _memory(work, ranges, table, activations)
 
 
 def _pipeline(work: Workload) -> tuple[list[range], list, int]:
@@ -254,9 +262,7 @@ def _activation_bytes(work: Workload, layers: range) -> float:
     return total * tokens
 
 
-def _memory(work: Workload, ranges: list[range], table: list, timeline: Timeline) -> dict[str, float]:
-    """Of the rank that needs most. Dense parameters are whole while a step runs (bf16 copy, fp32 gradient) and
-    sharded over dp at rest (fp32 master, two moments); experts are sharded over ep, their state over dp / ep too."""
+def _memory(work: Workload, ranges: list[range], table: list, activations: list[float]) -> dict[str, float]:
     fullest: dict[str, float] = {}
     for rank, row in enumerate(table):
         dense, experts = _rank_parameters(work, ranges, row)
@@ -265,7 +271,7 @@ def _memory(work: Workload, ranges: list[range], table: list, timeline: Timeline
             "gradients": (dense + experts) * 4,
             "masters": (dense / work.dp + experts / (work.dp // work.ep)) * 4,
             "moments": (dense / work.dp + experts / (work.dp // work.ep)) * 8,
-            "activations": timeline.peak_held[rank],
+            "activations": activations[rank],
             "logits": (work.microbatch_tokens * work.model.vocab_size * 6
                        if any(_is_last(work, a.stage, len(ranges)) for slot in row for a in slot) else 0.0),
         }

@@ -100,7 +100,12 @@ def split_stages(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     Costs are forward FLOPs per token: the embedding counts on the first layer, final head and MTP on the last.
     Every stage holds at least one layer.
     """
-    costs = _costs((tuple(vars(model).items()), seq_len))
+    return list(_split((tuple(vars(model).items()), seq_len), stages))
+
+
+@lru_cache(maxsize=256)
+def _split(key: tuple, stages: int) -> tuple[range, ...]:
+    costs = _costs(key)
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
@@ -115,7 +120,7 @@ def split_stages(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
         start = best[stage, end][1]
         ranges.append(range(start, end))
         end = start
-    return ranges[::-1]
+    return tuple(ranges[::-1])
 
 
 def check_run(config: Config) -> None:

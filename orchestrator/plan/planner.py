@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from model import count
 from model.config import ModelConfig, divisors
 from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
-from orchestrator.plan.estimate import Assumptions, Estimate, Workload, estimate
-from orchestrator.plan.layout import stages_per_rank
+from orchestrator.plan.estimate import Assumptions, Estimate, Workload, estimate, memory_gib
+from orchestrator.plan.layout import SPLIT_BACKWARD, stages_per_rank
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
+SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
 MAX_REFUSED = 200
 
 
@@ -40,10 +40,6 @@ class Candidate:
     work: Workload
     found: Estimate
 
-    @property
-    def fits(self) -> bool:
-        return self.found.memory_gib["total"] <= self.work.hardware.memory_gib * self.work.assumptions.usable_memory
-
 
 @dataclass(frozen=True)
 class Refused:
@@ -67,13 +63,10 @@ def make_plan(request: Request) -> Plan:
         considered += 1
         reason = illegal(work)
         if reason is None:
-            candidate = Candidate(work, estimate(work))
-            if candidate.fits:
-                candidates.append(candidate)
-                continue
-            need, have = candidate.found.memory_gib, work.hardware.memory_gib * work.assumptions.usable_memory
-            largest = max((name for name in need if name != "total"), key=need.get)
-            reason = (f"needs {need['total']:.0f} GiB of {have:.0f} usable, {need[largest]:.0f} of them {largest}")
+            reason = _too_large(work)
+        if reason is None:
+            candidates.append(Candidate(work, estimate(work)))
+            continue
         refused.append(Refused(layout_of(work), reason))
     candidates.sort(key=lambda candidate: (candidate.found.step_time_s, candidate.found.memory_gib["total"]))
     return Plan(request, candidates, refused, considered)
@@ -115,12 +108,20 @@ def illegal(work: Workload) -> str | None:
             return f"{work.schedule} wants at least {least} microbatches, not {micro}"
         if schedule.name.startswith("interleaved") and micro % max(1, micro // pp):
             return f"{work.schedule} wants microbatches in equal rounds of {pp} ranks, not {micro}"
+    if work.schedule in SPLIT and work.recompute is Recompute.full:
+        return f"{work.schedule} wants no recompute: its split backward cannot go with it"
     if stages > work.model.n_layers:
         return f"{stages} stages for {work.model.n_layers} layers"
-    weights = 6 * count.parameters(work.model).total / (work.pp * work.ep) / 2**30
-    if weights > 4 * work.hardware.memory_gib:
-        return f"weights and gradients alone are some {weights:.0f} GiB a device"
     return None
+
+
+def _too_large(work: Workload) -> str | None:
+    have = work.hardware.memory_gib * work.assumptions.usable_memory
+    need = memory_gib(work)
+    if need["total"] <= have:
+        return None
+    largest = max((name for name in need if name != "total"), key=need.get)
+    return f"needs {need['total']:.0f} GiB of {have:.0f} usable, {need[largest]:.0f} of them {largest}"
 
 
 def layout_of(work: Workload) -> dict:
@@ -129,8 +130,10 @@ def layout_of(work: Workload) -> dict:
 
 
 def overrides_of(work: Workload) -> list[str]:
-    """The same layout as `sparing train` takes it."""
-    return [f"layout.{key}={value}" for key, value in layout_of(work).items()]
+    """The same run as `sparing train` takes it."""
+    return [f"model={work.model.name}", *(f"layout.{key}={value}" for key, value in layout_of(work).items()),
+            f"train.batch_size={work.batch_size}", f"train.seq_len={work.seq_len}",
+            f"train.validate_sequences={work.dp * work.microbatches}"]
 
 
 def price(candidate: Candidate, request: Request) -> dict:

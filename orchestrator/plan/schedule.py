@@ -3,6 +3,7 @@
 The one place that touches torch's schedule table, whose name is private (DESIGN: one schedule table).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from orchestrator.config import Schedule
@@ -29,8 +30,12 @@ class Action(NamedTuple):
     microbatch: int
 
 
+@lru_cache(maxsize=512)
 def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages: int = 2) -> list[list[tuple]]:
-    """Per pipeline rank, what it runs in order: each slot one Action, or a forward and a backward that overlap."""
+    """Per pipeline rank, what it runs in order: each slot one Action, or a forward and a backward that overlap.
+
+    The table is shared between callers: read it, do not change it.
+    """
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
     per_rank = stages_per_rank(schedule, requested_stages)
@@ -44,6 +49,7 @@ def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages:
     return rows
 
 
+@lru_cache(maxsize=64)
 def dualpipe(pp: int, microbatches: int) -> list[list[tuple]]:
     """DualPipe's table (V3 report, section 3.2.1; the eight steps of DeepSeek's dualpipe.py), which torch does not run.
 
@@ -51,8 +57,8 @@ def dualpipe(pp: int, microbatches: int) -> list[list[tuple]]:
     pass the copies of the same stages on the opposite ranks, numbered pp to 2 pp - 1: rank r has r and 2 pp - 1 - r.
     """
     if pp % 2 or microbatches % 2 or microbatches < 2 * pp:
-        raise ValueError(f"dualpipe wants an even number of ranks and an even number of microbatches, at least twice as "
-                         f"many: not {pp} ranks with {microbatches} microbatches")
+        raise ValueError(f"dualpipe wants an even number of ranks and an even number of microbatches, at least twice "
+                         f"as many: not {pp} ranks with {microbatches} microbatches")
     return [_dualpipe_rank(rank, pp, microbatches) for rank in range(pp)]
 
 

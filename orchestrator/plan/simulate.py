@@ -96,8 +96,8 @@ def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, t
     busy = [0.0] * len(table)
     for span in spans:
         busy[span.rank] += span.end - span.start
-    counts, held = _held(spans, len(table), weights or [1.0] * len(times))
-    return Timeline(spans, max(free), busy, counts, held)
+    counts, peak = held(table, weights or [1.0] * len(times))
+    return Timeline(spans, max(free), busy, counts, peak)
 
 
 def _start(slot: tuple[Action, ...], free: float, done: dict, rank_of: dict, num_stages: int,
@@ -143,17 +143,28 @@ def _one(action: Action, time: StageTime) -> float:
     return {"F": time.forward, "I": time.backward, "W": time.weight, "B": time.backward + time.weight}[action.kind]
 
 
-def _held(spans: list[Span], ranks: int, weights: list[float]) -> tuple[list[list[int]], list[float]]:
-    """Activations by rank over the rank's own order: up with a forward, down with a full backward or a weight part."""
-    now: list[dict[int, int]] = [{} for _ in range(ranks)]
-    most: list[dict[int, int]] = [{} for _ in range(ranks)]
-    weight, peak = [0.0] * ranks, [0.0] * ranks
-    for span in spans:
-        rank = span.rank
-        for kind, stage, _ in span.actions:
-            change = {"F": 1, "B": -1, "W": -1, "I": 0}[kind]
-            now[rank][stage] = now[rank].get(stage, 0) + change
-            weight[rank] += change * weights[stage]
-            most[rank][stage] = max(most[rank].get(stage, 0), now[rank][stage])
-            peak[rank] = max(peak[rank], weight[rank])
-    return [[stages[stage] for stage in sorted(stages)] for stages in most], peak
+def held(table: list[list[tuple[Action, ...]]], weights: list[float]) -> tuple[list[list[int]], list[float]]:
+    """`peak_in_flight` and `peak_held` of a Timeline. They follow from each rank's own order; no clock is needed.
+
+    Up with a forward, down with a full backward or a weight part. Of an overlapped pair the forward comes first.
+    """
+    counts, peaks = [], []
+    for row in table:
+        now: dict[int, int] = {}
+        most: dict[int, int] = {}
+        weight = peak = 0.0
+        for slot in row:
+            for kind, stage, _ in slot:
+                change = _HELD[kind]
+                if change:
+                    now[stage] = now.get(stage, 0) + change
+                    weight += change * weights[stage]
+                    if change > 0:
+                        most[stage] = max(most.get(stage, 0), now[stage])
+                        peak = max(peak, weight)
+        counts.append([most[stage] for stage in sorted(most)])
+        peaks.append(peak)
+    return counts, peaks
+
+
+_HELD = {"F": 1, "B": -1, "W": -1, "I": 0}

@@ -59,7 +59,7 @@ def test_dualpipev_equals_its_readme_where_its_assumptions_hold(pp, microbatches
 
 @pytest.mark.parametrize("rank", range(16))
 def test_dualpipes_table_has_the_counts_of_deepseeks_code(rank):
-    """PP=16 with 120 microbatches: 97 + h overlapped pairs, 23 - h forwards and backwards alone, 15 - h weight parts."""
+    """PP=16, 120 microbatches: 97 + h overlapped pairs, 23 - h forwards and backwards alone, 15 - h weight parts."""
     row, h = dualpipe(16, 120)[rank], min(rank, 15 - rank)
     middle = int(h == 7)
     alone = [slot[0].kind for slot in row if len(slot) == 1]

@@ -1,0 +1,68 @@
+"""Ray for the length of a run: our own on this machine, or the cluster that this process is in."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+
+import ray
+from ray.exceptions import RayError
+
+from orchestrator.config import ClusterKind, Config
+from orchestrator.errors import NotFit
+
+
+@contextlib.contextmanager
+def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
+    """Ray for the length of the run: our own on this machine, or the cluster we are in. Quiet, without telemetry."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if kind is ClusterKind.ray:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
+            ray.init(address="auto", **quiet)
+        else:
+            os.environ.pop("RAY_ADDRESS", None)
+            ranks = config.layout.pp * config.layout.dp
+            path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
+            ray.init(address="local", num_cpus=max(ranks, os.cpu_count() or 1), include_dashboard=False,
+                     _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
+                     runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
+    except ConnectionError as error:
+        raise NotFit("cluster=ray: no Ray cluster is reachable from here; start one with `ray start --head`, set "
+                     "RAY_ADDRESS (and RAY_AUTH_MODE and the token of a cluster that asks for one), or use "
+                     "cluster=local") from error
+    except (RuntimeError, ValueError, TimeoutError, RayError) as error:
+        raise NotFit(f"Ray could not be started: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Whether anybody listens there; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in address:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(f"{address}: {error}") from error
+
+
+def _source_root() -> str:
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def gpu_name() -> str | None:
+    """The cluster's GPU model as Ray reports it; None where there is no GPU."""
+    resources = ray.cluster_resources()
+    if not resources.get("GPU"):
+        return None
+    types = [key.split(":", 1)[1] for key in resources if key.startswith("accelerator_type:")]
+    return types[0] if types else "GPU"
