@@ -5,6 +5,7 @@ SPARING_TRACEBACK=1 shows where an error came from.
 """
 
 import os
+import shutil
 import sys
 import traceback
 
@@ -115,8 +116,8 @@ def train_config(config) -> int:
     from orchestrator.train.finish import headline
 
     run_dir = _shown(summary["run_dir"])
-    following = (f"sparing report {run_dir}" if summary["status"] != "preempted"
-                 else f"sparing train run.dir={run_dir} resume=auto")
+    following = (f"{_command()} report {run_dir}" if summary["status"] != "preempted"
+                 else f"{_command()} train run.dir={run_dir} resume=auto")
     print("\n" + "\n".join([*headline(summary), f"run       {run_dir}", f"next      {following}"]))
     return NotFit.exit_code if summary["checkpoint"]["error"] else EXIT_CODES[summary["status"]]
 
@@ -185,6 +186,14 @@ def _options(verb: str, arguments: list[str], known: tuple[str, ...]) -> tuple[d
                 raise BadRequest(f"{argument}: {verb} has no option {key}; {HELP[verb].splitlines()[0]}")
             options[key] = value
     return options, [argument for argument in arguments if argument.partition("=")[0] not in options]
+
+
+def _command() -> str:
+    """How this program is called from here."""
+    if shutil.which("sparing"):
+        return "sparing"
+    beside = os.path.join(os.path.dirname(sys.executable), "sparing")
+    return _shown(beside) if os.path.exists(beside) else f"{_shown(sys.executable)} -m orchestrator"
 
 
 def _shown(path: str) -> str:

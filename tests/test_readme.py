@@ -30,11 +30,13 @@ def test_the_tree_names_every_source_file_and_no_other():
     named, folders = set(), {}
     for line in re.findall(r"^    ( *\S.*)$", tree, re.MULTILINE):
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        previous = {level: folder for level, folder in folders.items() if level < depth}
         if name.endswith("/"):
-            folders = {level: folder for level, folder in folders.items() if level < depth} | {depth: name}
-        else:
-            parents = "".join(folders[level] for level in sorted(folders) if level < depth)
-            named.add(parents + name)
+            folders = previous | {depth: name}
+        elif name.endswith(".py"):
+            if depth in folders:  # back on the level of a folder that has ended
+                folders = previous
+            named.add("".join(folders[level] for level in sorted(previous)) + name)
     there = {str(path.relative_to(ROOT)) for package in ("model", "orchestrator")
              for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"}
     assert named == there

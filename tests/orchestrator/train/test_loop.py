@@ -210,7 +210,7 @@ def test_a_full_disk_costs_the_checkpoint_but_not_the_run(text, tmp_path, small_
     result = train(RankInfo(), config)
     failed = events(tmp_path, "checkpoint_failed")
     assert result["status"] == "completed" and max(rows(tmp_path)) == 6
-    assert failed and "No space left" in failed[0]["cause"] + result["checkpoint"]["error"]
+    assert failed and "no space left" in failed[0]["cause"] + result["checkpoint"]["error"]
     assert not [path for path in small_disk.rglob("*") if path.name == "manifest.json"]
 
 
