@@ -60,7 +60,7 @@ def train(config: Config) -> dict:
         _check_data(config, progress, here=kind is ClusterKind.local)
         request = _checked_request(config, gpu=gpu, simulated=kind is ClusterKind.local)
         claim = stack.enter_context(claim_run_dir(config))
-        progress.say(f"run {claim.config.run.dir}: {request.ranks} ranks on {claim.config.hardware.name}")
+        progress.say(f"run {claim.config.run.dir}: {request.ranks} rank{'s' * (request.ranks > 1)} on {claim.config.hardware.name}")
         return Controller(claim.config, claim.attempt, request, progress).run()
 
 
