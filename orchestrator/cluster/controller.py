@@ -60,7 +60,8 @@ def train(config: Config) -> dict:
         _check_data(config, progress, here=kind is ClusterKind.local)
         request = _checked_request(config, gpu=gpu, simulated=kind is ClusterKind.local)
         claim = stack.enter_context(claim_run_dir(config))
-        progress.say(f"run {claim.config.run.dir}: {request.ranks} rank{'s' * (request.ranks > 1)} on {claim.config.hardware.name}")
+        ranks = f"{request.ranks} rank" + "s" * (request.ranks > 1)
+        progress.say(f"run {claim.config.run.dir}: {ranks} on {claim.config.hardware.name}")
         return Controller(claim.config, claim.attempt, request, progress).run()
 
 
