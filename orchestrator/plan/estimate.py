@@ -298,14 +298,21 @@ def _rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[fl
 
 
 def _reduce_s(work: Workload, ranges: list[range], table: list) -> float:
-    """Reduce-scatter of fp32 gradients and all-gather of bf16 weights over dp, once a step, not overlapped."""
+    """Reduce-scatter of fp32 gradients and all-gather of bf16 weights over dp, once a step, not overlapped.
+
+    Dense parameters are the same on all ranks of a node, which share its way out; of experts every rank has others.
+    """
     if work.dp == 1:
         return 0.0
     dense, experts = max((_rank_parameters(work, ranges, row) for row in table), key=sum)
-    link = _link_bytes_per_s(work, crossing_nodes=work.dp > work.hardware.scale_up_devices)
-    replicas = work.dp // work.ep
-    moved = dense * 6 * (work.dp - 1) / work.dp + experts * 6 * (replicas - 1) / replicas
-    return moved / (link * work.assumptions.network)
+    hardware, replicas = work.hardware, work.dp // work.ep
+    crossing = work.dp > hardware.scale_up_devices
+    together = hardware.scale_up_gb_per_s * 1e9
+    if crossing:
+        together = min(together, hardware.scale_out_gb_per_s * hardware.scale_up_devices * 1e9)
+    alone = _link_bytes_per_s(work, crossing_nodes=crossing)
+    seconds = dense * (work.dp - 1) / work.dp / together + experts * (replicas - 1) / replicas / alone
+    return 6 * seconds / work.assumptions.network
 
 
 def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:
