@@ -1,6 +1,6 @@
 """The planner held against published training runs: predicted step time, published one, and the error, by group.
 
-    python benchmarks/validate_planner.py throughput.csv [--rows]
+    python benchmarks/validate_planner.py throughput.csv [--rows] [--fit]
 
 The table has one run a row (columns: set, id, model, layers, hidden, ffn, heads, kv_heads, vocab, seq_len, experts,
 topk, gpu, num_gpus, tp, pp, vpp, ep, cp, dp, micro_batch, global_batch, precision, recompute, metric, value). Empty is
@@ -9,9 +9,12 @@ published over predicted; rows with set=check are only reported. A row the plann
 """
 
 import argparse
+import contextlib
 import csv
+import itertools
 import statistics
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 from model import count
 from model.config import Attention, ModelConfig
@@ -99,13 +102,35 @@ def published_s(row: dict, work: Workload) -> float:
     raise CannotPredict(f"metric {metric}")
 
 
+def fit(rows: list[dict]) -> None:
+    """The shares of each GPU type that meet its fit rows best, on a grid; the check rows take no part."""
+    known = defaultdict(list)
+    for row in rows:
+        with contextlib.suppress(CannotPredict, ValueError):
+            if row["set"] == "fit":
+                work = workload(row)
+                known[work.hardware.name].append((work, published_s(row, work)))
+    for name, runs in known.items():
+        found = []
+        shares = itertools.product((0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8), (0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
+        for gemm, attention in shares:
+            hardware = replace(runs[0][0].hardware, gemm_share=gemm, attention_share=attention)
+            errors = [abs(estimate(replace(work, hardware=hardware)).step_time_s / theirs - 1) for work, theirs in runs]
+            found.append((statistics.mean(errors), gemm, attention))
+        error, gemm, attention = min(found)
+        print(f"{name}: gemm_share {gemm}, attention_share {attention}: {error:.1%} on {len(runs)} rows")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
     parser.add_argument("--rows", action="store_true", help="print every row")
+    parser.add_argument("--fit", action="store_true", help="search gemm_share and attention_share on rows with set=fit")
     args = parser.parse_args()
     with open(args.table) as file:
         rows = list(csv.DictReader(file))
+    if args.fit:
+        return fit(rows)
     predicted, reasons = [], Counter()
     for row in rows:
         try:

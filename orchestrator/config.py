@@ -192,6 +192,11 @@ class HardwareConfig:
     """Of one device to its domain, one direction, 1e9 bytes/s."""
     scale_out_gb_per_s: float | None = None
     """Of one device to other nodes, one direction, 1e9 bytes/s."""
+    gemm_share: float | None = None
+    """Share of the bf16 peak that a model's large products reach, fitted to published runs; none takes the planner's
+    assumption."""
+    attention_share: float | None = None
+    """The same for the attention core's forward."""
     watts: float | None = None
     usd_per_h: float | None = None
     """Price of one device for one hour; none is shown as unknown, never as 0."""

@@ -3,7 +3,8 @@
 Compute: every layer's products at the achievable share of the peak of their dtype, its attention core apart, its
 memory-bound operators by bytes. Communication: expert all-to-all by the nodes a token reaches, pipeline sends, gradient
 reduction. These become stage times, `simulate` runs the schedule's own table over them, and what is left (reduction,
-optimizer) is added. Nothing here was fitted: each assumption names what it was read from.
+optimizer) is added. An assumption names what it was read from; two shares of some GPUs are fitted to published runs
+(`conf/hardware`, `benchmarks/validate_planner.py --fit`).
 """
 
 from dataclasses import dataclass, field
@@ -29,8 +30,8 @@ class Assumptions:
     """Of the FP8 peak, quantisation apart. MLP forward of PROFILE."""
     attention_forward: float = 0.55
     """Of the bf16 peak: FlashAttention forward of PROFILE, 1.24 ms a layer."""
-    attention_backward: float = 0.46
-    """The same backward, 3.7 ms for 2.5 times the FLOPs."""
+    attention_backward: float = 0.84
+    """Of the forward's share: 3.7 ms a layer for 2.5 times the FLOPs."""
     memory: float = 0.80
     """Of memory bandwidth."""
     small_gemm_rows: float = 96.0
@@ -170,17 +171,19 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
         gemm += 2 * tokens * routed / rate * (1 + work.assumptions.small_gemm_rows / rows)
     core = tokens * count.attention_flops(model, work.seq_len) / peak
     light = tokens * _light_bytes(model, moe) / (work.hardware.memory_gb_per_s * 1e9 * work.assumptions.memory)
-    forward = gemm + core / work.assumptions.attention_forward + light
+    share = work.hardware.attention_share or work.assumptions.attention_forward
+    forward = gemm + core / share + light
+    core_backward = 2.5 * core / (share * work.assumptions.attention_backward)
     again = forward if work.recompute is Recompute.full else 0.0
     sent, up = _dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
-    return LayerTime(forward, gemm + 2.5 * core / work.assumptions.attention_backward + 1.5 * light + again, gemm,
+    return LayerTime(forward, gemm + core_backward + 1.5 * light + again, gemm,
                      sent, up)
 
 
 def head_time(work: Workload) -> LayerTime:
     """Head, and MTP modules, on the last stage."""
     model, tokens = work.model, work.microbatch_tokens
-    rate = work.hardware.bf16_tflops * 1e12 * work.assumptions.gemm_bf16
+    rate = _bf16_rate(work)
     passes = 1 + model.n_mtp_layers
     gemm = 2 * tokens * model.vocab_size * model.dim * passes / rate
     logits = tokens * model.vocab_size * 12 * passes / (work.hardware.memory_gb_per_s * 1e9 * work.assumptions.memory)
@@ -195,7 +198,11 @@ def _gemm_rate(work: Workload) -> float:
     """FLOP/s of large products in the layers."""
     if work.dtype == "fp8":
         return work.hardware.fp8_tflops * 1e12 * work.assumptions.gemm_fp8
-    return work.hardware.bf16_tflops * 1e12 * work.assumptions.gemm_bf16
+    return _bf16_rate(work)
+
+
+def _bf16_rate(work: Workload) -> float:
+    return work.hardware.bf16_tflops * 1e12 * (work.hardware.gemm_share or work.assumptions.gemm_bf16)
 
 
 def _stage_time(work: Workload, total: LayerTime) -> StageTime:
