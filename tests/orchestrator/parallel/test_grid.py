@@ -131,3 +131,33 @@ def test_recompute_equals_keeping_activations(ranks, reference):
     config = make_config(2, 2, 2, "1f1b")
     config.layout.recompute = Recompute.full
     assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
+
+
+def train_in_bf16(info: RankInfo, config: Config) -> tuple:
+    """Losses of two steps in bf16, and the dtypes that master weights and gradients have."""
+    mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
+    pipeline = build_pipeline(config, mesh, torch.bfloat16)
+    optimizer = build_optimizer(pipeline.shards, config.optim)
+    losses, share = [], SEQUENCES // mesh.layout.dp
+    for step in range(2):
+        batch = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 2), generator=torch.Generator().manual_seed(step))
+        mine = batch[mesh.coordinate.dp * share :][:share]
+        sums = pipeline.train_step(mine, step_sequences=SEQUENCES).double()
+        pipeline.finish_grads()
+        if mesh.world is not None:
+            dist.all_reduce(sums)
+        dtypes = {str(s.value.dtype) for s in pipeline.shards} | {str(s.grad().dtype) for s in pipeline.shards}
+        clip_and_step(optimizer, pipeline.shards, norm=1.0, optim=config.optim, lr=1e-3)
+        pipeline.zero_grad()
+        losses.append(sums.tolist())
+    mesh.close()
+    return losses, dtypes
+
+
+@pytest.mark.parametrize("pp, dp, ep", [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
+def test_bf16_computes_over_fp32_masters_and_gradients(ranks, reference, pp, dp, ep):
+    results = ranks.run(train_in_bf16, make_config(pp, dp, ep, "1f1b"), world=pp * dp)
+    for losses, dtypes in results:
+        assert dtypes == {"torch.float32"}
+        for ours, exact in zip(losses, reference[1, False]["losses"], strict=False):
+            assert ours[0] == pytest.approx(exact[0], rel=2e-2) and ours[0] != exact[0]
