@@ -141,6 +141,8 @@ class Controller:
         asked = {worker.status.remote(): rank for rank, worker in enumerate(workers)
                  if ended.get(rank, {}).get("dead") is None}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=2.0) if asked else ([], [])
+        for ref, rank in asked.items():
+            statuses[rank] = statuses[rank] | {"answers": ref in answered}
         for ref in answered:
             with contextlib.suppress(RayError, GetTimeoutError):
                 statuses[asked[ref]] = ray.get(ref)
@@ -283,7 +285,8 @@ def _state(rank: int, ended: dict | None, status: dict, node: int) -> RankState:
     if ended is None:
         phase = Phase[status["phase"]] if status.get("phase") in Phase.__members__ else Phase.start
         phase = Phase.step if phase is Phase.done else phase
-        return RankState(rank, phase, time.time() - status.get("heartbeat_at", time.time()), str(node))
+        return RankState(rank, phase, time.time() - status.get("heartbeat_at", time.time()), str(node),
+                         answers=status.get("answers", True))
     if "result" in ended:
         return RankState(rank, Phase.done, node=str(node))
     return RankState(rank, Phase.dead if ended.get("dead") else Phase.failed, node=str(node), cause=ended["error"],

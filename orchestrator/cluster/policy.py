@@ -38,6 +38,8 @@ class RankState:
     exit_code: int = 1
     is_consequence: bool = False
     """Its error is that of a lost connection: some other rank failed first."""
+    answers: bool = True
+    """Its process answered when last asked; a stopped or frozen one does not."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,24 @@ def decide(states: list[RankState], limits: Limits, now: float) -> Decision:
     broken = [state for state in states if state.phase in (Phase.failed, Phase.dead)]
     if broken:
         culprit = min(broken, key=lambda state: (state.is_consequence, state.phase is not Phase.dead, state.at))
+        frozen = [state for state in states if not state.answers and state not in broken]
+        if culprit.is_consequence and frozen:
+            return _hung(frozen[0])
         settled = now - min(state.at for state in broken) >= limits.settle_s
         if settled or not culprit.is_consequence or len(broken) == len(states):
             return Decision(Action.fail, culprit.cause, culprit.rank, culprit.node, culprit.exit_code)
         return Decision(Action.wait)
     if all(state.phase is Phase.done for state in states):
         return Decision(Action.finish)
-    for state in states:
-        limit = {Phase.start: limits.start_s, Phase.done: None, Phase.data: None}.get(state.phase, limits.step_s)
-        if limit is not None and state.silent_s > limit:
-            return Decision(Action.fail, f"no progress for {state.silent_s:.0f} s in phase {state.phase.name}",
-                            state.rank, state.node, 33)
+    limit = {Phase.start: limits.start_s, Phase.done: float("inf"), Phase.data: float("inf")}
+    late = [state for state in states if state.silent_s > limit.get(state.phase, limits.step_s)]
+    if late:  # all wait for the one that hangs: it is the one that does not even answer, else the most silent
+        return _hung(min(late, key=lambda state: (state.answers, -state.silent_s)))
     return Decision(Action.wait)
+
+
+def _hung(state: RankState) -> Decision:
+    cause = f"no progress for {state.silent_s:.0f} s in phase {state.phase.name}"
+    if not state.answers:
+        cause += ", and its process does not answer"
+    return Decision(Action.fail, cause, state.rank, state.node, 33)

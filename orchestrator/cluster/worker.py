@@ -59,5 +59,6 @@ def _is_lost_connection(error: BaseException) -> bool:
 
     if isinstance(error, DistBackendError | DistNetworkError | DistStoreError | ConnectionError):
         return True
-    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "recvValue")
+    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "recvValue",
+             "Timed out waiting")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

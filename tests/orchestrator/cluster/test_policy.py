@@ -47,6 +47,14 @@ def test_silence_has_a_limit_per_phase(phase, limit):
     assert phase.name in decision.cause
 
 
+def test_of_ranks_that_wait_for_one_another_the_one_that_does_not_answer_is_blamed():
+    waiting = [RankState(0, Phase.step, silent_s=33), RankState(1, Phase.step, silent_s=32, answers=False)]
+    decision = decide(waiting, LIMITS, 0)
+    assert decision.rank == 1 and "does not answer" in decision.cause
+    timed_out = RankState(0, Phase.failed, cause="Timed out waiting", at=0, is_consequence=True)
+    assert decide([timed_out, waiting[1]], LIMITS, 0).rank == 1
+
+
 def test_what_is_missing_is_said():
     nodes = [Node("a", 8, 8), Node("b", 8, 4)]
     assert what_is_missing(Request(12, 1, True, False), nodes) is None

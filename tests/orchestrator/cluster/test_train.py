@@ -173,6 +173,20 @@ def test_a_killed_actor_ends_the_run_as_transient_and_names_its_rank(text, tmp_p
             f"/proc/{rank['pid']}/cmdline").read_text()
 
 
+def test_a_frozen_rank_is_found_within_the_step_timeout(text, tmp_path):
+    process = start(*command(text, tmp_path, "train.steps=400", "cluster.step_timeout_s=6"))
+    wait_for_step(tmp_path, 3, process)
+    ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
+    os.kill(ranks[2]["pid"], signal.SIGSTOP)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 33, out + err
+    assert err.startswith("error: rank 2 on node 0: no progress for") and "does not answer" in err
+    assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])["rank"] == 2
+    print(f"ended {time.monotonic() - began:.1f} s after the freeze")
+    assert not Path(f"/proc/{ranks[2]['pid']}").exists()
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray head with four CPUs and a job server, on loopback, with token authentication."""
