@@ -97,6 +97,22 @@ def serve(args: argparse.Namespace) -> None:
         print(json.dumps([step() for _ in range(int(line))] + [gemm_flops_per_s()]), flush=True)
 
 
+def profile(args: argparse.Namespace) -> None:
+    """Where one step of ours spends its time, by operator."""
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    config = load_config(args.model)
+    step = make_step(*ours(config), config.vocab_size, args.sequences, args.seq_len)
+    step()
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        step()
+    averages = sorted(recorded.key_averages(), key=lambda item: -item.self_cpu_time_total)
+    total = sum(item.self_cpu_time_total for item in averages)
+    for item in averages[:12]:
+        print(f"{item.self_cpu_time_total / total:6.1%}  {item.self_cpu_time_total / 1e3:8.1f} ms  {item.key}")
+
+
 def ask(process: subprocess.Popen, steps: int) -> list[float]:
     process.stdin.write(f"{steps}\n")
     process.stdin.flush()
@@ -113,10 +129,13 @@ def main() -> None:
     parser.add_argument("--implementations", default="eager,grouped_mm")
     parser.add_argument("--same-malloc", action="store_true",
                         help="give transformers this project's malloc setting, too")
+    parser.add_argument("--profile", action="store_true", help="where one step spends its time, by operator")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         return serve(args)
+    if args.profile:
+        return profile(args)
     names = ["sparing", *filter(None, args.implementations.split(","))]
     sides = {name: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--side", name], text=True,
                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

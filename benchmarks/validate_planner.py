@@ -21,8 +21,9 @@ from model.config import Attention, ModelConfig
 from orchestrator.compose import compose_config
 from orchestrator.config import Recompute
 from orchestrator.plan.cost import model_flops
-from orchestrator.plan.estimate import Workload, estimate
+from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.workload import Workload
 
 HARDWARE = {"H100-SXM": "h100", "A100-SXM": "a100", "A100-80GB-SXM": "a100", "A100-40GB-SXM": "a100",
             "B200-SXM": "b200", "B200": "b200", "H800-SXM": "h800", "H200": "h200"}

@@ -7,74 +7,14 @@ optimizer) is added. An assumption names what it was read from; two shares of so
 (`conf/hardware`, `benchmarks/validate_planner.py --fit`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from model import count
 from model.config import Attention, ModelConfig
-from orchestrator.config import HardwareConfig, Recompute, Schedule
-from orchestrator.plan.layout import split_stages, stages_per_rank
-from orchestrator.plan.schedule import Action, actions, dualpipe
-from orchestrator.plan.simulate import StageTime, Timeline, held, simulate
-
-GIB = 2**30
-PROFILE = "DeepSeek's profile-data trace of V3 training (H800, EP64)"
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Shares of a data-sheet figure that real kernels reach."""
-
-    gemm_bf16: float = 0.70
-    """Of the bf16 peak. Best matmuls reach 0.80 on H100 (stas00/ml-engineering), shapes of a model less."""
-    gemm_fp8: float = 0.48
-    """Of the FP8 peak, quantisation apart. MLP forward of PROFILE."""
-    attention_forward: float = 0.55
-    """Of the bf16 peak: FlashAttention forward of PROFILE, 1.24 ms a layer."""
-    attention_backward: float = 0.84
-    """Of the forward's share: 3.7 ms a layer for 2.5 times the FLOPs."""
-    memory: float = 0.80
-    """Of memory bandwidth."""
-    small_gemm_rows: float = 96.0
-    """Rows of an expert's product at which it reaches half of the achievable rate."""
-    network: float = 0.80
-    """Of link bandwidth, alone: 160 of 200 and 40 of 50 GB/s (V3 report, section 3.2)."""
-    network_overlapped: float = 0.45
-    """Of link bandwidth while computing on the same device (dispatch and combine of PROFILE)."""
-    overlap_cost: float = 1.09
-    """An overlapped pair against the longer of its computation and its communication: 32.25 of 29.5 ms in PROFILE."""
-    usable_memory: float = 0.92
-    """Of a device's memory; the rest is context, fragmentation and communication buffers."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained, how it is laid out, and on what."""
-
-    model: ModelConfig
-    hardware: HardwareConfig
-    seq_len: int
-    batch_size: int
-    """Sequences per step."""
-    pp: int
-    dp: int
-    ep: int
-    schedule: str
-    """Name of a `Schedule`, or `dualpipe`."""
-    microbatches: int
-    stages_per_rank: int = 2
-    recompute: Recompute = Recompute.none
-    dtype: str = "bf16"
-    """`bf16` or `fp8`: of the layers' products; attention core, head and router are bf16 always."""
-    assumptions: Assumptions = field(default_factory=Assumptions)
-
-    @property
-    def devices(self) -> int:
-        return self.pp * self.dp
-
-    @property
-    def microbatch_tokens(self) -> int:
-        """Tokens of one microbatch on one rank."""
-        return self.batch_size * self.seq_len // (self.dp * self.microbatches)
+from orchestrator.config import Recompute
+from orchestrator.plan.memory import memory_gib
+from orchestrator.plan.simulate import StageTime, Timeline, simulate
+from orchestrator.plan.workload import Workload, is_last, pipeline_of, rank_parameters
 
 
 @dataclass(frozen=True)
@@ -108,13 +48,13 @@ class LayerTime:
 def estimate(work: Workload) -> Estimate:
     """Predict one step. ValueError if the hardware entry lacks a figure that this needs."""
     _check_hardware(work)
-    ranges, table, chains = _pipeline(work)
+    ranges, table, chains = pipeline_of(work)
     stages = len(ranges)
     layers = {moe: layer_time(work, moe) for moe in {work.model.is_moe(i) for i in range(work.model.n_layers)}}
     times = []
     for stage, layers_of in enumerate(ranges):
         total = sum((layers[work.model.is_moe(i)] for i in layers_of), LayerTime())
-        if _is_last(work, stage, stages):
+        if is_last(work, stage, stages):
             total += head_time(work)
         times.append(_stage_time(work, total))
     link = _link_bytes_per_s(work, crossing_nodes=work.dp >= work.hardware.scale_up_devices)
@@ -124,38 +64,6 @@ def estimate(work: Workload) -> Estimate:
     busiest = max(timeline.busy)
     parts = {"pipeline": busiest, "bubble": timeline.step_time - busiest, "reduce": reduce, "optimizer": optimizer}
     return Estimate(sum(parts.values()), parts, timeline.bubble_fraction, memory_gib(work), timeline)
-
-
-def memory_gib(work: Workload) -> dict[str, float]:
-    """By component, of the rank that needs most; needs no clock.
-
-    Dense parameters are whole while a step runs (bf16 copy, fp32 gradient) and sharded over dp at rest (fp32 master,
-    two moments); experts are sharded over ep, their state over dp / ep too.
-    """
-    ranges, table, _ = _pipeline(work)
-    _, activations = held(table, [_activation_bytes(work, layers) for layers in ranges])
-    return _memory(work, ranges, table, activations)
-
-
-def _pipeline(work: Workload) -> tuple[list[range], list, int]:
-    """Layers of every stage, the table, and how many copies of the pipeline it holds."""
-    if work.pp == 1:
-        table = [[(Action(kind, 0, micro),) for micro in range(work.microbatches) for kind in "FB"]]
-        return split_stages(work.model, 1, work.seq_len), table, 1
-    if work.schedule == "dualpipe":
-        return split_stages(work.model, work.pp, work.seq_len) * 2, dualpipe(work.pp, work.microbatches), 2
-    schedule = Schedule[work.schedule]
-    stages = work.pp * stages_per_rank(schedule, work.stages_per_rank)
-    table = actions(schedule, work.pp, work.microbatches, requested_stages=work.stages_per_rank)
-    return split_stages(work.model, stages, work.seq_len), table, 1
-
-
-def _is_last(work: Workload, stage: int, stages: int) -> bool:
-    return stage == stages - 1 or (work.schedule == "dualpipe" and stage == work.pp - 1)
-
-
-def _is_first(work: Workload, stage: int) -> bool:
-    return stage == 0 or (work.schedule == "dualpipe" and stage == work.pp)
 
 
 def layer_time(work: Workload, moe: bool) -> LayerTime:
@@ -251,59 +159,6 @@ def _light_bytes(model: ModelConfig, moe: bool) -> float:
     return 2 * (8 * model.dim + 4 * heads + experts * ((3 * model.dim if moe else 0) + 6 * inner))
 
 
-def _activation_bytes(work: Workload, layers: range) -> float:
-    """Held per microbatch between forward and backward on one stage."""
-    model, tokens = work.model, work.microbatch_tokens
-    if work.recompute is Recompute.full:
-        return tokens * model.dim * 2 * len(layers)
-    total = 0.0
-    for layer in layers:
-        moe = model.is_moe(layer)
-        heads = model.n_heads * (2 * model.qk_head_dim + 2 * count.v_head_dim(model))
-        if model.attention is not Attention.mla:
-            heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim
-        latents = (model.q_lora_rank + model.kv_lora_rank) if model.attention is Attention.mla else 0
-        experts = (model.n_activated_experts + model.n_shared_experts) if moe else 1
-        inner = model.moe_inter_dim if moe else model.inter_dim
-        total += 2 * (4 * model.dim + heads + latents) + experts * ((2 * 2 * model.dim if moe else 0) + 2 * 3 * inner)
-    return total * tokens
-
-
-def _memory(work: Workload, ranges: list[range], table: list, activations: list[float]) -> dict[str, float]:
-    fullest: dict[str, float] = {}
-    for rank, row in enumerate(table):
-        dense, experts = _rank_parameters(work, ranges, row)
-        parts = {
-            "weights": (dense + experts) * 2,
-            "gradients": (dense + experts) * 4,
-            "masters": (dense / work.dp + experts / (work.dp // work.ep)) * 4,
-            "moments": (dense / work.dp + experts / (work.dp // work.ep)) * 8,
-            "activations": activations[rank],
-            "logits": (work.microbatch_tokens * work.model.vocab_size * 6
-                       if any(_is_last(work, a.stage, len(ranges)) for slot in row for a in slot) else 0.0),
-        }
-        if sum(parts.values()) > sum(fullest.values()):
-            fullest = parts
-    found = {name: size / GIB for name, size in fullest.items()}
-    return found | {"total": sum(found.values())}
-
-
-def _rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[float, float]:
-    """Parameters on one pipeline rank: those outside the routed experts, and its share of the experts."""
-    model, dense, experts = work.model, 0.0, 0.0
-    for stage in {action.stage for slot in row for action in slot}:
-        parts = [count.layer_parameters(model, layer) for layer in ranges[stage]]
-        last = _is_last(work, stage, len(ranges))
-        if last:
-            parts.append(count.mtp_parameters(model))
-            dense += model.vocab_size * model.dim
-        if _is_first(work, stage) or (last and model.n_mtp_layers):
-            dense += model.vocab_size * model.dim
-        routed = sum(part.routed_experts for part in parts)
-        dense, experts = dense + sum(part.total for part in parts) - routed, experts + routed / work.ep
-    return dense, experts
-
-
 def _reduce_s(work: Workload, ranges: list[range], table: list) -> float:
     """Reduce-scatter of fp32 gradients and all-gather of bf16 weights over dp, once a step, not overlapped.
 
@@ -311,7 +166,7 @@ def _reduce_s(work: Workload, ranges: list[range], table: list) -> float:
     """
     if work.dp == 1:
         return 0.0
-    dense, experts = max((_rank_parameters(work, ranges, row) for row in table), key=sum)
+    dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
     hardware, replicas = work.hardware, work.dp // work.ep
     crossing = work.dp > hardware.scale_up_devices
     together = hardware.scale_up_gb_per_s * 1e9
@@ -324,7 +179,7 @@ def _reduce_s(work: Workload, ranges: list[range], table: list) -> float:
 
 def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:
     """AdamW is bound by memory: weights, gradients, moments read and written, 34 bytes a parameter."""
-    dense, experts = max((_rank_parameters(work, ranges, row) for row in table), key=sum)
+    dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
     owned = dense / work.dp + experts / (work.dp // work.ep)
     return owned * 34 / (work.hardware.memory_gb_per_s * 1e9 * work.assumptions.memory)
 

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from model.config import ModelConfig, divisors
 from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
-from orchestrator.plan.estimate import Assumptions, Estimate, Workload, estimate, memory_gib
+from orchestrator.plan.estimate import Estimate, estimate
 from orchestrator.plan.layout import SPLIT_BACKWARD, stages_per_rank
+from orchestrator.plan.memory import memory_gib
+from orchestrator.plan.workload import Assumptions, Workload
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
 SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]

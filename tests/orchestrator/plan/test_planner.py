@@ -13,11 +13,12 @@ from model import count
 from orchestrator.compose import compose_config
 from orchestrator.config import Recompute
 from orchestrator.errors import BadRequest
-from orchestrator.plan import estimate as estimate_module
-from orchestrator.plan.estimate import Workload, estimate, layer_time, memory_gib
+from orchestrator.plan.estimate import estimate, layer_time
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
+from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.planner import Request, illegal, layout_of, layouts, make_plan, overrides_of, to_json
+from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
 
 ROOT = Path(__file__).parents[3]
 
@@ -64,8 +65,8 @@ def test_parts_sum_to_the_step_and_components_to_the_memory(v3):
 def test_all_ranks_parameters_are_the_models(schedule):
     """Twice with dualpipe; an MTP module on another rank than the embedding has its own copy of it."""
     work = Workload(model("deepseek_v3"), catalogue()["h800"], 4096, 512, 4, 64, 64, schedule, 16)
-    ranges, table, _ = estimate_module._pipeline(work)
-    shares = [estimate_module._rank_parameters(work, ranges, row) for row in table]
+    ranges, table, _ = pipeline_of(work)
+    shares = [rank_parameters(work, ranges, row) for row in table]
     embedding = work.model.vocab_size * work.model.dim
     whole = count.parameters(work.model, mtp=True).total + embedding
     copies = 2 if schedule == "dualpipe" else 1

@@ -1,0 +1,105 @@
+"""What is to be predicted: a model, its layout, a device, and the shares of its data sheet that kernels reach."""
+
+from dataclasses import dataclass, field
+
+from model import count
+from model.config import ModelConfig
+from orchestrator.config import HardwareConfig, Recompute, Schedule
+from orchestrator.plan.layout import split_stages, stages_per_rank
+from orchestrator.plan.schedule import Action, actions, dualpipe
+
+PROFILE = "DeepSeek's profile-data trace of V3 training (H800, EP64)"
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of a data-sheet figure that real kernels reach."""
+
+    gemm_bf16: float = 0.70
+    """Of the bf16 peak. Best matmuls reach 0.80 on H100 (stas00/ml-engineering), shapes of a model less."""
+    gemm_fp8: float = 0.48
+    """Of the FP8 peak, quantisation apart. MLP forward of PROFILE."""
+    attention_forward: float = 0.55
+    """Of the bf16 peak: FlashAttention forward of PROFILE, 1.24 ms a layer."""
+    attention_backward: float = 0.84
+    """Of the forward's share: 3.7 ms a layer for 2.5 times the FLOPs."""
+    memory: float = 0.80
+    """Of memory bandwidth."""
+    small_gemm_rows: float = 96.0
+    """Rows of an expert's product at which it reaches half of the achievable rate."""
+    network: float = 0.80
+    """Of link bandwidth, alone: 160 of 200 and 40 of 50 GB/s (V3 report, section 3.2)."""
+    network_overlapped: float = 0.45
+    """Of link bandwidth while computing on the same device (dispatch and combine of PROFILE)."""
+    overlap_cost: float = 1.09
+    """An overlapped pair against the longer of its computation and its communication: 32.25 of 29.5 ms in PROFILE."""
+    usable_memory: float = 0.92
+    """Of a device's memory; the rest is context, fragmentation and communication buffers."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, how it is laid out, and on what."""
+
+    model: ModelConfig
+    hardware: HardwareConfig
+    seq_len: int
+    batch_size: int
+    """Sequences per step."""
+    pp: int
+    dp: int
+    ep: int
+    schedule: str
+    """Name of a `Schedule`, or `dualpipe`."""
+    microbatches: int
+    stages_per_rank: int = 2
+    recompute: Recompute = Recompute.none
+    dtype: str = "bf16"
+    """`bf16` or `fp8`: of the layers' products; attention core, head and router are bf16 always."""
+    assumptions: Assumptions = field(default_factory=Assumptions)
+
+    @property
+    def devices(self) -> int:
+        return self.pp * self.dp
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of one microbatch on one rank."""
+        return self.batch_size * self.seq_len // (self.dp * self.microbatches)
+
+
+def pipeline_of(work: Workload) -> tuple[list[range], list, int]:
+    """Layers of every stage, the table, and how many copies of the pipeline it holds."""
+    if work.pp == 1:
+        table = [[(Action(kind, 0, micro),) for micro in range(work.microbatches) for kind in "FB"]]
+        return split_stages(work.model, 1, work.seq_len), table, 1
+    if work.schedule == "dualpipe":
+        return split_stages(work.model, work.pp, work.seq_len) * 2, dualpipe(work.pp, work.microbatches), 2
+    schedule = Schedule[work.schedule]
+    stages = work.pp * stages_per_rank(schedule, work.stages_per_rank)
+    table = actions(schedule, work.pp, work.microbatches, requested_stages=work.stages_per_rank)
+    return split_stages(work.model, stages, work.seq_len), table, 1
+
+
+def is_last(work: Workload, stage: int, stages: int) -> bool:
+    return stage == stages - 1 or (work.schedule == "dualpipe" and stage == work.pp - 1)
+
+
+def is_first(work: Workload, stage: int) -> bool:
+    return stage == 0 or (work.schedule == "dualpipe" and stage == work.pp)
+
+
+def rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[float, float]:
+    """Parameters on one pipeline rank: those outside the routed experts, and its share of the experts."""
+    model, dense, experts = work.model, 0.0, 0.0
+    for stage in {action.stage for slot in row for action in slot}:
+        parts = [count.layer_parameters(model, layer) for layer in ranges[stage]]
+        last = is_last(work, stage, len(ranges))
+        if last:
+            parts.append(count.mtp_parameters(model))
+            dense += model.vocab_size * model.dim
+        if is_first(work, stage) or (last and model.n_mtp_layers):
+            dense += model.vocab_size * model.dim
+        routed = sum(part.routed_experts for part in parts)
+        dense, experts = dense + sum(part.total for part in parts) - routed, experts + routed / work.ep
+    return dense, experts
