@@ -159,6 +159,9 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0 keeps all."""
     background: bool = True
     """Write while training goes on."""
+    memory_every: int = 10
+    """Steps between copies of each rank's state into its own host memory and a buddy's, from which the others go on
+    when a rank is replaced; 0 is none."""
 
 
 @dataclass
@@ -219,6 +222,12 @@ class ClusterConfig:
     """Longest wait for the ranks to be placed and connected."""
     step_timeout_s: float = 600.0
     """Longest wait for one step, also the process group's timeout."""
+    save_timeout_s: float = 600.0
+    """Longest time that ranks may stand still for a checkpoint."""
+    spares: int = 0
+    """Warm ranks kept ready beside the others: a lost rank is replaced in seconds. Charged like the others."""
+    replace_timeout_s: float = 60.0
+    """Longest wait for the place of a lost rank; afterwards the run ends, resumable."""
 
 
 @dataclass

@@ -77,8 +77,9 @@ def decide(states: list[RankState], limits: Limits, now: float) -> Decision:
         return Decision(Action.finish)
     limit = {Phase.start: limits.start_s, Phase.done: float("inf"), Phase.data: float("inf")}
     late = [state for state in states if state.silent_s > limit.get(state.phase, limits.step_s)]
-    if late:  # all wait for the one that hangs: it is the one that does not even answer, else the most silent
-        return _hung(min(late, key=lambda state: (state.answers, -state.silent_s)))
+    if late:  # all wait for the one that hangs: one that does not answer (its phase is stale), else the most silent
+        frozen = [state for state in states if not state.answers and state.phase is not Phase.done]
+        return _hung(max(frozen or late, key=lambda state: state.silent_s))
     return Decision(Action.wait)
 
 

@@ -149,11 +149,15 @@ def _check_numbers(config: Config) -> None:
         ("optim.clip_norm", optim.clip_norm, 0),
         ("cluster.nodes", config.cluster.nodes, 0), ("cluster.ranks_per_node", config.cluster.ranks_per_node, 0),
         ("cluster.threads_per_rank", config.cluster.threads_per_rank, 0),
+        ("cluster.spares", config.cluster.spares, 0),
+        ("checkpoint.memory_every", config.checkpoint.memory_every, 0),
     ]:
         require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")
     for key, value in [("optim.lr", optim.lr), ("optim.eps", optim.eps),
                        ("cluster.start_timeout_s", config.cluster.start_timeout_s),
-                       ("cluster.step_timeout_s", config.cluster.step_timeout_s)]:
+                       ("cluster.step_timeout_s", config.cluster.step_timeout_s),
+                       ("cluster.save_timeout_s", config.cluster.save_timeout_s),
+                       ("cluster.replace_timeout_s", config.cluster.replace_timeout_s)]:
         require(value > 0, key, value, "must be positive", "give a positive number")
     for key, value in [("optim.min_lr_ratio", optim.min_lr_ratio), ("optim.decay_fraction", optim.decay_fraction)]:
         require(0 <= value <= 1, key, value, "must lie between 0 and 1", "give a fraction")

@@ -19,6 +19,7 @@ from orchestrator.plan.cost import (
     would_pass,
 )
 from orchestrator.train import metrics
+from orchestrator.train.control import Recovery
 from orchestrator.train.data import Corpus
 from orchestrator.train.finish import read_summary, summarise
 
@@ -30,10 +31,11 @@ class Accounts:
     """Times are unix seconds for the ledger and durations in seconds elsewhere."""
 
     def __init__(self, config: Config, mesh: Mesh, corpus: Corpus, progress, *, placed_at: float, attempt: int,
-                 restored: dict | None, moe_layers: list[str], peak_flops_per_s: float):
+                 restored: dict | None, moe_layers: list[str], peak_flops_per_s: float,
+                 recovery: Recovery | None = None):
         self.config, self.mesh, self.corpus, self.progress = config, mesh, corpus, progress
         self.moe_layers, self.attempt, self.peak = moe_layers, attempt, peak_flops_per_s
-        self.placed_at = placed_at
+        self.placed_at, self.recovery = placed_at, recovery
         self.devices = mesh.layout.world_size
         self.tracker = None
         wandb_id = (restored or {}).get("wandb_id")
@@ -48,15 +50,37 @@ class Accounts:
         self.final: dict | None = None
 
     def start(self) -> None:
-        """The first step is about to begin: all before it was start-up."""
-        self.ledger.charge("startup", time.time() - self.placed_at)
-        self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
-                   device=self.mesh.device.type, peak_flops_per_s=self.peak)
+        """The first step is about to begin: all before it was start-up, or the way back from a fault."""
+        recovery, now = self.recovery, time.time()
+        if recovery is None:
+            self.ledger.charge("startup", now - self.placed_at)
+            self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
+                       device=self.mesh.device.type, peak_flops_per_s=self.peak)
+            return
+        lost_s = self.tracker.dropped.seconds if self.tracker is not None else 0.0
+        self.ledger.charge("lost_work", lost_s)
+        self.ledger.charge("restart", max(0.0, now - self.ledger.since - lost_s))
+        if self.tracker is not None:
+            for event in recovery.events:
+                self.tracker.event(**event)
+
+    def _recovered(self) -> None:
+        """The first step after a recovery has ended: what the fault cost."""
+        since, lost = time.time() - self.recovery.fault_at, self.tracker.dropped if self.tracker is not None else None
+        if lost is not None:
+            seconds = (since + lost.seconds) * self.devices
+            price = self.config.hardware.usd_per_h
+            self.event("recovered", step=self.progress.step, generation=self.recovery.generation, seconds=since,
+                       lost_steps=lost.rows, lost_s=lost.seconds, device_s=seconds,
+                       usd=None if price is None else seconds / 3600 * price)
+        self.recovery = None
 
     def step(self, sums, *, lr: float, seconds: float, data_s: float) -> dict:
         """Book one step and make its row."""
         config, progress = self.config, self.progress
         tokens, self.tokens_before = progress.tokens - self.tokens_before, progress.tokens
+        if self.recovery is not None:
+            self._recovered()
         self.ledger.charge("data", data_s)
         self.ledger.charge("goodput" if sums.finite else "lost_work", seconds - data_s)
         self.step_seconds = [*self.step_seconds[-19:], seconds]
@@ -154,12 +178,16 @@ class Accounts:
     def _open_ledger(self, restored: dict | None) -> Ledger:
         """This run's bill so far: the checkpoint's, raised to what earlier attempts were charged after it."""
         price = self.config.hardware.usd_per_h
+        if restored is not None and restored["ledger"]["at"] >= self.placed_at:  # held ever since: the clock ran on
+            return Ledger.from_dict(restored["ledger"], devices=self.devices, usd_per_h=price,
+                                    since=restored["ledger"]["at"])
         if restored is None:
             ledger = Ledger(self.devices, price, self.placed_at)
         else:
             ledger = Ledger.from_dict(restored["ledger"], devices=self.devices, usd_per_h=price, since=self.placed_at)
         if self.tracker is not None:
-            ledger.catch_up(self.tracker.dropped.charged_s, "lost_work")
+            if self.recovery is None:
+                ledger.catch_up(self.tracker.dropped.charged_s, "lost_work")
             summary = read_summary(self.config.run.dir)
             if summary is not None:
                 ledger.catch_up(summary["measured"]["charged_s"], "restart")

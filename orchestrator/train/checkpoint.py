@@ -59,6 +59,16 @@ def list_checkpoints(directory: str, *, retry_s: float = storage.RETRY_S) -> lis
             if storage.exists(storage.join(path, MANIFEST), retry_s=retry_s)]
 
 
+def step_of(path: str) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(_STEP_NAME.fullmatch(path.rsplit("/", 1)[-1])[1])
+
+
+def claim_of(path: str) -> int:
+    """The claim under which a checkpoint was written."""
+    return int(_STEP_NAME.fullmatch(path.rsplit("/", 1)[-1])[2])
+
+
 def find_latest(directory: str) -> str | None:
     """The newest committed checkpoint whose manifest is sound. Its shards are not looked at."""
     for path in reversed(list_checkpoints(directory)):
@@ -165,6 +175,11 @@ class Saver:
         if self._thread is not None:
             self._thread.join(max(0.0, self._deadline - time.monotonic()) + 30 if timeout_s is None else timeout_s)
         return self._last
+
+    @property
+    def claim_number(self) -> int:
+        """This attempt's claim; 0 where rank 0 is elsewhere."""
+        return self._claim.number if self.rank == 0 else 0
 
     def results(self) -> list[SaveResult]:
         """Results since the last call, in order."""
@@ -284,8 +299,8 @@ class Saver:
 
     def _collect_torn(self, retry_s: float) -> None:
         for path in _step_paths(self.directory, retry_s):
-            attempt = int(_STEP_NAME.fullmatch(path.rsplit("/", 1)[-1])[2])
-            if attempt < self._claim.number and not storage.exists(storage.join(path, MANIFEST), retry_s=retry_s):
+            torn = not storage.exists(storage.join(path, MANIFEST), retry_s=retry_s)
+            if torn and claim_of(path) < self._claim.number:
                 storage.remove_tree(path, retry_s=retry_s)
 
 

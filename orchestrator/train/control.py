@@ -2,6 +2,23 @@
 
 import threading
 import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Why and from what a group of ranks is formed again within one attempt; the same for all its ranks."""
+
+    generation: int
+    """1 for the first recovery of the attempt."""
+    fault_at: float
+    """Unix time at which the fault was found."""
+    events: list[dict] = field(default_factory=list)
+    """What the controller decided meanwhile, for rank 0 to log."""
+    peak_flops_per_s: float | None = None
+    """As measured when the run started."""
+    first_claim: int = 0
+    """The claim on checkpoint.dir that this attempt started with: older checkpoints there may be another run's."""
 
 
 class Control:

@@ -23,19 +23,22 @@ from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.plan.layout import layout_of
 from orchestrator.train import data
 from orchestrator.train.accounts import Accounts, peak_flops_per_s
-from orchestrator.train.control import Control
+from orchestrator.train.control import Control, Recovery
 from orchestrator.train.memory import keep_freed_memory
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
+from orchestrator.train.replica import Replicas
 from orchestrator.train.resume import Checkpoints
 
 logger = logging.getLogger(__name__)
 
 
 def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: float, attempt: int = 1,
-             store: dist.Store | None = None) -> dict:
+             store: dist.Store | None = None, replicas: Replicas | None = None,
+             recovery: Recovery | None = None) -> dict:
     """Train to the end and return the result, the same on every rank; rank 0 writes the run directory's logs.
 
     placed_at: unix time from which the devices are charged. attempt: 1 for the first start of this run directory.
+    replicas: memory of this process that outlives the group of ranks. recovery: set when a lost rank was replaced.
     """
     keep_freed_memory()
     device = pick_device(info)
@@ -43,7 +46,8 @@ def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: flo
     control.update(rank=info.rank, phase="start", steps=config.train.steps)
     mesh = connect(layout_of(config), info, device, timeout_s=config.cluster.step_timeout_s, store=store)
     try:
-        trainer = Trainer(config, mesh, control, placed_at=placed_at, attempt=attempt)
+        trainer = Trainer(config, mesh, control, placed_at=placed_at, attempt=attempt, replicas=replicas,
+                          recovery=recovery)
         with contextlib.closing(trainer):
             return trainer.run()
     finally:
@@ -91,7 +95,8 @@ class Progress:
 class Trainer:
     """State of one attempt on one rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, control: Control, *, placed_at: float, attempt: int):
+    def __init__(self, config: Config, mesh: Mesh, control: Control, *, placed_at: float, attempt: int,
+                 replicas: Replicas | None = None, recovery: Recovery | None = None):
         self.config, self.mesh, self.control = config, mesh, control
         self.is_lead = mesh.info.rank == 0
         self.n_extra = 1 + config.model.n_mtp_layers
@@ -103,12 +108,14 @@ class Trainer:
         self.moe_layers = moe_layer_names(config)
         self.progress = Progress()
         self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt,
-                                       data_digest=self.corpus.digest)
+                                       data_digest=self.corpus.digest, replicas=replicas, recovery=recovery)
         restored = self.checkpoints.restore(self.progress)
         self._mean_over_ranks(0.0)
+        peak = recovery.peak_flops_per_s if recovery is not None else None
         self.accounts = Accounts(config, mesh, self.corpus, self.progress, placed_at=placed_at, attempt=attempt,
-                                 restored=restored, moe_layers=self.moe_layers,
-                                 peak_flops_per_s=self._mean_over_ranks(peak_flops_per_s(config, mesh.device, compute)))
+                                 restored=restored, moe_layers=self.moe_layers, recovery=recovery,
+                                 peak_flops_per_s=peak or self._mean_over_ranks(
+                                     peak_flops_per_s(config, mesh.device, compute)))
         self.checkpoints.on_event = self.accounts.event
         if self.checkpoints.resumed:
             self.accounts.event("resumed", step=self.progress.step, **self.checkpoints.resumed)
@@ -123,7 +130,8 @@ class Trainer:
     def run(self) -> dict:
         """Steps until the last one, the budget or a request to stop; then the last validation and checkpoint."""
         config, progress = self.config, self.progress
-        self._publish(phase="step")
+        self._publish(phase="step", peak_flops_per_s=self.accounts.peak,
+                      claim=self.checkpoints.saver.claim_number)
         self.accounts.start()
         status = "completed"
         upcoming = self.fetcher.submit(self._batch, progress.step)
@@ -140,6 +148,8 @@ class Trainer:
                 row |= self._validate()
             if last or _due(progress.step, config.checkpoint.every):
                 row |= self._save(background=not last)
+            if not last and _due(progress.step, config.checkpoint.memory_every):
+                row |= self._remember()
             self.accounts.log(row)
             self._publish(phase="step", loss=row["train/loss"], tokens_per_s=row["tokens/per_s"],
                           usd_total=row["cost/usd_total"])
@@ -230,6 +240,11 @@ class Trainer:
         self.control.update(phase="save")
         began = time.perf_counter()
         self.checkpoints.save(self.progress, self.accounts.state(), background=background)
+        return self.accounts.saved(time.perf_counter() - began)
+
+    def _remember(self) -> dict:
+        began = time.perf_counter()
+        self.checkpoints.remember(self.progress, self.accounts.state())
         return self.accounts.saved(time.perf_counter() - began)
 
     def _batch(self, step: int) -> Tensor:

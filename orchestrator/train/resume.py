@@ -1,6 +1,7 @@
 """A run's checkpoints as the loop sees them: choose one to continue from, save in the background, tell what happened.
 
 All ranks take the same decision: rank 0 proposes through the store, each rank says whether it could read its part.
+When ranks meet again after one was replaced, their state in memory (replica.py) is tried before storage.
 """
 
 import json
@@ -16,6 +17,8 @@ from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.train import checkpoint
+from orchestrator.train.control import Recovery
+from orchestrator.train.replica import Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
 from orchestrator.train.state import pieces_of, restore
 
@@ -30,8 +33,13 @@ class Checkpoints:
     """
 
     def __init__(self, config: Config, mesh: Mesh, pipeline: Pipeline, optimizer: torch.optim.Optimizer, *,
-                 attempt: int, data_digest: str):
-        self.data_digest = data_digest
+                 attempt: int, data_digest: str, replicas: Replicas | None = None, recovery: Recovery | None = None):
+        self.data_digest, self.recovery = data_digest, recovery
+        self.buddies = None
+        if replicas is not None and mesh.world is not None and config.checkpoint.memory_every:
+            replicas.use(config.layout)
+            self.buddies = Buddies(mesh, replicas)
+        self.resume = "auto" if recovery is not None else config.resume
         self.config, self.mesh, self.pipeline, self.optimizer = config, mesh, pipeline, optimizer
         self.attempt = attempt
         self.on_event: Callable = lambda kind, **fields: None
@@ -39,41 +47,89 @@ class Checkpoints:
         self.last: dict = {"path": None, "step": None, "error": None}
         self.saver = checkpoint.Saver(
             config.checkpoint.dir, rank=mesh.info.rank, world_size=mesh.layout.world_size, store=mesh.store,
-            keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.step_timeout_s,
+            keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.save_timeout_s,
             experts=_expert_blocks(config.model))
 
     def restore(self, progress) -> dict | None:
-        """Fill model, optimizer and `progress` from the checkpoint that `resume` names; None for a fresh start."""
-        if self.config.resume == "none":
+        """Fill model, optimizer and `progress` from memory or the checkpoint that `resume` names; None: a fresh start.
+        """
+        if self.recovery is not None and self.buddies is not None:
+            state = self._restore_from_memory()
+            if state is not None:
+                _fill(progress, state)
+                return state
+        state = self._restore_from_storage(progress)
+        if self.resumed is None and self.recovery is not None and self.config.resume not in ("none", "auto"):
+            self.resume = self.config.resume
+            state = self._restore_from_storage(progress)
+        return state
+
+    def _restore_from_memory(self) -> dict | None:
+        """The newest step that all ranks' memories hold together, unless storage has a newer one."""
+        replicas, group, turn = self.buddies.replicas, self.buddies.group, 0
+        while (found := agree(self.mesh, replicas, turn)) is not None:
+            step, holders = found
+            if self._newest_saved(turn) > step:
+                return None
+            error = None
+            try:
+                loader = MemoryLoader(fetch(self.mesh, replicas, step, holders, group))
+                restore(self.pipeline, self.optimizer, loader)
+            except NotTrustworthy as caught:
+                error = caught
+            reason = self._first_error(error, f"memory/{turn}")
+            if reason is None:
+                replicas.drop_after(step)
+                moved = [owner for owner, holder in holders.items() if owner != holder]
+                self.resumed = {"path": "memory", "skipped": [], "from_buddies": moved}
+                return loader.state
+            replicas.drop_after(step - 1)
+            turn += 1
+        return None
+
+    def _newest_saved(self, turn: int) -> int:
+        """The step of the newest checkpoint on storage, by rank 0's view."""
+        key, store = f"memory/{turn}/saved", self.mesh.store
+        if self.mesh.info.rank == 0:
+            steps = [checkpoint.step_of(path) for path in self._own_checkpoints()]
+            store.set(key, str(max(steps, default=-1)))
+        return int(store.get(key))
+
+    def _restore_from_storage(self, progress) -> dict | None:
+        if self.resume == "none":
             return None
         tried: list[str] = []
         while (path := self._proposed(tried)) is not None:
             loader, error = self._load(path)
-            reason = self._first_error(error, len(tried))
+            reason = self._first_error(error, str(len(tried)))
             if reason is None:
                 state = loader.state
                 loader.close()
                 self.resumed = {"path": path, "skipped": tried}
                 if state.get("weights_only"):
                     return None
-                for f in fields(progress):
-                    setattr(progress, f.name, state["progress"].get(f.name, getattr(progress, f.name)))
+                _fill(progress, state)
                 return state
-            if self.config.resume != "auto" or isinstance(error, BadRequest):
+            if self.resume != "auto" or isinstance(error, BadRequest):
                 raise error or NotTrustworthy(reason)
             tried.append(path)
-        if self.config.resume != "auto":
-            raise BadRequest(f"resume={self.config.resume}: no whole checkpoint there; give its path, or resume=auto")
+        if self.resume != "auto":
+            raise BadRequest(f"resume={self.resume}: no whole checkpoint there; give its path, or resume=auto")
         if tried:
             raise NotTrustworthy(f"resume=auto: none of the {len(tried)} checkpoints in {self.config.checkpoint.dir} "
                                  f"is whole: {reason}; start a new run with resume=none and another run.dir")
         return None
 
+    def remember(self, progress, extra: dict) -> None:
+        """Copy this rank's state into memory and hand a copy to its buddy, in the background."""
+        if self.buddies is not None:
+            self.buddies.offer(progress.step, pieces_of(self.pipeline, self.optimizer, with_copies=True),
+                               self._state(progress, extra))
+
     def save(self, progress, extra: dict, *, background: bool) -> None:
         """Hand this rank's state to the saver; returns when it is copied, or written if not in the background."""
         self._report()
-        state = {"progress": asdict(progress), "config": to_dict(self.config), **extra}
-        self.saver.save(progress.step, pieces_of(self.pipeline, self.optimizer), state,
+        self.saver.save(progress.step, pieces_of(self.pipeline, self.optimizer), self._state(progress, extra),
                         background=background and self.config.checkpoint.background)
         if not background:
             self.wait()
@@ -84,7 +140,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Give a save under way a moment; after a failure it cannot end, since other ranks are gone."""
-        self.saver.wait(timeout_s=5)
+        self.saver.wait(timeout_s=1)
+
+    def _state(self, progress, extra: dict) -> dict:
+        return {"progress": asdict(progress), "config": to_dict(self.config), **extra}
 
     def _report(self) -> None:
         for result in self.saver.results():
@@ -97,11 +156,10 @@ class Checkpoints:
 
     def _proposed(self, tried: list[str]) -> str | None:
         """The next checkpoint to try, by rank 0's view of storage."""
-        key = f"resume/{self.attempt}/{len(tried)}"
+        key = f"resume/{self.resume}/{len(tried)}"
         if self.mesh.info.rank == 0:
-            if self.config.resume == "auto":
-                found = checkpoint.list_checkpoints(self.config.checkpoint.dir)
-                left = [path for path in reversed(found) if path not in tried]
+            if self.resume == "auto":
+                left = [path for path in reversed(self._own_checkpoints()) if path not in tried]
                 path = left[0] if left else ""
             else:
                 path = "" if tried else self._named()
@@ -111,9 +169,16 @@ class Checkpoints:
             path = self.mesh.store.get(key).decode()
         return path or None
 
+    def _own_checkpoints(self) -> list[str]:
+        """Those to go on from: all under resume=auto, else those written since this attempt started."""
+        found = checkpoint.list_checkpoints(self.config.checkpoint.dir)
+        if self.config.resume == "auto" or self.recovery is None:
+            return found
+        return [path for path in found if checkpoint.claim_of(path) >= self.recovery.first_claim]
+
     def _named(self) -> str:
         """`resume` may name a checkpoint, or a run or checkpoint directory, whose newest is meant."""
-        return checkpoint.newest_under(self.config.resume) or self.config.resume
+        return checkpoint.newest_under(self.resume) or self.resume
 
     def _load(self, path: str) -> tuple[Loader | None, SparingError | None]:
         try:
@@ -127,7 +192,7 @@ class Checkpoints:
         except (SparingError, OSError) as error:
             return None, error if isinstance(error, SparingError) else NotFit(f"{path}: {error}")
 
-    def _first_error(self, error: SparingError | None, turn: int) -> str | None:
+    def _first_error(self, error: SparingError | None, turn: str) -> str | None:
         """The same answer on every rank: None if all could load, else the lowest failing rank's message."""
         if self.mesh.world is None:
             return None if error is None else str(error)
@@ -135,7 +200,7 @@ class Checkpoints:
         dist.all_reduce(failed, group=self.mesh.world)
         if not failed.item():
             return None
-        store, prefix = self.mesh.store, f"resume/{self.attempt}/{turn}/error"
+        store, prefix = self.mesh.store, f"resume/{self.resume}/{turn}/error"
         store.set(f"{prefix}/{self.mesh.info.rank}", json.dumps(str(error) if error else None))
         answers = [json.loads(store.get(f"{prefix}/{rank}")) for rank in range(self.mesh.layout.world_size)]
         return next(answer for answer in answers if answer)
@@ -166,6 +231,11 @@ def _expert_blocks(model: ModelConfig) -> dict[str, int]:
         return {}
     blocks = [f"layers.{i}" for i in range(model.n_layers) if model.is_moe(i)]
     return dict.fromkeys([*blocks, *(f"mtp.{k}.block" for k in range(model.n_mtp_layers))], model.n_routed_experts)
+
+
+def _fill(progress, state: dict) -> None:
+    for f in fields(progress):
+        setattr(progress, f.name, state["progress"].get(f.name, getattr(progress, f.name)))
 
 
 def _get(values: dict, dotted: str):

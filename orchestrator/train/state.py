@@ -13,16 +13,17 @@ from orchestrator.train.optim import moments, set_steps_taken
 from orchestrator.train.shards import Loader, Piece
 
 
-def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW) -> list[Piece]:
-    """Everything this rank owns. The tensors alias live state: the saver copies them before it returns."""
+def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW, *, with_copies: bool = False) -> list[Piece]:
+    """Everything this rank owns, or with copies everything it restores. The tensors alias live state: the saver
+    copies them before it returns."""
     pieces = []
     for shard in pipeline.shards:
-        if shard.is_copy:
+        if shard.is_copy and not with_copies:
             continue
         pieces += _shard_pieces("model", shard, shard.value.detach())
         for name, moment in moments(optimizer, shard).items():
             pieces += _shard_pieces(f"optim.{name}", shard, moment)
-    if pipeline.mesh.coordinate.dp == 0:
+    if with_copies or pipeline.mesh.coordinate.dp == 0:
         pieces += [Piece(f"model.{key}", tuple(bias.shape), 0, bias) for key, bias in _biases(pipeline)]
     return pieces
 

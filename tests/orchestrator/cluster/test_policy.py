@@ -51,6 +51,8 @@ def test_of_ranks_that_wait_for_one_another_the_one_that_does_not_answer_is_blam
     waiting = [RankState(0, Phase.step, silent_s=33), RankState(1, Phase.step, silent_s=32, answers=False)]
     decision = decide(waiting, LIMITS, 0)
     assert decision.rank == 1 and "does not answer" in decision.cause
+    unheard = [RankState(0, Phase.step, silent_s=33), RankState(1, Phase.data, silent_s=20, answers=False)]
+    assert decide(unheard, LIMITS, 0).rank == 1  # it was last heard of in an earlier phase
     timed_out = RankState(0, Phase.failed, cause="Timed out waiting", at=0, is_consequence=True)
     assert decide([timed_out, waiting[1]], LIMITS, 0).rank == 1
 

@@ -1,0 +1,186 @@
+"""The newest state of a rank and of its buddy on another node, in host memory: the first tier to recover from.
+
+A `Replicas` lives as long as its process and outlives the process group. `Buddies` fills it while a group lives:
+every `checkpoint.memory_every` steps each rank packs its state, hashes it, keeps it and sends it to its buddy, in a
+thread and over a gloo group of its own. When the ranks meet again after one was replaced, `agree` finds the newest
+step whose every rank's state is held by somebody, and `fetch` brings it home. Two steps are kept of each, so that a
+failure in the middle of an exchange costs nothing. (The idea is GEMINI's, SOSP 2023.)
+"""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from orchestrator.errors import NotTrustworthy
+from orchestrator.parallel.mesh import Mesh
+from orchestrator.train.shards import Piece, snapshot
+
+logger = logging.getLogger(__name__)
+
+KEPT_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One rank's packed state after `step`: a safetensors file in memory and its SHA-256."""
+
+    owner: int
+    step: int
+    data: Tensor
+    """uint8, on the CPU."""
+    digest: bytes
+
+    def check(self) -> None:
+        if hashlib.sha256(self.data.numpy()).digest() != self.digest:
+            raise NotTrustworthy(f"the copy in memory of rank {self.owner}'s state after step {self.step} is damaged")
+
+
+class Replicas:
+    """What one process holds, by owner and step, for one layout at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[tuple[int, int], Replica] = {}
+        self._layout: object = None
+
+    def use(self, layout: object) -> None:
+        """Forget everything if the ranks mean something else than before."""
+        with self._lock:
+            if layout != self._layout:
+                self._held.clear()
+            self._layout = layout
+
+    def put(self, replica: Replica) -> None:
+        with self._lock:
+            self._held[replica.owner, replica.step] = replica
+            steps = sorted((step for owner, step in self._held if owner == replica.owner), reverse=True)
+            for step in steps[KEPT_STEPS:]:
+                del self._held[replica.owner, step]
+
+    def get(self, owner: int, step: int) -> Replica:
+        with self._lock:
+            return self._held[owner, step]
+
+    def drop_after(self, step: int) -> None:
+        """Forget the steps that are about to be taken again."""
+        with self._lock:
+            self._held = {key: replica for key, replica in self._held.items() if key[1] <= step}
+
+    def held(self) -> list[tuple[int, int]]:
+        """(owner, step) of all."""
+        with self._lock:
+            return sorted(self._held)
+
+
+class Buddies:
+    """One rank's half of the exchange within one group of ranks; all ranks `offer` at the same steps."""
+
+    def __init__(self, mesh: Mesh, replicas: Replicas):
+        self.rank, self.world, self.replicas = mesh.info.rank, mesh.layout.world_size, replicas
+        self.group = dist.new_group(backend="gloo")
+        shift = mesh.info.local_world_size
+        self.shift = shift if self.world % shift == 0 and shift < self.world else 1
+        self._thread: threading.Thread | None = None
+
+    def offer(self, step: int, pieces: Iterable[Piece], state: dict) -> None:
+        """Copy the state now; pack and exchange it while training goes on. Waits for the exchange before."""
+        self.wait()
+        pieces = snapshot(pieces)
+        text = json.dumps(state)
+        self._thread = threading.Thread(target=self._exchange, args=(step, pieces, text), name=f"replica-{step}",
+                                        daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _exchange(self, step: int, pieces: list[Piece], state: str) -> None:
+        try:
+            data = torch.frombuffer(bytearray(_pack(pieces, state)), dtype=torch.uint8)
+            mine = Replica(self.rank, step, data, hashlib.sha256(data.numpy()).digest())
+            self.replicas.put(mine)
+            to, source = (self.rank + self.shift) % self.world, (self.rank - self.shift) % self.world
+            sending = [dist.isend(part, to, group=self.group) for part in (_header(mine), mine.data)]
+            self.replicas.put(_receive(source, source, step, self.group))
+            for work in sending:
+                work.wait()
+        except Exception as error:  # the thread's edge: a peer is gone, and the training thread hears of it too
+            logger.debug("no exchange of step %d: %s", step, error)
+
+
+class MemoryLoader:
+    """A replica read like a checkpoint: `state`, and rows of tensors by key."""
+
+    def __init__(self, replica: Replica):
+        replica.check()
+        try:
+            self._tensors = load(replica.data.numpy().tobytes())
+        except SafetensorError as error:
+            raise NotTrustworthy(f"rank {replica.owner}'s state in memory cannot be read: {error}") from error
+        self.state = json.loads(self._tensors.pop("state").numpy().tobytes())
+        self._starts = {name.rsplit("@", 1)[0]: int(name.rsplit("@", 1)[1]) for name in self._tensors}
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of the tensor `key`; this rank's own rows and no others are there."""
+        first = self._starts[key]
+        rows = self._tensors[f"{key}@{first}"]
+        return rows if stop is None else rows[start - first : stop - first]
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def agree(mesh: Mesh, replicas: Replicas, turn: int) -> tuple[int, dict[int, int]] | None:
+    """The newest step of which all ranks' states are held, and who holds each; the same answer on every rank."""
+    world, store = mesh.layout.world_size, mesh.store
+    store.set(f"memory/{turn}/{mesh.info.rank}", json.dumps(replicas.held()))
+    holders: dict[int, dict[int, int]] = {}
+    for rank in range(world):
+        for owner, step in json.loads(store.get(f"memory/{turn}/{rank}")):
+            if owner == rank or owner not in holders.setdefault(step, {}):
+                holders.setdefault(step, {})[owner] = rank
+    whole = [step for step, by_owner in holders.items() if len(by_owner) == world]
+    return (max(whole), holders[max(whole)]) if whole else None
+
+
+def fetch(mesh: Mesh, replicas: Replicas, step: int, holders: dict[int, int], group: dist.ProcessGroup) -> Replica:
+    """This rank's state of `step`, from its own memory or from the rank that holds it. All ranks call it."""
+    rank = mesh.info.rank
+    for owner, holder in sorted(holders.items()):
+        if holder == owner:
+            continue
+        if rank == holder:
+            replica = replicas.get(owner, step)
+            for part in (_header(replica), replica.data):
+                dist.send(part, owner, group=group)
+        elif rank == owner:
+            replicas.put(_receive(owner, holder, step, group))
+    return replicas.get(rank, step)
+
+
+def _receive(owner: int, source: int, step: int, group: dist.ProcessGroup) -> Replica:
+    header = torch.empty(5, dtype=torch.int64)
+    dist.recv(header, source, group=group)
+    data = torch.empty(int(header[0]), dtype=torch.uint8)
+    dist.recv(data, source, group=group)
+    return Replica(owner, step, data, header[1:].numpy().tobytes())
+
+
+def _header(replica: Replica) -> Tensor:
+    digest = torch.frombuffer(bytearray(replica.digest), dtype=torch.int64)
+    return torch.cat([torch.tensor([len(replica.data)]), digest])
+
+
+def _pack(pieces: list[Piece], state: str) -> bytes:
+    tensors = {f"{piece.key}@{piece.start}": piece.tensor for piece in pieces}
+    return save(tensors | {"state": torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8)})
