@@ -1,6 +1,7 @@
 """The command: `sparing VERB ...`, equally `python -m orchestrator VERB ...`. Parse, check, call, tell, exit.
 
-Exit codes: 0 done, 1 failed, 2 bad request, 3 environment not fit, 17 not trustworthy, 33 transient, 34 preempted.
+Exit codes: 0 done, 1 failed, 2 bad request, 3 environment not fit, 17 not trustworthy, 33 transient, 34 preempted, 93
+fault after fault without progress.
 SPARING_TRACEBACK=1 shows where an error came from.
 """
 

@@ -35,3 +35,9 @@ class Preempted(SparingError):
     """Stopped by notice with a checkpoint; the same command continues."""
 
     exit_code = 34
+
+
+class NoProgress(SparingError):
+    """Fault after fault without a step between them: do not start it again."""
+
+    exit_code = 93

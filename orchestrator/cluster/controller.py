@@ -1,4 +1,4 @@
-"""One run on Ray: start or join a cluster, place one actor per rank, watch them, end cleanly, write the summary.
+"""One run on Ray: start or join a cluster, place one actor per rank, watch them, replace what is lost, end cleanly.
 
 The step loop is inside the actors; this loop asks how they are and acts on `policy.decide`. No tensor passes here.
 """
@@ -12,38 +12,55 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayActorError, RayError
 
 from orchestrator.cluster import placement
-from orchestrator.cluster.policy import Action, Decision, Limits, Phase, RankState, decide
+from orchestrator.cluster.policy import (
+    NO_PROGRESS,
+    Action,
+    Decision,
+    Fault,
+    Limits,
+    Phase,
+    RankState,
+    decide,
+    respond,
+)
+from orchestrator.cluster.ranks import Ranks, kill, place, refill, release, why_dead
 from orchestrator.cluster.session import gpu_name, ray_session
-from orchestrator.cluster.worker import THREADS, Worker
 from orchestrator.config import ClusterKind, Config, DataKind, to_dict
-from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Preempted, SparingError, Transient
+from orchestrator.errors import BadRequest, NoProgress, NotFit, NotTrustworthy, Preempted, SparingError, Transient
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.train import storage
+from orchestrator.train.control import Recovery
 from orchestrator.train.finish import finish_run
 from orchestrator.train.metrics import append_event
 from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import STATUS, claim_run_dir
 
-POLL_S = 1.0
+POLL_S = 0.25
+ANSWER_S = 1.5
+"""A rank that has not said how it is for this long does not answer."""
+DRAIN_S = 10.0
+"""After a fault, how long the other ranks may take to notice their lost connections."""
 STATUS_EVERY_S = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ERRORS = {kind.__name__: kind for kind in (BadRequest, NotFit, NotTrustworthy, Preempted, Transient)}
+FINAL = {kind.__name__: kind for kind in (BadRequest, NotFit, NotTrustworthy, Preempted)}
+ERRORS = FINAL | {"Transient": Transient}
 
 
 @dataclass
-class Ranks:
-    """The placed actors in rank order."""
+class Group:
+    """One forming of the ranks: what was asked of them and what is known of each."""
 
-    group: PlacementGroup
-    workers: list
-    homes: list[dict]
-    placed_at: float
+    runs: list
+    infos: list
+    ended: dict[int, dict]
+    statuses: list[dict]
+    asked: dict
+    """Outstanding question -> (rank, time.monotonic() of asking)."""
+    formed_at: float
 
 
 def train(config: Config) -> dict:
@@ -71,6 +88,7 @@ class Controller:
     def __init__(self, config: Config, attempt: int, request: placement.Request, progress: Progress):
         self.config, self.attempt, self.request, self.progress = config, attempt, request, progress
         self.stop_cause: str | None = None
+        self.events: list[dict] = []
         self.wrote_status_at = 0.0
 
     def run(self) -> dict:
@@ -80,7 +98,7 @@ class Controller:
             try:
                 ranks = place(config, self.request)
                 placed_at = ranks.placed_at
-                result = self._watch(ranks)
+                result = self._survive(ranks)
             except SparingError as caught:
                 error = caught
             finally:
@@ -88,6 +106,8 @@ class Controller:
                     release(ranks)
         released_at = time.time()
         if error is not None:
+            for event in self.events:
+                append_event(config.run.dir, **event)
             append_event(config.run.dir, "run_failed", cause=str(error), rank=getattr(error, "rank", None),
                          node=getattr(error, "node", None))
         summary = finish_run(config, result, placed_at=placed_at, released_at=released_at, devices=self.request.ranks,
@@ -96,60 +116,120 @@ class Controller:
             raise error
         return summary
 
-    def _watch(self, ranks: Ranks) -> dict:
-        """Poll until every rank is done or the policy says that the run is lost."""
-        config, workers = self.config, ranks.workers
+    def _survive(self, ranks: Ranks) -> dict:
+        """The ranks' result; a lost rank is replaced as long as the policy sees sense in it."""
+        faults: list[Fault] = []
+        recovery: Recovery | None = None
+        while True:
+            group = self._form(ranks, recovery)
+            decision = self._watch(ranks, group)
+            if decision.action is Action.finish:
+                return group.ended[0]["result"]
+            fault, found_at = _fault(decision, group), time.time()
+            faults.append(fault)
+            response = respond(faults)
+            if response.action is Action.fail or self.stop_cause is not None:
+                raise self._failure(replace(response, exit_code=response.exit_code or fault.exit_code), group.ended)
+            self.progress.say(f"rank {fault.rank} on node {fault.node}: {fault.cause}; replacing it")
+            self._keep_stacks(ranks, group, len(faults))
+            lost = self._drain(ranks, group, fault.rank)
+            self.events = [{"kind": "rank_replaced", "time": time.time(), "rank": rank, "step": fault.step,
+                            "node": group.infos[rank].node_rank, "cause": fault.cause if rank == fault.rank
+                            else _cause(group.ended.get(rank)), "found_at": found_at} for rank in lost]
+            refill(ranks, lost, self.request, timeout_s=self.config.cluster.replace_timeout_s)
+            lead = max(group.statuses, key=lambda status: status.get("claim", 0))
+            first_claim = recovery.first_claim if recovery and recovery.first_claim else lead.get("claim", 0)
+            peak = lead.get("peak_flops_per_s") or (recovery.peak_flops_per_s if recovery else None)
+            recovery = Recovery(len(faults), found_at, self.events, peak, first_claim)
+
+    def _form(self, ranks: Ranks, recovery: Recovery | None) -> Group:
+        config = self.config
         homes = [(home["node"], home["gpu"]) for home in ranks.homes]
         if not self.request.gpu and len(set(homes)) == 1:
-            homes = _simulated(config)
+            homes = placement.simulated_homes(config)
         infos = placement.rank_infos(homes, ranks.homes[0]["address"], ranks.homes[0]["port"])
-        limits = Limits(config.cluster.start_timeout_s, config.cluster.step_timeout_s)
         plain = to_dict(config)
         if infos[0].local_world_size != infos[0].world_size and len({home["node"] for home in ranks.homes}) == 1:
-            plain["cluster"]["threads_per_rank"] = plain["cluster"]["threads_per_rank"] or _threads(len(workers))
-        runs = [worker.run.remote(plain, info, ranks.placed_at, self.attempt)
-                for worker, info in zip(workers, infos, strict=True)]
-        ended: dict[int, dict] = {}
-        statuses: list[dict] = [{} for _ in workers]
+            share = max(1, (os.cpu_count() or 1) // len(infos))
+            plain["cluster"]["threads_per_rank"] = plain["cluster"]["threads_per_rank"] or share
+        runs = [worker.run.remote(plain, info, ranks.placed_at, self.attempt, recovery)
+                for worker, info in zip(ranks.workers, infos, strict=True)]
+        return Group(runs, infos, {}, [{} for _ in runs], {}, time.time())
+
+    def _watch(self, ranks: Ranks, group: Group) -> Decision:
+        """Poll until every rank is done or one of them is to blame for the end."""
+        cluster = self.config.cluster
+        limits = Limits(cluster.start_timeout_s, cluster.step_timeout_s, cluster.save_timeout_s)
         while True:
-            self._collect(runs, ended)
-            self._ask(workers, ended, statuses)
-            states = [_state(rank, ended.get(rank), statuses[rank], infos[rank].node_rank)
-                      for rank in range(len(workers))]
+            self._collect(group)
+            self._ask(ranks.workers, group)
+            states = [_state(rank, group) for rank in range(len(group.runs))]
             decision = decide(states, limits, time.time())
-            self._tell(statuses, infos, ranks.homes)
-            if decision.action is Action.finish:
-                self._tell(statuses, infos, ranks.homes, force=True)
-                return ended[0]["result"]
-            if decision.action is Action.fail:
-                raise self._failure(decision, ended)
+            ended = decision.action is not Action.wait
+            self._tell(group.statuses, group.infos, ranks.homes, force=ended)
+            if ended:
+                return decision
 
-    def _collect(self, runs: list, ended: dict[int, dict]) -> None:
+    def _collect(self, group: Group, timeout_s: float = POLL_S) -> None:
         """Wait a moment for ranks to end; note how they did."""
-        pending = [ref for rank, ref in enumerate(runs) if rank not in ended]
-        done, _ = ray.wait(pending, num_returns=1, timeout=POLL_S) if pending else ([], [])
+        pending = [ref for rank, ref in enumerate(group.runs) if rank not in group.ended]
+        done, _ = ray.wait(pending, num_returns=1, timeout=timeout_s) if pending else ([], [])
         for ref in done:
-            rank = runs.index(ref)
+            rank = group.runs.index(ref)
             try:
-                ended[rank] = ray.get(ref)
+                group.ended[rank] = ray.get(ref)
             except RayActorError as error:
-                ended[rank] = {"dead": True, "error": _why_dead(error), "exit_code": 33, "at": time.time()}
+                group.ended[rank] = {"dead": True, "error": why_dead(error), "exit_code": 33, "at": time.time()}
             except RayError as error:
-                ended[rank] = {"error": str(error).splitlines()[-1], "exit_code": 1, "at": time.time()}
+                group.ended[rank] = {"error": str(error).splitlines()[-1], "exit_code": 1, "at": time.time()}
 
-    def _ask(self, workers: list, ended: dict[int, dict], statuses: list[dict]) -> None:
-        asked = {worker.status.remote(): rank for rank, worker in enumerate(workers)
-                 if ended.get(rank, {}).get("dead") is None}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=2.0) if asked else ([], [])
-        for ref, rank in asked.items():
-            statuses[rank] = statuses[rank] | {"answers": ref in answered}
+    def _ask(self, workers: list, group: Group) -> None:
+        """One question a rank is under way at any time; nobody waits for a rank that does not answer."""
+        now, waiting = time.monotonic(), {rank for rank, _ in group.asked.values()}
+        for rank, worker in enumerate(workers):
+            if rank not in waiting and not group.ended.get(rank, {}).get("dead"):
+                group.asked[worker.status.remote()] = (rank, now)
+        refs = list(group.asked)
+        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0.1) if refs else ([], [])
         for ref in answered:
-            with contextlib.suppress(RayError, GetTimeoutError):
-                statuses[asked[ref]] = ray.get(ref)
+            rank, _ = group.asked.pop(ref)
+            with contextlib.suppress(RayError):
+                group.statuses[rank] = ray.get(ref) | {"answers": True}
+        for rank, since in group.asked.values():
+            group.statuses[rank] = group.statuses[rank] | {"answers": time.monotonic() - since < ANSWER_S}
         if self.stop_cause is not None:
             for rank, worker in enumerate(workers):
-                if rank not in ended:
+                if rank not in group.ended:
                     worker.request_stop.remote(self.stop_cause)
+
+    def _drain(self, ranks: Ranks, group: Group, culprit: int) -> list[int]:
+        """End the lost rank for good and let the others come back from their broken group; the ranks to replace."""
+        lost = {culprit} | {rank for rank, record in group.ended.items() if record.get("dead")}
+        for rank in lost:
+            kill(ranks.workers[rank])
+        deadline = time.monotonic() + DRAIN_S
+        while len(group.ended.keys() | lost) < len(group.runs) and time.monotonic() < deadline:
+            self._collect(group)
+        lost |= {rank for rank in range(len(group.runs)) if rank not in group.ended}
+        for rank in lost:
+            kill(ranks.workers[rank])
+        return sorted(lost)
+
+    def _keep_stacks(self, ranks: Ranks, group: Group, number: int) -> None:
+        """After a hang: what every rank that answers was doing, into the run directory."""
+        if any(record.get("dead") or "error" in record for record in group.ended.values()):
+            return
+        refs = [worker.stacks.remote() for worker in ranks.workers]
+        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=2.0)
+        texts = []
+        for rank, ref in enumerate(refs):
+            text = "does not answer"
+            if ref in answered:
+                with contextlib.suppress(RayError):
+                    text = ray.get(ref)
+            texts.append(f"rank {rank}\n{text}\n")
+        with contextlib.suppress(SparingError):
+            storage.write_bytes(storage.join(self.config.run.dir, f"stacks-{number}.txt"), "\n".join(texts).encode())
 
     def _tell(self, statuses: list[dict], infos: list, homes: list[dict], *, force: bool = False) -> None:
         """To the screen, and to whoever asks `sparing status`."""
@@ -167,7 +247,8 @@ class Controller:
 
     def _failure(self, decision: Decision, ended: dict[int, dict]) -> SparingError:
         record = ended.get(decision.rank, {})
-        kind = ERRORS.get(record.get("kind", ""), Transient if decision.exit_code == 33 else SparingError)
+        kind = ERRORS.get(record.get("kind", ""), {33: Transient, NO_PROGRESS: NoProgress}.get(
+            decision.exit_code, SparingError))
         message = decision.cause
         if kind in (SparingError, Transient):
             message = f"rank {decision.rank} on node {decision.node}: {decision.cause}"
@@ -196,45 +277,6 @@ class Controller:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def place(config: Config, request: placement.Request) -> Ranks:
-    """A placement group and one actor per rank, in rank order; `Transient` if the room is not free in time."""
-    each = request.ranks_per_bundle
-    bundle = {"CPU": each} | ({"GPU": each} if request.gpu else {})
-    began, limit = time.time(), config.cluster.start_timeout_s
-    group = placement_group([bundle] * request.bundles, strategy="STRICT_SPREAD" if request.spread else "PACK")
-    try:
-        ray.get(group.ready(), timeout=limit)
-        placed_at = time.time()
-        workers = [_start(request, PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i // each))
-                   for i in range(request.ranks)]
-        homes = ray.get([worker.home.remote() for worker in workers], timeout=max(10.0, limit - (placed_at - began)))
-    except GetTimeoutError:
-        remove_placement_group(group)
-        raise Transient(f"cluster.start_timeout_s={limit:g}: {request.ranks} ranks could not be placed in that time; "
-                        "the cluster is busy: wait, free its actors, or raise cluster.start_timeout_s") from None
-    except RayError as error:
-        remove_placement_group(group)
-        raise Transient(f"the ranks could not be started: {str(error).splitlines()[-1]}") from None
-    order = placement.order_ranks([(home["node"], home["gpu"]) for home in homes])
-    return Ranks(group, [workers[i] for i in order], [homes[i] for i in order], placed_at)
-
-
-def release(ranks: Ranks) -> None:
-    for worker in ranks.workers:
-        ray.kill(worker)
-    remove_placement_group(ranks.group)
-
-
-def _start(request: placement.Request, strategy: PlacementGroupSchedulingStrategy):
-    """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
-    environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
-    if not request.gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return ray.remote(Worker).options(
-        num_cpus=1, num_gpus=1 if request.gpu else 0, max_concurrency=THREADS, max_restarts=0,
-        scheduling_strategy=strategy, runtime_env={"env_vars": environment}).remote()
 
 
 def _has_gpus(config: Config, progress: Progress, *, here: bool) -> bool:
@@ -272,29 +314,28 @@ def _check_data(config: Config, progress: Progress, *, here: bool) -> None:
         tokens.load_tokenizer(config.data.tokenizer)
 
 
-def _simulated(config: Config) -> list[tuple[str, int]]:
-    nodes, per_node = placement.nodes_of(config)
-    return [(f"node-{n:04d}", -1) for n in range(nodes) for _ in range(per_node)]
+def _fault(decision: Decision, group: Group) -> Fault:
+    record = group.ended.get(decision.rank, {})
+    step = max((status.get("step", 0) for status in group.statuses), default=0)
+    return Fault(decision.rank, decision.node, decision.cause, step, decision.exit_code,
+                 is_final=record.get("kind") in FINAL)
 
 
-def _threads(ranks: int) -> int:
-    return max(1, (os.cpu_count() or 1) // ranks)
+def _cause(record: dict | None) -> str:
+    return record["error"] if record else "did not come back from its broken group"
 
 
-def _state(rank: int, ended: dict | None, status: dict, node: int) -> RankState:
+def _state(rank: int, group: Group) -> RankState:
+    ended, status, node = group.ended.get(rank), group.statuses[rank], group.infos[rank].node_rank
     if ended is None:
+        if status.get("heartbeat_at", 0.0) < group.formed_at:  # nothing yet, or from before this group was formed
+            return RankState(rank, Phase.start, time.time() - group.formed_at, str(node),
+                             answers=status.get("answers", True))
         phase = Phase[status["phase"]] if status.get("phase") in Phase.__members__ else Phase.start
         phase = Phase.step if phase is Phase.done else phase
-        return RankState(rank, phase, time.time() - status.get("heartbeat_at", time.time()), str(node),
+        return RankState(rank, phase, time.time() - status["heartbeat_at"], str(node),
                          answers=status.get("answers", True))
     if "result" in ended:
         return RankState(rank, Phase.done, node=str(node))
     return RankState(rank, Phase.dead if ended.get("dead") else Phase.failed, node=str(node), cause=ended["error"],
                      at=ended["at"], exit_code=ended["exit_code"], is_consequence=ended.get("is_consequence", False))
-
-
-def _why_dead(error: RayActorError) -> str:
-    """One line of Ray's account of an actor's death."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit" in line.lower() or "killed" in line.lower() or "died" in line.lower()]
-    return f"its process died ({(telling or lines)[-1]})"

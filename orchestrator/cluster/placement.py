@@ -49,6 +49,12 @@ def request_of(config: Config, *, gpu: bool, simulated: bool) -> Request:
     return Request(ranks, 1, gpu, spread=False)
 
 
+def simulated_homes(config: Config) -> list[tuple[str, int]]:
+    """Nodes by name for ranks that really share one machine, in rank order."""
+    nodes, per_node = nodes_of(config)
+    return [(f"node-{n:04d}", -1) for n in range(nodes) for _ in range(per_node)]
+
+
 def what_is_missing(request: Request, nodes: list[Node]) -> str | None:
     """Why the request can never be met by these nodes; None if it can."""
     kind = "GPU" if request.gpu else "CPU"

@@ -10,6 +10,7 @@ class Phase(Enum):
     start = "start"
     data = "data"
     step = "step"
+    validate = "validate"
     save = "save"
     done = "done"
     failed = "failed"
@@ -17,11 +18,13 @@ class Phase(Enum):
 
 
 class Action(Enum):
-    """`wait`: nothing to do. `finish`: all ranks are done. `fail`: end the run with an error."""
+    """`wait`: nothing to do. `finish`: all ranks are done. `fail`: end the run with an error. `replace`: put another
+    rank into the place of the lost one; the others keep their processes and their memory."""
 
     wait = "wait"
     finish = "finish"
     fail = "fail"
+    replace = "replace"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Limits:
 
     start_s: float
     step_s: float
+    save_s: float = 600.0
     settle_s: float = 3.0
     """After a first failure, how long the others may take to tell what they saw: the root cause may come second."""
 
@@ -75,12 +79,47 @@ def decide(states: list[RankState], limits: Limits, now: float) -> Decision:
         return Decision(Action.wait)
     if all(state.phase is Phase.done for state in states):
         return Decision(Action.finish)
-    limit = {Phase.start: limits.start_s, Phase.done: float("inf"), Phase.data: float("inf")}
+    limit = {Phase.start: limits.start_s, Phase.save: limits.save_s, Phase.done: float("inf"), Phase.data: float("inf")}
     late = [state for state in states if state.silent_s > limit.get(state.phase, limits.step_s)]
     if late:  # all wait for the one that hangs: one that does not answer (its phase is stale), else the most silent
         frozen = [state for state in states if not state.answers and state.phase is not Phase.done]
         return _hung(max(frozen or late, key=lambda state: state.silent_s))
     return Decision(Action.wait)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What ended a group of ranks."""
+
+    rank: int
+    node: str
+    cause: str
+    step: int
+    """The last step that any rank had finished."""
+    exit_code: int
+    is_final: bool = False
+    """Another try cannot help: a bad request, an unfit environment, results not to be trusted."""
+
+
+NO_PROGRESS = 93
+"""Exit code of a crash loop: starting again would only burn money."""
+
+
+def respond(faults: list[Fault], *, max_in_vain: int = 3) -> Decision:
+    """Replace the lost rank, unless the same error came twice at one step or faults kept coming without progress."""
+    last = faults[-1]
+    told = (last.rank, last.node)
+    if last.is_final:
+        return Decision(Action.fail, last.cause, *told, last.exit_code)
+    before = faults[-2] if len(faults) > 1 else None
+    if before and last.exit_code == 1 and (before.cause, before.step) == (last.cause, last.step):
+        return Decision(Action.fail, last.cause, *told, 1)
+    recent = faults[-max_in_vain:]
+    if len(recent) == max_in_vain and all(fault.step <= recent[0].step for fault in recent):
+        causes = "; ".join(dict.fromkeys(f"rank {fault.rank}: {fault.cause}" for fault in recent))
+        return Decision(Action.fail, f"{max_in_vain} faults without progress since step {recent[0].step} ({causes})",
+                        *told, NO_PROGRESS)
+    return Decision(Action.replace, last.cause, *told)
 
 
 def _hung(state: RankState) -> Decision:

@@ -28,7 +28,7 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
             ray.init(address="auto", **quiet)
         else:
             os.environ.pop("RAY_ADDRESS", None)
-            ranks = config.layout.pp * config.layout.dp
+            ranks = config.layout.pp * config.layout.dp + config.cluster.spares
             path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
             ray.init(address="local", num_cpus=max(ranks, os.cpu_count() or 1), include_dashboard=False,
                      _node_ip_address="127.0.0.1", object_store_memory=128 << 20,

@@ -1,7 +1,10 @@
 """The actor around one rank: runs the rank program in one of its threads while others answer questions about it."""
 
+import gc
 import os
 import socket
+import sys
+import threading
 import time
 import traceback
 
@@ -10,10 +13,13 @@ import ray
 from orchestrator.config import Config, from_dict
 from orchestrator.errors import SparingError
 from orchestrator.parallel.mesh import RankInfo
-from orchestrator.train.control import Control
+from orchestrator.train.control import Control, Recovery
+from orchestrator.train.replica import Replicas
 
 THREADS = 4
 """One for the rank program, the others for `status`, `request_stop` and the like."""
+LEASE_S = 60.0
+"""A running rank that nobody has asked for its status this long ends itself: its controller is gone, or its node is."""
 
 
 class Worker:
@@ -21,6 +27,9 @@ class Worker:
 
     def __init__(self) -> None:
         self.control = Control()
+        self.replicas = Replicas()
+        self.asked_at: float | None = None
+        threading.Thread(target=self._keep_lease, daemon=True, name="lease").start()
 
     def home(self) -> dict:
         """Where this actor lives: Ray node id, address, host, pid, GPU index (-1 is none), a free port."""
@@ -32,13 +41,25 @@ class Worker:
         return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "host": socket.gethostname(),
                 "pid": os.getpid(), "gpu": int(gpus[0]) if gpus else -1, "port": port}
 
-    def run(self, config: dict, info: RankInfo, placed_at: float, attempt: int) -> dict:
+    def warm(self) -> None:
+        """Import what a rank needs, so that a spare is ready at once."""
+        import orchestrator.train.loop  # noqa: F401
+
+    def run(self, config: dict, info: RankInfo, placed_at: float, attempt: int,
+            recovery: Recovery | None = None) -> dict:
         """The rank program to its end: {"result": ...} or {"error": ..., "at": ..., ...}; never raises."""
+        self.asked_at = time.monotonic()
+        outcome = self._run(config, info, placed_at, attempt, recovery)
+        self.asked_at = None
+        gc.collect()  # a broken group's connections, so that its other ranks hear of it, and its devices' memory
+        return outcome
+
+    def _run(self, config: dict, info: RankInfo, placed_at: float, attempt: int, recovery: Recovery | None) -> dict:
         try:
             from orchestrator.train.loop import run_rank
 
             return {"result": run_rank(from_dict(Config, config), info, control=self.control, placed_at=placed_at,
-                                       attempt=attempt)}
+                                       attempt=attempt, replicas=self.replicas, recovery=recovery)}
         except SparingError as error:
             return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": type(error).__name__}
         except BaseException as error:
@@ -46,11 +67,26 @@ class Worker:
                     "kind": type(error).__name__, "traceback": traceback.format_exc(),
                     "is_consequence": _is_lost_connection(error)}
 
+    def stacks(self) -> str:
+        """What every thread of this process is doing."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return "\n".join(f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+                         for ident, frame in sys._current_frames().items())
+
     def status(self) -> dict:
+        if self.asked_at is not None:
+            self.asked_at = time.monotonic()
         return self.control.status()
 
     def request_stop(self, cause: str) -> None:
         self.control.request_stop(cause)
+
+    def _keep_lease(self) -> None:
+        while True:
+            time.sleep(1.0)
+            asked_at = self.asked_at
+            if asked_at is not None and time.monotonic() - asked_at > LEASE_S:
+                os._exit(33)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

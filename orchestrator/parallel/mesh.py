@@ -86,6 +86,13 @@ def open_store(info: RankInfo, *, timeout_s: float) -> dist.Store | None:
                          is_master=info.rank == 0 and not under_torchrun(), multi_tenant=True)
 
 
+def meet(store: dist.Store | None, info: RankInfo, *, timeout_s: float) -> None:
+    """Wait until every rank is there: some start later than a collective may take."""
+    if store is not None:
+        store.set(f"here/{info.rank}", "")
+        store.wait([f"here/{rank}" for rank in range(info.world_size)], datetime.timedelta(seconds=timeout_s))
+
+
 def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: float,
             store: dist.Store | None = None) -> Mesh:
     """Join all ranks and form the groups of the grid. `timeout_s` bounds every collective from here on."""
@@ -100,6 +107,8 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
                             world_size=info.world_size, timeout=timeout)
     mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep), mesh_dim_names=("pp", "edp", "ep"))
     dp_mesh = mesh["edp", "ep"]._flatten("dp")
+    for group in list(dist.distributed_c10d._world.pg_map):  # a mesh's groups do not inherit the timeout
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
     return Mesh(
         layout, info, device, coordinate, store, dist.group.WORLD,
         pp=mesh.get_group("pp") if layout.pp > 1 else None,

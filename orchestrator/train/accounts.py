@@ -117,9 +117,12 @@ class Accounts:
 
     def saved(self, seconds: float) -> dict:
         """`seconds` is how long the ranks stood still for a checkpoint."""
-        self.ledger.charge("checkpoint", seconds)
         self.save_seconds = max(self.save_seconds, seconds)
-        return {"time/checkpoint_s": seconds}
+        return {"time/checkpoint_s": self.stood_still(seconds)}
+
+    def stood_still(self, seconds: float) -> float:
+        self.ledger.charge("checkpoint", seconds)
+        return seconds
 
     def log(self, row: dict) -> None:
         if self.tracker is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.transformer import routers
 from orchestrator.config import ComputeDtype, Config
 from orchestrator.errors import NotTrustworthy
-from orchestrator.parallel.mesh import Mesh, RankInfo, connect, pick_device
+from orchestrator.parallel.mesh import Mesh, RankInfo, connect, meet, open_store, pick_device
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.plan.layout import layout_of
 from orchestrator.train import data
@@ -44,6 +44,9 @@ def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: flo
     device = pick_device(info)
     torch.set_num_threads(threads_per_rank(config, info))
     control.update(rank=info.rank, phase="start", steps=config.train.steps)
+    start_timeout_s = config.cluster.start_timeout_s
+    store = store or open_store(info, timeout_s=start_timeout_s)
+    meet(store, info, timeout_s=start_timeout_s)
     mesh = connect(layout_of(config), info, device, timeout_s=config.cluster.step_timeout_s, store=store)
     try:
         trainer = Trainer(config, mesh, control, placed_at=placed_at, attempt=attempt, replicas=replicas,
@@ -148,8 +151,7 @@ class Trainer:
                 row |= self._validate()
             if last or _due(progress.step, config.checkpoint.every):
                 row |= self._save(background=not last)
-            if not last and _due(progress.step, config.checkpoint.memory_every):
-                row |= self._remember()
+            row |= self._remember(row.get("time/checkpoint_s", 0.0))
             self.accounts.log(row)
             self._publish(phase="step", loss=row["train/loss"], tokens_per_s=row["tokens/per_s"],
                           usd_total=row["cost/usd_total"])
@@ -242,10 +244,10 @@ class Trainer:
         self.checkpoints.save(self.progress, self.accounts.state(), background=background)
         return self.accounts.saved(time.perf_counter() - began)
 
-    def _remember(self) -> dict:
-        began = time.perf_counter()
-        self.checkpoints.remember(self.progress, self.accounts.state())
-        return self.accounts.saved(time.perf_counter() - began)
+    def _remember(self, saved_s: float) -> dict:
+        began, due = time.perf_counter(), _due(self.progress.step, self.config.checkpoint.memory_every)
+        self.checkpoints.remember(self.progress, self.accounts.state, due=due)
+        return {"time/checkpoint_s": saved_s + self.accounts.stood_still(time.perf_counter() - began)}
 
     def _batch(self, step: int) -> Tensor:
         """This rank's sequences of a step, [sequences, S + 1 + M]: a function of (seed, step) and coordinate alone."""

@@ -1,17 +1,18 @@
 """The newest state of a rank and of its buddy on another node, in host memory: the first tier to recover from.
 
 A `Replicas` lives as long as its process and outlives the process group. `Buddies` fills it while a group lives:
-every `checkpoint.memory_every` steps each rank packs its state, hashes it, keeps it and sends it to its buddy, in a
-thread and over a gloo group of its own. When the ranks meet again after one was replaced, `agree` finds the newest
+every `checkpoint.memory_every` steps each rank packs its state, hashes it, keeps it and sends it to its buddy, over a
+gloo group of its own. When the ranks meet again after one was replaced, `agree` finds the newest
 step whose every rank's state is held by somebody, and `fetch` brings it home. Two steps are kept of each, so that a
 failure in the middle of an exchange costs nothing. (The idea is GEMINI's, SOSP 2023.)
 """
 
+import datetime
 import hashlib
 import json
-import logging
 import threading
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,6 @@ from torch import Tensor
 from orchestrator.errors import NotTrustworthy
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.train.shards import Piece, snapshot
-
-logger = logging.getLogger(__name__)
 
 KEPT_STEPS = 2
 
@@ -82,40 +81,47 @@ class Replicas:
 
 
 class Buddies:
-    """One rank's half of the exchange within one group of ranks; all ranks `offer` at the same steps."""
+    """One rank's half of the exchange within one group of ranks; all ranks `offer` and `advance` at the same steps.
 
-    def __init__(self, mesh: Mesh, replicas: Replicas):
+    The thread packs and hashes; only the training thread communicates, so that a broken group is left at once. An
+    exchange takes three steps: copy and pack, send, and keep what has come.
+    """
+
+    def __init__(self, mesh: Mesh, replicas: Replicas, *, timeout_s: float):
         self.rank, self.world, self.replicas = mesh.info.rank, mesh.layout.world_size, replicas
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
         shift = mesh.info.local_world_size
         self.shift = shift if self.world % shift == 0 and shift < self.world else 1
-        self._thread: threading.Thread | None = None
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="replica")
+        self._packing: Future | None = None
+        self._moving: tuple[list, Replica] | None = None
 
     def offer(self, step: int, pieces: Iterable[Piece], state: dict) -> None:
-        """Copy the state now; pack and exchange it while training goes on. Waits for the exchange before."""
-        self.wait()
-        pieces = snapshot(pieces)
-        text = json.dumps(state)
-        self._thread = threading.Thread(target=self._exchange, args=(step, pieces, text), name=f"replica-{step}",
-                                        daemon=True)
-        self._thread.start()
+        """Copy the state now; an exchange that is under way is ended before."""
+        while self._packing is not None or self._moving is not None:
+            self.advance()
+        self._packing = self._packer.submit(_replica, self.rank, step, snapshot(pieces), json.dumps(state))
 
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def _exchange(self, step: int, pieces: list[Piece], state: str) -> None:
-        try:
-            data = torch.frombuffer(bytearray(_pack(pieces, state)), dtype=torch.uint8)
-            mine = Replica(self.rank, step, data, hashlib.sha256(data.numpy()).digest())
+    def advance(self) -> None:
+        """The next stage of an exchange under way, once a step."""
+        if self._moving is not None:
+            works, theirs = self._moving
+            for work in works:
+                work.wait()
+            self.replicas.put(theirs)
+            self._moving = None
+        elif self._packing is not None:
+            mine, self._packing = self._packing.result(), None
             self.replicas.put(mine)
             to, source = (self.rank + self.shift) % self.world, (self.rank - self.shift) % self.world
-            sending = [dist.isend(part, to, group=self.group) for part in (_header(mine), mine.data)]
-            self.replicas.put(_receive(source, source, step, self.group))
-            for work in sending:
-                work.wait()
-        except Exception as error:  # the thread's edge: a peer is gone, and the training thread hears of it too
-            logger.debug("no exchange of step %d: %s", step, error)
+            sent, header = _header(mine), torch.empty(5, dtype=torch.int64)
+            works = [dist.isend(sent, to, group=self.group), dist.isend(mine.data, to, group=self.group)]
+            dist.recv(header, source, group=self.group)
+            theirs = _empty(source, mine.step, header)
+            self._moving = [*works, dist.irecv(theirs.data, source, group=self.group)], theirs
+
+    def close(self) -> None:
+        self._packer.shutdown(wait=False, cancel_futures=True)
 
 
 class MemoryLoader:
@@ -168,19 +174,26 @@ def fetch(mesh: Mesh, replicas: Replicas, step: int, holders: dict[int, int], gr
     return replicas.get(rank, step)
 
 
+def _replica(owner: int, step: int, pieces: list[Piece], state: str) -> Replica:
+    tensors = {f"{piece.key}@{piece.start}": piece.tensor for piece in pieces}
+    packed = save(tensors | {"state": torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8)})
+    data = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    return Replica(owner, step, data, hashlib.sha256(data.numpy()).digest())
+
+
 def _receive(owner: int, source: int, step: int, group: dist.ProcessGroup) -> Replica:
     header = torch.empty(5, dtype=torch.int64)
     dist.recv(header, source, group=group)
-    data = torch.empty(int(header[0]), dtype=torch.uint8)
-    dist.recv(data, source, group=group)
-    return Replica(owner, step, data, header[1:].numpy().tobytes())
+    replica = _empty(owner, step, header)
+    dist.recv(replica.data, source, group=group)
+    return replica
+
+
+def _empty(owner: int, step: int, header: Tensor) -> Replica:
+    """Room for the replica that a header announces: its bytes and its hash."""
+    return Replica(owner, step, torch.empty(int(header[0]), dtype=torch.uint8), header[1:].numpy().tobytes())
 
 
 def _header(replica: Replica) -> Tensor:
     digest = torch.frombuffer(bytearray(replica.digest), dtype=torch.int64)
     return torch.cat([torch.tensor([len(replica.data)]), digest])
-
-
-def _pack(pieces: list[Piece], state: str) -> bytes:
-    tensors = {f"{piece.key}@{piece.start}": piece.tensor for piece in pieces}
-    return save(tensors | {"state": torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8)})

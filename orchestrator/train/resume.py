@@ -38,7 +38,7 @@ class Checkpoints:
         self.buddies = None
         if replicas is not None and mesh.world is not None and config.checkpoint.memory_every:
             replicas.use(config.layout)
-            self.buddies = Buddies(mesh, replicas)
+            self.buddies = Buddies(mesh, replicas, timeout_s=config.cluster.step_timeout_s)
         self.resume = "auto" if recovery is not None else config.resume
         self.config, self.mesh, self.pipeline, self.optimizer = config, mesh, pipeline, optimizer
         self.attempt = attempt
@@ -120,11 +120,14 @@ class Checkpoints:
                                  f"is whole: {reason}; start a new run with resume=none and another run.dir")
         return None
 
-    def remember(self, progress, extra: dict) -> None:
-        """Copy this rank's state into memory and hand a copy to its buddy, in the background."""
-        if self.buddies is not None:
+    def remember(self, progress, extra: Callable[[], dict], *, due: bool) -> None:
+        """Once a step: go on with an exchange of copies between buddies, or start one if due."""
+        if self.buddies is None:
+            return
+        self.buddies.advance()
+        if due:
             self.buddies.offer(progress.step, pieces_of(self.pipeline, self.optimizer, with_copies=True),
-                               self._state(progress, extra))
+                               self._state(progress, extra()))
 
     def save(self, progress, extra: dict, *, background: bool) -> None:
         """Hand this rank's state to the saver; returns when it is copied, or written if not in the background."""
@@ -141,6 +144,8 @@ class Checkpoints:
     def close(self) -> None:
         """Give a save under way a moment; after a failure it cannot end, since other ranks are gone."""
         self.saver.wait(timeout_s=1)
+        if self.buddies is not None:
+            self.buddies.close()
 
     def _state(self, progress, extra: dict) -> dict:
         return {"progress": asdict(progress), "config": to_dict(self.config), **extra}

@@ -3,10 +3,10 @@
 import pytest
 
 from orchestrator.cluster.placement import Node, Request, nodes_of, order_ranks, rank_infos, request_of, what_is_missing
-from orchestrator.cluster.policy import Action, Limits, Phase, RankState, decide
+from orchestrator.cluster.policy import Action, Fault, Limits, Phase, RankState, decide, respond
 from orchestrator.config import Config
 
-LIMITS = Limits(start_s=60, step_s=30)
+LIMITS = Limits(start_s=60, step_s=30, save_s=30)
 
 
 def states(*phases: Phase, **silent: float) -> list[RankState]:
@@ -55,6 +55,21 @@ def test_of_ranks_that_wait_for_one_another_the_one_that_does_not_answer_is_blam
     assert decide(unheard, LIMITS, 0).rank == 1  # it was last heard of in an earlier phase
     timed_out = RankState(0, Phase.failed, cause="Timed out waiting", at=0, is_consequence=True)
     assert decide([timed_out, waiting[1]], LIMITS, 0).rank == 1
+
+
+def test_a_lost_rank_is_replaced_until_faults_come_without_progress():
+    killed = [Fault(1, "0", "its process died", step, 33) for step in (5, 9, 9, 9)]
+    assert [respond(killed[:n]).action for n in (1, 2, 3)] == [Action.replace] * 3
+    end = respond(killed)
+    assert (end.action, end.exit_code) == (Action.fail, 93) and "3 faults without progress since step 9" in end.cause
+
+
+def test_the_same_error_twice_at_one_step_is_a_bug_and_some_errors_are_final():
+    bug = Fault(2, "0", "ZeroDivisionError: x", 3, 1)
+    assert respond([bug]).action is Action.replace
+    assert (respond([bug, bug]).action, respond([bug, bug]).exit_code) == (Action.fail, 1)
+    assert respond([bug, Fault(2, "0", "ZeroDivisionError: x", 4, 1)]).action is Action.replace
+    assert respond([Fault(0, "0", "no disk", 3, 3, is_final=True)]).exit_code == 3
 
 
 def test_what_is_missing_is_said():
