@@ -165,9 +165,8 @@ class Controller:
             self._ask(ranks.workers, group)
             states = [_state(rank, group) for rank in range(len(group.runs))]
             decision = decide(states, limits, time.time())
-            ended = decision.action is not Action.wait
-            self._tell(group.statuses, group.infos, ranks.homes, force=ended)
-            if ended:
+            self._tell(group.statuses, group.infos, ranks.homes, force=decision.action is not Action.wait)
+            if decision.action is not Action.wait:
                 return decision
 
     def _collect(self, group: Group, timeout_s: float = POLL_S) -> None:
