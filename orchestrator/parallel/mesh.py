@@ -1,7 +1,9 @@
 """Processes into a rank grid: environment, device, process groups. The only reader of RANK and its kin."""
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,13 +41,15 @@ class Mesh:
     ep: dist.ProcessGroup | None
     dp_mesh: DeviceMesh | None
     edp_mesh: DeviceMesh | None
+    timeout: datetime.timedelta | None = None
+    """Of every collective; None is torch's default."""
 
     def first_and_last_stage_group(self, last: int) -> dist.ProcessGroup | None:
         """The ranks of this data-parallel coordinate on pipeline ranks 0 and `last`; None if they are one rank."""
         if last == 0 or self.coordinate.pp not in (0, last):
             return None
         pair = [self.layout.rank(0, self.coordinate.dp), self.layout.rank(last, self.coordinate.dp)]
-        return dist.new_group(pair, use_local_synchronization=True)
+        return dist.new_group(pair, timeout=self.timeout, use_local_synchronization=True)
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -105,14 +109,30 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("grid", store), rank=info.rank,
                             world_size=info.world_size, timeout=timeout)
-    mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep), mesh_dim_names=("pp", "edp", "ep"))
-    dp_mesh = mesh["edp", "ep"]._flatten("dp")
-    for group in list(dist.distributed_c10d._world.pg_map):  # a mesh's groups do not inherit the timeout
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    with _default_timeout(timeout):
+        mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep), mesh_dim_names=("pp", "edp", "ep"))
+        dp_mesh = mesh["edp", "ep"]._flatten("dp")
     return Mesh(
         layout, info, device, coordinate, store, dist.group.WORLD,
         pp=mesh.get_group("pp") if layout.pp > 1 else None,
         ep=mesh.get_group("ep") if layout.ep > 1 else None,
         dp_mesh=dp_mesh if layout.dp > 1 else None,
         edp_mesh=mesh["edp"] if layout.edp > 1 else None,
+        timeout=timeout,
     )
+
+
+@contextlib.contextmanager
+def _default_timeout(timeout: datetime.timedelta) -> Iterator[None]:
+    """The groups of a mesh do not inherit the timeout of the group of all ranks, and gloo keeps the one it is born
+    with: half an hour unless torch's default is another meanwhile."""
+    c10d = dist.distributed_c10d
+    names = [name for name in ("default_pg_timeout", "default_pg_nccl_timeout") if getattr(c10d, name, None) is not None]
+    before = {name: getattr(c10d, name) for name in names}
+    for name in names:
+        setattr(c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(c10d, name, value)
