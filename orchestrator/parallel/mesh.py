@@ -127,7 +127,7 @@ def _default_timeout(timeout: datetime.timedelta) -> Iterator[None]:
     """The groups of a mesh do not inherit the timeout of the group of all ranks, and gloo keeps the one it is born
     with: half an hour unless torch's default is another meanwhile."""
     c10d = dist.distributed_c10d
-    names = [name for name in ("default_pg_timeout", "default_pg_nccl_timeout") if getattr(c10d, name, None) is not None]
+    names = [name for name in ("default_pg_timeout", "default_pg_nccl_timeout") if getattr(c10d, name, None)]
     before = {name: getattr(c10d, name) for name in names}
     for name in names:
         setattr(c10d, name, timeout)
