@@ -5,11 +5,13 @@ fault after fault without progress.
 SPARING_TRACEBACK=1 shows where an error came from.
 """
 
+import importlib
 import os
 import shutil
 import sys
 import traceback
 
+from orchestrator.arguments import options, positional
 from orchestrator.errors import BadRequest, NotFit, SparingError
 
 USAGE = """\
@@ -53,6 +55,8 @@ Keys and groups are those of train. The batch is 7.5 sequences a GPU unless trai
     "import": "usage: sparing import DIR CHECKPOINT\n\n"
               "DIR holds config.json and safetensors of a supported architecture.",
 }
+# Verbs that have a module of their own, with HELP and run(arguments) -> exit code; imported when called.
+MODULES: dict[str, str] = {}
 PLANNED = ("launch", "compare", "generate", "evaluate", "serve")
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
@@ -77,12 +81,18 @@ def _run(argv: list[str]) -> int:
         return 0 if argv else 2
     verb, arguments = argv[0], argv[1:]
     if verb in PLANNED:
-        raise BadRequest(f"{verb}: is not built yet; there are {', '.join(VERBS)}")
+        raise BadRequest(f"{verb}: is not built yet; there are {', '.join([*VERBS, *MODULES])}")
+    if verb in MODULES:
+        module = importlib.import_module(MODULES[verb])
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(module.HELP)
+            return 0
+        return module.run(arguments)
     if verb not in VERBS:
         import difflib
 
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        near = difflib.get_close_matches(verb, [*VERBS, *MODULES], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*VERBS, *MODULES])}"
         raise BadRequest(f"{verb}: no such verb; {hint} (`sparing --help`)")
     if arguments[:1] in (["-h"], ["--help"]):
         print(HELP[verb])
@@ -126,23 +136,23 @@ def train_config(config) -> int:
 def _plan(arguments: list[str]) -> int:
     from orchestrator.show_plan import OPTIONS, plan
 
-    options = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
-    plan(options, [word for word in arguments if word.split("=", 1)[0] not in OPTIONS])
+    named = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
+    plan(named, [word for word in arguments if word.split("=", 1)[0] not in OPTIONS])
     return 0
 
 
 def _status(arguments: list[str]) -> int:
     from orchestrator.cluster.status import show_status
 
-    show_status(*_positional("status", arguments, 1))
+    show_status(*positional("status", arguments, 1, HELP["status"]))
     return 0
 
 
 def _report(arguments: list[str]) -> int:
     from orchestrator.report import write_report
 
-    options, runs = _options("report", arguments, ("out",))
-    print(f"wrote {_shown(write_report(runs, options.get('out')))}")
+    named, runs = options("report", arguments, ("out",), HELP["report"])
+    print(f"wrote {_shown(write_report(runs, named.get('out')))}")
     return 0
 
 
@@ -151,10 +161,10 @@ def _export(arguments: list[str]) -> int:
 
     from orchestrator.train.export import export_checkpoint
 
-    options, rest = _options("export", arguments, ("dtype",))
-    source, out = _positional("export", rest, 2)
+    named, rest = options("export", arguments, ("dtype",), HELP["export"])
+    source, out = positional("export", rest, 2, HELP["export"])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    dtype = options.get("dtype", "fp32")
+    dtype = named.get("dtype", "fp32")
     if dtype not in dtypes:
         raise BadRequest(f"dtype={dtype}: must be one of {', '.join(dtypes)}; use dtype=fp32")
     path = export_checkpoint(source, out, dtype=dtypes[dtype])
@@ -166,27 +176,9 @@ def _export(arguments: list[str]) -> int:
 def _import(arguments: list[str]) -> int:
     from orchestrator.train.export import import_hf
 
-    source, out = _positional("import", arguments, 2)
+    source, out = positional("import", arguments, 2, HELP["import"])
     print(f"wrote {_shown(import_hf(source, out))}\nnext  sparing train model=... resume={out}")
     return 0
-
-
-def _positional(verb: str, arguments: list[str], number: int) -> list[str]:
-    if len(arguments) != number:
-        raise BadRequest(f"{verb}: takes {number} arguments, {len(arguments)} were given; {HELP[verb].splitlines()[0]}")
-    return arguments
-
-
-def _options(verb: str, arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """KEY=VALUE arguments of this verb, and the rest."""
-    options = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key.isidentifier():
-            if key not in known:
-                raise BadRequest(f"{argument}: {verb} has no option {key}; {HELP[verb].splitlines()[0]}")
-            options[key] = value
-    return options, [argument for argument in arguments if argument.partition("=")[0] not in options]
 
 
 def _command() -> str:

@@ -12,54 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from model.config import ModelConfig
-
-Schedule = Enum("Schedule", {name: name for name in
-                             ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")})
-Schedule.__doc__ = "Pipeline schedules by the names of the DualPipe README; executed by torch.distributed.pipelining."
-
-
-class Recompute(Enum):
-    """Whether a block's activations are kept (`none`) or computed again in backward (`full`)."""
-
-    none = "none"
-    full = "full"
-
-
-class LRSchedule(Enum):
-    """`wsd`: warm-up, stable, decay. `cosine`: warm-up, then half a cosine."""
-
-    wsd = "wsd"
-    cosine = "cosine"
-
-
-class ComputeDtype(Enum):
-    """`auto` is bf16 on GPUs and fp32 on CPUs. Master weights and gradients are fp32 always."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class WandbMode(Enum):
-    """`offline` writes into the run directory and needs neither key nor network."""
-
-    off = "off"
-    offline = "offline"
-    online = "online"
-
-
-class ClusterKind(Enum):
-    """`local`: Ray started on this machine, nodes simulated. `ray`: the Ray cluster this process is in.
-    `auto`: the cluster if there is one (a Ray job, or RAY_ADDRESS), else local."""
-
-    auto = "auto"
-    local = "local"
-    ray = "ray"
-
-
-class DataKind(Enum):
-    text = "text"
-    random = "random"
+from orchestrator.choices import ClusterKind, ComputeDtype, DataKind, LRSchedule, Recompute, Schedule, WandbMode
 
 
 @dataclass
