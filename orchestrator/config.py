@@ -127,6 +127,15 @@ class TrackerConfig:
 
 
 @dataclass
+class PriceConfig:
+    usd_per_h: float | None = None
+    """Of one device for one hour; none is not known."""
+    source: str = ""
+    date: str = ""
+    """Day the price was read, YYYY-MM-DD."""
+
+
+@dataclass
 class HardwareConfig:
     """One device. Every figure has a source and a date; nothing here is computed."""
 
@@ -160,6 +169,10 @@ class HardwareConfig:
     source: str = ""
     date: str = ""
     """Day the price was read, YYYY-MM-DD."""
+    reserved: PriceConfig = field(default_factory=PriceConfig)
+    """Under a contract; `plan market=reserved` takes it."""
+    spot: PriceConfig = field(default_factory=PriceConfig)
+    """Preemptible; `plan market=spot` takes it, and charges no preemption."""
 
 
 @dataclass

@@ -1,11 +1,16 @@
 """Which entry of conf/hardware describes a device. Figures live there, with source and date; none is written here."""
 
 from dataclasses import fields, replace
+from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
 
-from orchestrator.config import HardwareConfig, conf_dir, from_dict
+from orchestrator.config import HardwareConfig, PriceConfig, conf_dir, from_dict
+from orchestrator.errors import BadRequest
+
+MARKETS = ("on_demand", "reserved", "spot")
 
 
 def catalogue(folder: Path | None = None) -> dict[str, HardwareConfig]:
@@ -36,3 +41,33 @@ def resolve_hardware(asked: HardwareConfig, device_name: str | None) -> Hardware
     changed = {f.name: getattr(asked, f.name) for f in fields(asked)
                if f.name != "name" and getattr(asked, f.name) != getattr(default, f.name)}
     return replace(found, **changed)
+
+
+def hardware_named(name: str) -> HardwareConfig:
+    """The entry of conf/hardware, or `BadRequest` with the nearest known name."""
+    known = catalogue()
+    if name not in known or name == "auto":
+        near = get_close_matches(name, known, n=1)
+        raise BadRequest(f"hardware={name}: no such device{f'; did you mean {near[0]}?' if near else ''}; known are "
+                         f"{', '.join(key for key in known if key != 'auto')}")
+    return known[name]
+
+
+def at_market(hardware: HardwareConfig, market: str) -> HardwareConfig:
+    """The same device with the price of `market` as its `usd_per_h`; `BadRequest` where that price is not known."""
+    if market not in MARKETS:
+        raise BadRequest(f"market={market}: must be one of {', '.join(MARKETS)}; use market=on_demand")
+    if market == hardware.market:
+        return hardware
+    price = getattr(hardware, market, PriceConfig())
+    if price.usd_per_h is None:
+        raise BadRequest(f"market={market}: no such price is known for hardware={hardware.name}; set hardware.usd_per_h"
+                         f" and hardware.market={market}, or use market={hardware.market}")
+    return replace(hardware, usd_per_h=price.usd_per_h, market=market, source=price.source, date=price.date)
+
+
+def price_age_days(hardware: HardwareConfig, today: date) -> int | None:
+    """Days since the price was read; None without a dated price. Prices older than 365 are marked as old."""
+    if hardware.usd_per_h is None or not hardware.date:
+        return None
+    return (today - date.fromisoformat(hardware.date)).days
