@@ -159,7 +159,7 @@ class GroupedQueryAttention(nn.Module):
             return self.wo(_attend(q, k, v, config.head_dim**-0.5))
         k, v = (t.transpose(1, 2) for t in cache.append(k, v))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=cache.mask[:, None],
-                                             scale=config.head_dim**-0.5, enable_gqa=config.n_heads != config.n_kv_heads)
+                                             scale=config.head_dim**-0.5, enable_gqa=q.shape[2] != k.shape[1])
         return self.wo(out.transpose(1, 2).flatten(2))
 
     def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -23,8 +23,7 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the fewest tokens that hold that share of probability (Holtzman et al. 2020).
-    """
+    """temperature 0 is greedy; top_p keeps the fewest tokens with that share of probability (Holtzman et al. 2020)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
