@@ -61,9 +61,7 @@ def shape(row: dict) -> ModelConfig:
 def workload(row: dict) -> Workload:
     if row["gpu"] not in HARDWARE:
         raise CannotPredict(f"no data sheet for {row['gpu']}")
-    for key, name in (("tp", "tensor"), ("cp", "context")):
-        if number(row, key, 1) > 1:
-            raise CannotPredict(f"{name} parallelism")
+    tp, cp = number(row, "tp", 1), number(row, "cp", 1)
     precision = row["precision"]
     dtype = "fp8" if "fp8" in precision else "bf16"
     if "nvfp4" in precision or not precision:
@@ -80,9 +78,10 @@ def workload(row: dict) -> Workload:
     model = shape(row)
     if pp * vpp > model.n_layers or (pp > 1 and vpp == 1 and microbatches < pp):
         raise CannotPredict("schedule that torch does not offer")
-    recompute = Recompute.full if row["recompute"].startswith("full") else Recompute.none
+    recompute = next((r for r in Recompute if row["recompute"].startswith(r.name)), Recompute.none)
     return Workload(model, catalogue()[HARDWARE[row["gpu"]]], number(row, "seq_len"), number(row, "global_batch"), pp,
                     dp, number(row, "ep", 1), schedule, microbatches, stages_per_rank=vpp, recompute=recompute,
+                    tp=tp, cp=cp,
                     dtype=dtype)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import RMSNorm, build_attention, rope_table
-from model.cache import LayerCache
 from model.config import ModelConfig
 from model.moe import FeedForward, MoE, Router
 
@@ -30,8 +29,8 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.dim, config.inter_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope)
         feed_forward = self.moe if hasattr(self, "moe") else self.ffn
         return x + feed_forward(self.ffn_norm(x))
 
@@ -51,15 +50,14 @@ class MTPModule(nn.Module):
         self.block = Block(config, layer, num_local_experts)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, hidden: Tensor, tokens: Tensor, embed: nn.Module | None, rope: tuple[Tensor, Tensor],
-                cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, tokens: Tensor, embed: nn.Module | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         """hidden [B, S, D] of positions i, ids [B, S] of tokens i + depth -> hidden of this depth.
 
         embed: the model's embedding where it is at hand, else this module's own copy serves.
         """
         embedded = (embed or self.tok_embeddings)(tokens)
         joined = torch.cat([self.hidden_norm(hidden), self.embed_norm(embedded.to(hidden.dtype))], dim=-1)
-        return self.block(self.proj(joined), rope, cache)
+        return self.block(self.proj(joined), rope)
 
 
 class Transformer(nn.Module):

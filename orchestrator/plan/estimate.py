@@ -1,10 +1,10 @@
 """How long a training step takes and how much memory a rank needs, from shapes and a device's data sheet: predicted.
 
 Compute: every layer's products at the achievable share of the peak of their dtype, its attention core apart, its
-memory-bound operators by bytes. Communication: expert all-to-all by the nodes a token reaches, pipeline sends, gradient
-reduction. These become stage times, `simulate` runs the schedule's own table over them, and what is left (reduction,
-optimizer) is added. An assumption names what it was read from; two shares of some GPUs are fitted to published runs
-(`conf/hardware`, `benchmarks/validate_planner.py --fit`).
+memory-bound operators by bytes. Communication: expert all-to-all by the nodes a token reaches, pipeline sends, and the
+collectives of `comm`. These become stage times, `simulate` runs the schedule's own table over them, and what is left
+(reduction, optimizer) is added. An assumption names what it was read from; two shares of some GPUs are fitted to
+published runs (`conf/hardware`, `benchmarks/validate_planner.py --fit`).
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from model import count
 from model.config import Attention, ModelConfig
 from orchestrator.config import Recompute
+from orchestrator.plan.comm import context_s, reduce_s, tensor_s
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.simulate import StageTime, Timeline, simulate
 from orchestrator.plan.workload import Workload, is_last, pipeline_of, rank_parameters
@@ -57,18 +58,18 @@ def estimate(work: Workload) -> Estimate:
         if is_last(work, stage, stages):
             total += head_time(work)
         times.append(_stage_time(work, total))
-    link = _link_bytes_per_s(work, crossing_nodes=work.dp >= work.hardware.scale_up_devices)
-    transfer = work.microbatch_tokens * work.model.dim * 2 / (link * work.assumptions.network)
+    link = _link_bytes_per_s(work, crossing_nodes=work.dp * work.tp * work.cp >= work.hardware.scale_up_devices)
+    transfer = work.microbatch_tokens / work.tp * work.model.dim * 2 / (link * work.assumptions.network)
     timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, chains=chains)
-    reduce, optimizer = _reduce_s(work, ranges, table), _optimizer_s(work, ranges, table)
     busiest = max(timeline.busy)
+    reduce, optimizer = reduce_s(work, ranges, table, busiest), _optimizer_s(work, ranges, table)
     parts = {"pipeline": busiest, "bubble": timeline.step_time - busiest, "reduce": reduce, "optimizer": optimizer}
     return Estimate(sum(parts.values()), parts, timeline.bubble_fraction, memory_gib(work), timeline)
 
 
 def layer_time(work: Workload, moe: bool) -> LayerTime:
     """Compute seconds and all-to-all bytes of one block."""
-    model, tokens, peak = work.model, work.microbatch_tokens, work.hardware.bf16_tflops * 1e12
+    model, tokens, peak = work.model, work.microbatch_tokens / work.tp, work.hardware.bf16_tflops * 1e12
     layer = model.n_layers - 1 if moe else 0
     parts = count.layer_parameters(model, layer)
     rate = _gemm_rate(work)
@@ -80,17 +81,28 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     core = tokens * count.attention_flops(model, work.seq_len) / peak
     light = tokens * _light_bytes(model, moe) / (work.hardware.memory_gb_per_s * 1e9 * work.assumptions.memory)
     share = work.hardware.attention_share or work.assumptions.attention_forward
-    forward = gemm + core / share + light
+    exchange = tensor_s(work) + context_s(work, core / share)
+    forward = gemm + core / share + light + exchange
     core_backward = 2.5 * core / (share * work.assumptions.attention_backward)
-    again = forward if work.recompute is Recompute.full else 0.0
+    again = {Recompute.none: 0.0, Recompute.selective: core / share, Recompute.full: forward}[work.recompute]
+    if work.recompute is Recompute.selective and model.attention is Attention.mla:
+        again = _cheap_again(work, tokens)
     sent, up = _dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
-    return LayerTime(forward, gemm + core_backward + 1.5 * light + again, gemm,
-                     sent, up)
+    return LayerTime(forward, gemm + core_backward + 1.5 * light + again + exchange, gemm, sent, up)
+
+
+def _cheap_again(work: Workload, tokens: float) -> float:
+    """What V3 computes again (report, section 3.2.3): MLA's up-projections, and RMSNorms by bytes."""
+    model = work.model
+    up = model.q_lora_rank * model.n_heads * model.qk_head_dim
+    up += model.kv_lora_rank * model.n_heads * (model.qk_nope_head_dim + count.v_head_dim(model))
+    norms = tokens * 2 * 4 * model.dim / (work.hardware.memory_gb_per_s * 1e9 * work.assumptions.memory)
+    return 2 * tokens * up / _gemm_rate(work) + norms
 
 
 def head_time(work: Workload) -> LayerTime:
     """Head, and MTP modules, on the last stage."""
-    model, tokens = work.model, work.microbatch_tokens
+    model, tokens = work.model, work.microbatch_tokens / work.tp
     rate = _bf16_rate(work)
     passes = 1 + model.n_mtp_layers
     gemm = 2 * tokens * model.vocab_size * model.dim * passes / rate
@@ -138,7 +150,7 @@ def _dispatch_bytes(work: Workload) -> tuple[float, float]:
     """
     model, per_node = work.model, work.hardware.scale_up_devices
     element = (1 if work.dtype == "fp8" else 2) + 2
-    payload = work.microbatch_tokens * model.dim * element
+    payload = work.microbatch_tokens / work.tp * model.dim * element
     nodes = max(1, work.ep // per_node)
     reached = nodes * (1 - (1 - 1 / nodes) ** model.n_activated_experts)
     if model.n_limited_groups < model.n_expert_groups:
@@ -159,28 +171,10 @@ def _light_bytes(model: ModelConfig, moe: bool) -> float:
     return 2 * (8 * model.dim + 4 * heads + experts * ((3 * model.dim if moe else 0) + 6 * inner))
 
 
-def _reduce_s(work: Workload, ranges: list[range], table: list) -> float:
-    """Reduce-scatter of fp32 gradients and all-gather of bf16 weights over dp, once a step, not overlapped.
-
-    Dense parameters are the same on all ranks of a node, which share its way out; of experts every rank has others.
-    """
-    if work.dp == 1:
-        return 0.0
-    dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
-    hardware, replicas = work.hardware, work.dp // work.ep
-    crossing = work.dp > hardware.scale_up_devices
-    together = hardware.scale_up_gb_per_s * 1e9
-    if crossing:
-        together = min(together, hardware.scale_out_gb_per_s * hardware.scale_up_devices * 1e9)
-    alone = _link_bytes_per_s(work, crossing_nodes=crossing)
-    seconds = dense * (work.dp - 1) / work.dp / together + experts * (replicas - 1) / replicas / alone
-    return 6 * seconds / work.assumptions.network
-
-
 def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:
     """AdamW is bound by memory: weights, gradients, moments read and written, 34 bytes a parameter."""
     dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
-    owned = dense / work.dp + experts / (work.dp // work.ep)
+    owned = dense / work.replicas + experts / work.expert_replicas
     return owned * 34 / (work.hardware.memory_gb_per_s * 1e9 * work.assumptions.memory)
 
 

@@ -215,6 +215,8 @@ def _check_schedule(config: Config) -> None:
         rounds = max(1, micro // pp)
         require(micro % rounds == 0 and micro >= pp, "layout.microbatches", micro,
                 f"must be a multiple of layout.pp={pp} with layout.schedule={name}", f"use {max(1, rounds) * pp}")
+    require(config.layout.recompute.name != "selective", "layout.recompute", "selective",
+            "is planned for but not run by this trainer", "use recompute=none or full")
     if config.layout.recompute.name == "full":
         require(layout.schedule not in SPLIT_BACKWARD, "layout.recompute", "full",
                 f"does not go with the split backward of layout.schedule={name}",

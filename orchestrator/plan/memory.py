@@ -27,8 +27,8 @@ def _memory(work: Workload, ranges: list[range], table: list, activations: list[
         parts = {
             "weights": (dense + experts) * 2,
             "gradients": (dense + experts) * 4,
-            "masters": (dense / work.dp + experts / (work.dp // work.ep)) * 4,
-            "moments": (dense / work.dp + experts / (work.dp // work.ep)) * 8,
+            "masters": (dense / work.replicas + experts / work.expert_replicas) * 4,
+            "moments": (dense / work.replicas + experts / work.expert_replicas) * 8,
             "activations": activations[rank],
             "logits": (work.microbatch_tokens * work.model.vocab_size * 6
                        if any(is_last(work, a.stage, len(ranges)) for slot in row for a in slot) else 0.0),

@@ -87,7 +87,7 @@ def layouts(request: Request) -> Iterator[Workload]:
                 for sequences in (1, 2, 4, 8):
                     if request.batch_size % (dp * sequences):
                         continue
-                    for recompute in Recompute:
+                    for recompute in (Recompute.none, Recompute.full):
                         yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp, ep,
                                        schedule, request.batch_size // (dp * sequences), recompute=recompute,
                                        dtype=request.dtype, assumptions=request.assumptions)

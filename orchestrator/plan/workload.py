@@ -33,6 +33,8 @@ class Assumptions:
     """Of link bandwidth while computing on the same device (dispatch and combine of PROFILE)."""
     overlap_cost: float = 1.09
     """An overlapped pair against the longer of its computation and its communication: 32.25 of 29.5 ms in PROFILE."""
+    latency_s: float = 10e-6
+    """Of one collective between devices, as aiconfigurator's tables have for a send."""
     usable_memory: float = 0.92
     """Of a device's memory; the rest is context, fragmentation and communication buffers."""
 
@@ -54,18 +56,34 @@ class Workload:
     microbatches: int
     stages_per_rank: int = 2
     recompute: Recompute = Recompute.none
+    tp: int = 1
+    """Tensor parallelism, with sequence parallelism; its ranks share a microbatch's tokens."""
+    cp: int = 1
+    """Context parallelism: ranks that share a sequence."""
+    zero: int = 1
+    """ZeRO stage: 1 shards optimizer state over the data-parallel ranks, 2 gradients too, 3 weights too."""
     dtype: str = "bf16"
     """`bf16` or `fp8`: of the layers' products; attention core, head and router are bf16 always."""
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     @property
     def devices(self) -> int:
-        return self.pp * self.dp
+        return self.pp * self.dp * self.tp * self.cp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same dense parameters and reduce their gradients together."""
+        return self.dp * self.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """The same for a routed expert's; expert parallelism spans data, context and tensor ranks."""
+        return max(1, self.dp * self.cp * self.tp // self.ep)
 
     @property
     def microbatch_tokens(self) -> int:
-        """Tokens of one microbatch on one rank."""
-        return self.batch_size * self.seq_len // (self.dp * self.microbatches)
+        """Tokens of one microbatch on one tensor-parallel group."""
+        return self.batch_size * self.seq_len // (self.dp * self.cp * self.microbatches)
 
 
 def pipeline_of(work: Workload) -> tuple[list[range], list, int]:
@@ -90,7 +108,7 @@ def is_first(work: Workload, stage: int) -> bool:
 
 
 def rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[float, float]:
-    """Parameters on one pipeline rank: those outside the routed experts, and its share of the experts."""
+    """Parameters on one rank: its share of those outside the routed experts, and of the experts."""
     model, dense, experts = work.model, 0.0, 0.0
     for stage in {action.stage for slot in row for action in slot}:
         parts = [count.layer_parameters(model, layer) for layer in ranges[stage]]
@@ -102,4 +120,4 @@ def rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[flo
             dense += model.vocab_size * model.dim
         routed = sum(part.routed_experts for part in parts)
         dense, experts = dense + sum(part.total for part in parts) - routed, experts + routed / work.ep
-    return dense, experts
+    return dense / work.tp, experts

@@ -1,0 +1,60 @@
+"""What collectives cost: tensor and context parallelism inside a layer, gradients and weights once a step.
+
+Ring collectives over the slowest link they cross, at the share of it that is reached alone, plus a latency each. Not
+here: the experts' all-to-all and pipeline sends (`estimate`), which the schedule may overlap.
+"""
+
+from model.config import Attention
+from orchestrator.plan.workload import Workload, rank_parameters
+
+
+def tensor_s(work: Workload) -> float:
+    """Seconds of one block's forward: two all-gathers and two reduce-scatters of its tokens (Korthikanti et al.,
+    figure 5), as many bytes as two all-reduces without sequence parallelism. Backward takes as long. Not overlapped."""
+    if work.tp == 1:
+        return 0.0
+    payload = work.microbatch_tokens * work.model.dim * 2 * (work.tp - 1) / work.tp
+    return 4 * (payload / _link(work, work.tp) + work.assumptions.latency_s)
+
+
+def context_s(work: Workload, core_s: float) -> float:
+    """Seconds of one block's forward that a ring of keys and values takes beyond the attention core `core_s`."""
+    if work.cp == 1:
+        return 0.0
+    model = work.model
+    if model.attention is Attention.mla:
+        width = model.kv_lora_rank + model.qk_rope_head_dim
+    else:
+        width = 2 * model.n_kv_heads * model.head_dim / work.tp
+    hop = work.microbatch_tokens * width * 2 / _link(work, work.tp * work.cp) + work.assumptions.latency_s
+    return max(0.0, (work.cp - 1) * hop - core_s)
+
+
+def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float) -> float:
+    """Seconds a step of gradient reduce-scatter and weight all-gather.
+
+    Dense parameters are the same on all ranks of a node, which share its way out; of experts every rank has others.
+    Stages 1 and 2 move fp32 gradients and bf16 weights once, after the last microbatch. Stage 3 gathers weights for
+    forward and backward and scatters gradients with every microbatch, behind computation as far as `compute_s` goes.
+    """
+    if work.replicas == 1:
+        return 0.0
+    dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
+    hardware, ranks = work.hardware, work.replicas * work.tp
+    together = hardware.scale_up_gb_per_s * 1e9
+    if ranks > hardware.scale_up_devices:
+        sharing = max(1, hardware.scale_up_devices // work.tp)
+        together = min(together, hardware.scale_out_gb_per_s * sharing * 1e9)
+    alone = _link(work, ranks) / work.assumptions.network
+    others = (work.replicas - 1) / work.replicas, (work.expert_replicas - 1) / work.expert_replicas
+    per_byte = (dense * others[0] / together + experts * others[1] / alone) / work.assumptions.network
+    if work.zero < 3:
+        return 6 * per_byte
+    return max(0.0, 6 * work.microbatches * per_byte - compute_s)
+
+
+def _link(work: Workload, ranks: int) -> float:
+    """Bytes/s that one of so many neighbouring ranks reaches."""
+    hardware = work.hardware
+    inside = ranks <= hardware.scale_up_devices
+    return (hardware.scale_up_gb_per_s if inside else hardware.scale_out_gb_per_s) * 1e9 * work.assumptions.network

@@ -1,0 +1,55 @@
+"""Tensor, context and data parallelism in the planner's clock: what they cost and what they save. All predicted."""
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.compose import compose_config
+from orchestrator.config import Recompute
+from orchestrator.plan.comm import context_s, reduce_s, tensor_s
+from orchestrator.plan.estimate import estimate, layer_time
+from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
+
+
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    return Workload(compose_config(["model=deepseek_v3"]).model, catalogue()["h800"], 4096, 15360, 16, 128, 64, "1f1b",
+                    120)
+
+
+def test_tensor_ranks_move_the_bytes_of_two_all_reduces(work):
+    alone = replace(work.assumptions, latency_s=0.0)
+    two = replace(work, tp=2, assumptions=alone)
+    all_reduces = 2 * 2 * (1 / 2) * two.microbatch_tokens * 7168 * 2
+    assert tensor_s(two) == pytest.approx(all_reduces / (200e9 * 0.8))
+    assert tensor_s(work) == 0.0 and tensor_s(replace(work, tp=16)) > 3 * tensor_s(replace(work, tp=8))
+
+
+def test_tensor_ranks_share_a_layers_products_and_its_dense_parameters(work):
+    two = replace(work, tp=2)
+    assert two.devices == 2 * work.devices and two.microbatch_tokens == work.microbatch_tokens
+    assert layer_time(two, False).weight == pytest.approx(layer_time(work, False).weight / 2)
+    ranges, table, _ = pipeline_of(work)
+    dense, experts = rank_parameters(work, ranges, table[3])
+    assert rank_parameters(two, ranges, table[3]) == pytest.approx((dense / 2, experts))
+
+
+def test_a_ring_of_keys_is_hidden_behind_an_attention_core_that_is_long_enough(work):
+    two = replace(work, cp=2)
+    assert two.microbatch_tokens == work.microbatch_tokens // 2
+    assert context_s(two, 1.0) == 0.0 < context_s(two, 0.0)
+
+
+def test_zero_stage_3_hides_its_gathers_as_far_as_computation_goes(work):
+    ranges, table, _ = pipeline_of(work)
+    once = reduce_s(work, ranges, table, 0.0)
+    three = replace(work, zero=3)
+    assert reduce_s(three, ranges, table, 1e9) == 0.0
+    assert reduce_s(three, ranges, table, 0.0) == pytest.approx(work.microbatches * once)
+
+
+def test_selective_recompute_lies_between_none_and_full(work):
+    none, selective, full = (estimate(replace(work, recompute=how)).step_time_s
+                             for how in (Recompute.none, Recompute.selective, Recompute.full))
+    assert none < selective < full
