@@ -4,6 +4,7 @@ Shapes: B sequences, S tokens, D dim, H heads, R rotary elements of a head.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from model.config import Attention, ModelConfig, QKNorm
 from model.ops import rms_norm
+
+if TYPE_CHECKING:
+    from model.cache import LayerCache
 
 # Every released MLA model norms its latents with this, whatever its other norms use (Moonlight: 1e-5).
 LATENT_NORM_EPS = 1e-6
@@ -62,11 +66,11 @@ def rope_table(config: ModelConfig, seq_len: int, device: torch.device) -> tuple
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotate the pairs of the last axis of x [B, S, H, R].
+    """Rotate the pairs of the last axis of x [B, S, H, R] by cosines and sines [S, R/2], or [B, S, R/2] by row.
 
     Interleaved input pairs come out de-interleaved: queries and keys alike, so their products do not change.
     """
-    cos, sin = (t[:, None, :].to(x.dtype) for t in rope)
+    cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in rope)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -90,18 +94,38 @@ class LatentAttention(nn.Module):
         self.wo = nn.Linear(heads * config.v_head_dim, config.dim, bias=False)
         self.scale = softmax_scale(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]. With a cache the S tokens come after those it holds (model/cache.py)."""
         config, (batch, seq_len, _) = self.config, x.shape
         nope, heads = config.qk_nope_head_dim, config.n_heads
         q = self.wq_b(self.q_norm(self.wq_a(x))) if config.q_lora_rank else self.wq(x)
         q_nope, q_rope = q.view(batch, seq_len, heads, -1).split([nope, config.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.wkv_a(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        if cache is not None:
+            k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved)[:, :, 0]
+            (kept,) = cache.append(torch.cat([self.kv_norm(latent), k_rope], dim=-1))
+            return self._absorbed(q_nope, rotate(q_rope, rope, config.rope_interleaved), kept, cache.mask)
         k_nope, v = self.wkv_b(self.kv_norm(latent)).view(batch, seq_len, heads, -1).split(
             [nope, config.v_head_dim], dim=-1)
         k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved).expand(-1, -1, heads, -1)
         q = torch.cat([q_nope, rotate(q_rope, rope, config.rope_interleaved)], dim=-1)
         k = torch.cat([k_nope, k_rope.to(k_nope.dtype)], dim=-1)
         return self.wo(_attend(q, k, v, self.scale))
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+        """Attention on the latents themselves (V2 report, section 2.1.2: W^UK goes into the query, W^UV behind).
+
+        q_nope, q_rope [B, S, H, *]; kept [B, L, kv_lora_rank + R] is key and, in its first part, value of every
+        head; mask [B, S, L]. Heads are laid out as further queries of one head, so that nothing is expanded.
+        """
+        config, (batch, seq_len, heads, nope) = self.config, q_nope.shape
+        up_k, up_v = self.wkv_b.weight.view(heads, nope + config.v_head_dim, -1).split([nope, config.v_head_dim], dim=1)
+        q = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, up_k), q_rope], dim=-1).flatten(1, 2)
+        mask = mask[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
+        out = F.scaled_dot_product_attention(q[:, None], kept[:, None], kept[:, None], attn_mask=mask[:, None],
+                                             scale=self.scale)
+        out = out.view(batch, seq_len, heads, -1)[..., : config.kv_lora_rank]
+        return self.wo(torch.einsum("bshc,hvc->bshv", out, up_v).flatten(2))
 
 
 class GroupedQueryAttention(nn.Module):
@@ -120,7 +144,8 @@ class GroupedQueryAttention(nn.Module):
             self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]. With a cache the S tokens come after those it holds (model/cache.py)."""
         config, (batch, seq_len, _) = self.config, x.shape
         q, k, v = self.wq(x), self.wk(x), self.wv(x).view(batch, seq_len, config.n_kv_heads, -1)
         if config.qk_norm is QKNorm.full:
@@ -130,7 +155,12 @@ class GroupedQueryAttention(nn.Module):
         if config.qk_norm is QKNorm.head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (self._rotate(t, rope) for t in (q, k))
-        return self.wo(_attend(q, k, v, config.head_dim**-0.5))
+        if cache is None:
+            return self.wo(_attend(q, k, v, config.head_dim**-0.5))
+        k, v = (t.transpose(1, 2) for t in cache.append(k, v))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=cache.mask[:, None],
+                                             scale=config.head_dim**-0.5, enable_gqa=q.shape[2] != k.shape[1])
+        return self.wo(out.transpose(1, 2).flatten(2))
 
     def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         rotary = _rotary_dim(self.config)

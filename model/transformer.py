@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import RMSNorm, build_attention, rope_table
+from model.cache import LayerCache
 from model.config import ModelConfig
 from model.moe import FeedForward, MoE, Router
 
@@ -29,8 +30,8 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.dim, config.inter_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache)
         feed_forward = self.moe if hasattr(self, "moe") else self.ffn
         return x + feed_forward(self.ffn_norm(x))
 
@@ -50,14 +51,15 @@ class MTPModule(nn.Module):
         self.block = Block(config, layer, num_local_experts)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, hidden: Tensor, tokens: Tensor, embed: nn.Module | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, tokens: Tensor, embed: nn.Module | None, rope: tuple[Tensor, Tensor],
+                cache: LayerCache | None = None) -> Tensor:
         """hidden [B, S, D] of positions i, ids [B, S] of tokens i + depth -> hidden of this depth.
 
         embed: the model's embedding where it is at hand, else this module's own copy serves.
         """
         embedded = (embed or self.tok_embeddings)(tokens)
         joined = torch.cat([self.hidden_norm(hidden), self.embed_norm(embedded.to(hidden.dtype))], dim=-1)
-        return self.block(self.proj(joined), rope)
+        return self.block(self.proj(joined), rope, cache)
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,193 @@
+"""Decoding: a model over slots of cached tokens, sampling, and speculation with the MTP module.
+
+`Decoder` is what generation, scoring and serving stand on:
+
+    decoder = Decoder(model, slots=8, capacity=1024)
+    logits = decoder.prefill([0, 3], [prompt, other])       # [2, V]: of each row's next token
+    logits = decoder.decode([0, 3], [token, token])         # rows join and leave from call to call
+    decoder.free(0)
+
+No text here: tokens in, tokens out. Shapes: B rows of a step, T tokens of its longest row, D dim, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.attention import rope_table
+from model.cache import Cache
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_p keeps the fewest tokens with that share of probability (Holtzman et al. 2020)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """logits [.., V] -> the distribution that is sampled from, fp32; greedy puts all on the best token."""
+        logits = logits.float()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        p = (logits / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, order = p.sort(dim=-1, descending=True)
+            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
+            p = torch.zeros_like(p).scatter_(-1, order, ordered)
+            p = p / p.sum(-1, keepdim=True)
+        return p
+
+
+class Decoder:
+    """Runs a whole model on `slots` sequences of at most `capacity` tokens each. Puts it into eval mode."""
+
+    def __init__(self, model: Transformer, *, slots: int, capacity: int):
+        weight = model.tok_embeddings.weight
+        like = {"slots": slots, "capacity": capacity, "device": weight.device, "dtype": weight.dtype}
+        self.model, self.config = model.eval(), model.config
+        self.cache = Cache(model.config, n_layers=model.config.n_layers, **like)
+        self.drafts = Cache(model.config, n_layers=1, **like) if model.config.n_mtp_layers else None
+        self.rope = rope_table(model.config, capacity, weight.device)
+
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to each slot; logits [B, V] after the last of each row."""
+        hidden = self.hidden(slots, prompts)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
+        return self.head(hidden[torch.arange(len(prompts), device=hidden.device), last])
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One more token of each slot; logits [B, V] of the next."""
+        return self.prefill(slots, [[token] for token in tokens])
+
+    def free(self, slot: int) -> None:
+        """The slot's sequence is over."""
+        self.cache.cut(slot, 0)
+        if self.drafts is not None:
+            self.drafts.cut(slot, 0)
+
+    @torch.inference_mode()
+    def hidden(self, slots: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+        """Append each row's tokens to its slot; normalised hidden states [B, T, D], padding after shorter rows."""
+        positions, views = self.cache.step(slots, [len(row) for row in rows])
+        rope = tuple(table[positions] for table in self.rope)
+        x = self.model.embed(self._padded(rows))
+        for block, view in zip(self.model.layers.values(), views, strict=True):
+            x = block(x, rope, view)
+        return self.model.norm(x)
+
+    @torch.inference_mode()
+    def draft(self, slots: Sequence[int], hidden: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [B, V] of the token after the last in `rows`, by the first MTP module (V3 report, section 2.3).
+
+        hidden: for each row the states [T, D] of the positions before its tokens. The module keeps a cache of its own.
+        """
+        counts = [len(row) for row in rows]
+        positions, views = self.drafts.step(slots, counts)
+        rope = tuple(table[positions] for table in self.rope)
+        states = torch.nn.utils.rnn.pad_sequence(list(hidden), batch_first=True)
+        module = self.model.mtp["0"]
+        out = module.norm(module(states, self._padded(rows), self.model.tok_embeddings, rope, views[0]))
+        last = torch.tensor(counts, device=out.device) - 1
+        return self.head(out[torch.arange(len(rows), device=out.device), last])
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.rope[0].device)
+
+
+@dataclass
+class Counts:
+    """What a generation did. `drafted` and `accepted` are of speculation."""
+
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = Sampling(),
+             seed: int = 0, speculative: bool = False, stops: Callable[[int, int], bool] = lambda row, token: False,
+             counts: Counts | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as tokens are found, up to `max_tokens` a row or a token for which `stops(row, token)`.
+
+    Each row has a generator of its own, seeded by (seed, row), so its tokens do not depend on its neighbours' (but for
+    the last bits of a batched product). `speculative` drafts one token a step with the first MTP module and checks it
+    in the next forward: the same distribution (Leviathan et al. 2023), greedy the same tokens.
+    """
+    counts = counts if counts is not None else Counts()
+    rows = [_Row(i, torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in range(len(prompts))]
+    hidden = decoder.hidden([row.slot for row in rows], prompts)
+    counts.steps += 1
+    for row, prompt, states in zip(rows, prompts, hidden, strict=True):
+        row.states, row.fresh = states[: len(prompt)], list(prompt[1:])
+        row.logits = decoder.head(row.states[-1:])
+    while rows:
+        for row in rows:
+            for token in row.settle(decoder.cache, sampling, counts):
+                row.length += 1
+                counts.tokens += 1
+                yield row.slot, token
+                row.done = row.length == max_tokens or stops(row.slot, token)
+                if row.done:
+                    break
+        for row in rows:
+            if row.done:
+                decoder.free(row.slot)
+        rows = [row for row in rows if not row.done]
+        if rows:
+            _advance(decoder, rows, sampling, speculative, counts)
+
+
+class _Row:
+    """One sequence between steps. `fresh`: its settled tokens that the MTP module has not read, the states before
+    them in `states`; `proposed`: the draft under test and the distribution it was drawn from."""
+
+    def __init__(self, slot: int, generator: torch.Generator):
+        self.slot, self.generator = slot, generator
+        self.length, self.done = 0, False
+        self.proposed: tuple[int, Tensor] | None = None
+
+    def settle(self, cache: Cache, sampling: Sampling, counts: Counts) -> list[int]:
+        """The tokens that this step's logits [1 or 2, V] decide; a rejected draft is forgotten."""
+        p = sampling.probabilities(self.logits.cpu())
+        tokens = []
+        if self.proposed is not None:
+            token, q = self.proposed
+            self.proposed = None
+            counts.drafted += 1
+            if torch.rand((), generator=self.generator) * q[token] < p[0, token]:
+                counts.accepted += 1
+                tokens.append(token)
+                p = p[1:]
+            else:
+                self.states = self.states[:-1]
+                cache.cut(self.slot, cache.lengths[self.slot] - 1)
+                p = (p[:1] - q).clamp(min=0)
+        tokens.append(int(torch.multinomial(p[0], 1, generator=self.generator)))
+        self.fresh += tokens
+        return tokens
+
+
+def _advance(decoder: Decoder, rows: list[_Row], sampling: Sampling, speculative: bool, counts: Counts) -> None:
+    """One forward of the model for all rows, after one of the MTP module where tokens are drafted."""
+    slots, counts.steps = [row.slot for row in rows], counts.steps + 1
+    new = [[row.fresh[-1]] for row in rows]
+    if speculative:
+        logits = decoder.draft(slots, [row.states for row in rows], [row.fresh for row in rows])
+        for row, tokens, q in zip(rows, new, sampling.probabilities(logits.cpu()), strict=True):
+            # A row at the end of its slot has no room for a draft.
+            if decoder.cache.lengths[row.slot] + 2 <= decoder.cache.capacity:
+                row.proposed = (int(torch.multinomial(q, 1, generator=row.generator)), q)
+                tokens.append(row.proposed[0])
+    hidden = decoder.hidden(slots, new)
+    logits = decoder.head(hidden)
+    for row, tokens, states, scores in zip(rows, new, hidden, logits, strict=True):
+        row.states, row.logits, row.fresh = states[: len(tokens)], scores[: len(tokens)], []
