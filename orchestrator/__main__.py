@@ -23,6 +23,7 @@ usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ..
   plan    OVERRIDES          rank layouts for a model, GPUs and tokens: step time, memory, GPU-hours, dollars; predicted
   status  RUN                what a live run is doing: who hosts what, load, rate, cost so far
   report  RUN [RUN ...]      one self-contained HTML page (and Markdown) about finished runs; out=FILE.html
+  compare [OVERRIDES]        train the model and its dense twins on the same data: what each loss cost, measured
   export  CHECKPOINT DIR     write a Hugging Face directory; dtype=fp32 or dtype=bf16
   import  DIR CHECKPOINT     read a Hugging Face directory; then train with resume=CHECKPOINT
 
@@ -56,8 +57,8 @@ Keys and groups are those of train. The batch is 7.5 sequences a GPU unless trai
               "DIR holds config.json and safetensors of a supported architecture.",
 }
 # Verbs that have a module of their own, with HELP and run(arguments) -> exit code; imported when called.
-MODULES: dict[str, str] = {}
-PLANNED = ("launch", "compare", "generate", "evaluate", "serve")
+MODULES = {"compare": "orchestrator.compare"}
+PLANNED = ("launch", "generate", "evaluate", "serve")
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 

@@ -1,0 +1,196 @@
+"""`sparing compare`: a mixture of experts and its dense twins, trained on the same data, held against each other.
+
+Each run is an ordinary `sparing train` in a directory of its own below `out`, so a comparison that was interrupted goes
+on where it stopped. What is reported was measured; only the part about another size is an extrapolation, and says so.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+from model import count
+from model.config import ModelConfig
+from orchestrator.compose import compose_config
+from orchestrator.config import Config, to_dict
+from orchestrator.errors import BadRequest, SparingError
+from orchestrator.plan.cost import model_flops
+from orchestrator.plan.layout import check_run
+from orchestrator.plan.multiplier import Curve, multiplier, spread
+from orchestrator.report_plots import Series, line_chart
+from orchestrator.report_run import Run, read_run
+from orchestrator.report_style import STYLE, figure, table
+from orchestrator.train import storage
+
+HELP = """\
+usage: sparing compare [KEY=VALUE ...] [seeds=0,1] [out=DIR]
+
+  sparing compare experiment=tiny                     the mixture and its dense twins, two seeds: six short runs
+  sparing compare experiment=tiny seeds=0,1,2 train.steps=400 out=runs/compare
+
+Trains the model, a dense model of equal active and one of equal total parameters, on the same data in the same order,
+and reports what each loss cost in FLOPs, device-hours and dollars; writes compare.json and compare.html. The same
+command goes on with a comparison that was interrupted. Keys are those of train; the learning rate does not decay,
+so that each validation stands for a run of its length."""
+OPTIONS = ("seeds", "out")
+COSTS = {"flops": "FLOPs", "device_s": "device-seconds", "usd": "dollars"}
+TWINS = {"equal_active": count.dense_equal_active, "equal_total": count.dense_equal_total}
+
+
+def run(arguments: list[str]) -> int:
+    named = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
+    overrides = [word for word in arguments if word.split("=", 1)[0] not in OPTIONS]
+    reserved = [word for word in overrides if word.startswith(("run.dir=", "seed=", "resume=", "-"))]
+    if reserved:
+        raise BadRequest(f"{reserved[0]}: is set by compare for each of its runs; leave it out, use seeds=0,1 or "
+                         "out=DIR")
+    seeds = _seeds(named.get("seeds", "0,1"))
+    config = compose_config(overrides)
+    commands = {name: [*overrides, *changes] for name, changes in variants(config).items()}
+    for words in commands.values():
+        check_run(compose_config(words))
+    out = named.get("out") or f"runs/compare-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    runs = _train_all(commands, seeds, out)
+    result = compare(runs, compose_config(commands["moe"]), {k: compose_config(v) for k, v in commands.items()})
+    storage.write_bytes(storage.join(out, "compare.json"), (json.dumps(result, indent=1) + "\n").encode())
+    storage.write_bytes(storage.join(out, "compare.html"), page(result).encode())
+    print("\n" + "\n".join(lines(result)) + f"\nwrote     {storage.join(out, 'compare.json')}, compare.html")
+    return 0
+
+
+def variants(config: Config) -> dict[str, list[str]]:
+    """Overrides that turn the asked-for run into each of the three that are compared."""
+    if config.model.n_routed_experts == 0:
+        raise BadRequest(f"model.name={config.model.name}: has no experts to compare with a dense model; choose a "
+                         "mixture of experts, as in model=tiny")
+    steps, every = config.train.steps, config.train.validate_every
+    common = ["optim.schedule=wsd", "optim.decay_fraction=0", "checkpoint.every=0"]
+    if not 0 < every <= steps // 8:
+        common.append(f"train.validate_every={max(1, steps // 10)}")
+    found = {"moe": common}
+    for name, twin_of in TWINS.items():
+        try:
+            twin = twin_of(config.model)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+        found[name] = [*common, *_changes(config.model, twin), "layout.ep=1"]
+    return found
+
+
+def compare(runs: dict[str, list[Run]], config: Config, configs: dict[str, Config]) -> dict:
+    """The result: curves of every run, and the ratio at equal loss by each cost, over the seeds. JSON."""
+    result = {"model": config.model.name, "steps": config.train.steps, "seq_len": config.train.seq_len,
+              "batch_size": config.train.batch_size, "hardware": config.hardware.name, "variants": {}, "multiplier": {}}
+    curves = {}
+    for name, seeds in runs.items():
+        model = configs[name].model
+        parts = count.parameters(model)
+        curves[name] = {cost: [curve_of(one, model, config.train.seq_len, cost) for one in seeds] for cost in COSTS}
+        result["variants"][name] = {
+            "parameters": parts.total, "active_parameters": count.active(parts, model).total,
+            "loss": spread([one.summary["loss"]["validation"] for one in seeds]),
+            "tokens": seeds[0].summary["tokens"], "runs": [one.path for one in seeds], "curves": curves[name]}
+    for twin in TWINS:
+        result["multiplier"][twin] = {}
+        for cost in COSTS:
+            pairs = [multiplier(*pair) for pair in zip(curves["moe"][cost], curves[twin][cost], strict=True)]
+            if pairs and all(pairs):
+                result["multiplier"][twin][cost] = spread([ratio for ratio, _ in pairs])
+    return result
+
+
+def curve_of(one: Run, model: ModelConfig, seq_len: int, cost: str) -> Curve:
+    """(cost of the kept steps so far, validation loss) at every validation; empty where the price is unknown."""
+    devices = one.summary["hardware"].get("devices") or 1
+    usd_per_h = one.summary["hardware"].get("usd_per_h")
+    points, seconds = [], 0.0
+    for row in one.rows:
+        seconds += row["time/step_s"]
+        value = {"flops": model_flops(model, row["tokens/total"], seq_len), "device_s": seconds * devices,
+                 "usd": None if usd_per_h is None else seconds * devices / 3600 * usd_per_h}[cost]
+        if row.get("validation/loss") is not None and value is not None:
+            points.append((value, row["validation/loss"]))
+    return points
+
+
+def lines(result: dict) -> list[str]:
+    """What the command prints."""
+    said = [f"{'':14}{'parameters':>12}{'active':>10}{'loss':>9}  lowest to highest of the seeds"]
+    for name, found in result["variants"].items():
+        loss = found["loss"]
+        said.append(f"{name:14}{found['parameters']:>12,}{found['active_parameters']:>10,}{loss['median']:>9.4f}  "
+                    f"{loss['low']:.4f} to {loss['high']:.4f}")
+    for twin, ratios in result["multiplier"].items():
+        for cost, ratio in ratios.items():
+            verdict = "the mixture is cheaper" if ratio["low"] > 1 else (
+                "the dense model is cheaper" if ratio["high"] < 1 else "no clear winner")
+            said.append(f"{twin}: at equal loss the dense model takes {ratio['median']:.2f}x the mixture's "
+                        f"{COSTS[cost]} ({ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['seeds']} seeds): {verdict}")
+    return said
+
+
+def page(result: dict) -> str:
+    """One self-contained HTML page."""
+    plots = []
+    for cost, unit in COSTS.items():
+        series = [Series(name if seed == 0 else f"{name}, seed {seed}", [x for x, _ in curve], [y for _, y in curve],
+                         colour, in_legend=seed == 0)
+                  for colour, (name, found) in enumerate(result["variants"].items())
+                  for seed, curve in enumerate(found["curves"][cost])]
+        plots.append(figure(f"Loss against {unit}", "measured, kept steps only; every line is one seed",
+                            line_chart(series, x_label=unit, y_label="nats / token")))
+    head = ["", *COSTS.values()]
+    rows = [[twin, *(f"{ratios[cost]['median']:.2f} ({ratios[cost]['low']:.2f} to {ratios[cost]['high']:.2f})"
+                     if cost in ratios else "unknown" for cost in COSTS)]
+            for twin, ratios in result["multiplier"].items()]
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison - Sparing</title>'
+            f"<style>{STYLE}</style></head>\n<body><main><h1>{result['model']} and its dense twins</h1>"
+            f'<section class="grid">{"".join(plots)}</section>'
+            + figure("Dense over mixture at equal loss",
+                     "above 1 the mixture is cheaper; measured, median and range of the seeds",
+                     table(head, rows), wide=True) + "</main></body></html>\n")
+
+
+def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str) -> dict[str, list[Run]]:
+    """One `sparing train` per variant and seed, in turns over the seeds; those that are complete are read back."""
+    runs = {name: [] for name in commands}
+    total, done = len(commands) * len(seeds), 0
+    for seed in seeds:
+        for name, words in commands.items():
+            path, done = storage.join(out, f"{name}-seed{seed}"), done + 1
+            if not storage.exists(storage.join(path, "summary.json")):
+                print(f"\nrun {done} of {total}: {name}, seed {seed}", flush=True)
+                code = _train([*words, f"seed={seed}", f"run.dir={path}", "resume=auto"])
+                if code:
+                    raise SparingError(f"compare: {path} ended with exit code {code}; its message stands above, and "
+                                       f"the same command with out={out} goes on from there")
+            one = read_run(path)
+            if one.summary["status"] != "completed" or one.summary["steps"] != int(_steps(words)):
+                raise BadRequest(f"out={out}: holds {name}-seed{seed}, a run of {one.summary['steps']} steps that "
+                                 f"ended as {one.summary['status']}; give another out=DIR, or the command that made it")
+            runs[name].append(one)
+    return runs
+
+
+def _train(words: list[str]) -> int:
+    """A process of its own, so that nothing of one run is left in the next."""
+    return subprocess.run([sys.executable, "-m", "orchestrator", "train", *words], check=False).returncode
+
+
+def _steps(words: list[str]) -> int:
+    return compose_config(words).train.steps
+
+
+def _changes(model: ModelConfig, twin: ModelConfig) -> list[str]:
+    """Overrides that turn one model into the other."""
+    old, new = to_dict(model), to_dict(twin)
+    return [f"model.{key}={json.dumps(new[key]) if isinstance(new[key], bool) else new[key]}"
+            for key in (field.name for field in dataclasses.fields(ModelConfig)) if old[key] != new[key]]
+
+
+def _seeds(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdigit() for word in words) or len(set(words)) != len(words):
+        raise BadRequest(f"seeds={text}: must be different whole numbers with commas between, as in seeds=0,1")
+    return [int(word) for word in words]

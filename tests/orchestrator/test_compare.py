@@ -1,0 +1,71 @@
+"""`sparing compare`: the variants it trains, what it refuses, and a whole small comparison."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+
+import orchestrator.train.rank  # noqa: F401  imported once, then forked
+from model import count
+from orchestrator import compare
+from orchestrator.__main__ import main
+from orchestrator.compare import curve_of, run, variants
+from orchestrator.compose import compose_config
+from orchestrator.errors import BadRequest
+from orchestrator.plan.cost import model_flops
+from orchestrator.report_run import read_run
+from tests.harness import free_port
+
+
+def test_the_twins_are_trained_with_the_parameters_they_are_named_for():
+    config = compose_config(["experiment=tiny"])
+    models = {name: compose_config(["experiment=tiny", *words]).model for name, words in variants(config).items()}
+    own = count.parameters(config.model)
+    step = 1.5 * config.model.dim * config.model.n_layers * 8
+    assert models["moe"] == config.model
+    assert abs(count.parameters(models["equal_total"]).total - own.total) <= step
+    assert abs(count.parameters(models["equal_active"]).total - count.active(own, config.model).total) <= step
+    assert all(models[name].n_routed_experts == 0 for name in ("equal_total", "equal_active"))
+
+
+@pytest.mark.parametrize("words, said", [
+    (["seeds=0,0"], "seeds=0,0"), (["seeds=x"], "seeds=x"), (["run.dir=x"], "run.dir=x"),
+    (["model.n_routed_experts=0", "model.n_activated_experts=0"], "has no experts")])
+def test_bad_input_is_refused_before_anything_is_trained(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadRequest, match=said):
+        run(words)
+    assert not list(tmp_path.iterdir())
+
+
+def _train_as_one_rank(words: list[str], port: int) -> None:
+    """What torchrun would do, without importing torch again."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK="0",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    os._exit(main(["train", *words]))
+
+
+def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    trained = []
+
+    def train(words: list[str]) -> int:
+        trained.append(words)
+        child = multiprocessing.get_context("fork").Process(target=_train_as_one_rank, args=(words, free_port()))
+        child.start()
+        child.join()
+        return child.exitcode
+
+    monkeypatch.setattr(compare, "_train", train)
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 400)
+    words = ["data=text", f"data.path={tmp_path}/text.txt", f"data.cache_dir={tmp_path}/cache", "train.steps=2",
+             "train.batch_size=2", "train.seq_len=64", "train.validate_sequences=2"]
+    assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0
+    result = json.loads((tmp_path / "c/compare.json").read_text())
+    moe = read_run(f"{tmp_path}/c/moe-seed3")
+    assert result["variants"]["moe"]["loss"]["median"] == moe.summary["loss"]["validation"]
+    flops = [x for x, _ in curve_of(moe, compose_config(words).model, 64, "flops")]
+    assert flops == [model_flops(compose_config(words).model, steps * 2 * 64, 64) for steps in (1, 2)]
+    assert set(result["multiplier"]) == {"equal_active", "equal_total"} and len(trained) == 3
+    assert "<svg" in (tmp_path / "c/compare.html").read_text()
+    assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0 and len(trained) == 3
