@@ -1,0 +1,136 @@
+"""What a whole run costs: two bills that are never added up.
+
+*Steady* is step time times steps, as in DeepSeek's published bill: the V3 report's 180K GPU-hours per trillion tokens are
+its steady step time and contain no failure. *Expected* adds start-up, validation, checkpoints, failures and preemptions;
+expected over steady is the *production factor*. Every term carries its equation and its source. All of it is predicted.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+LLAMA_3 = "Llama 3 report: 419 unexpected interruptions of 2,048 nodes in 54 days"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a bill is computed from besides the step. An assumption is marked as one in the bill's sources."""
+
+    failures: float = 3.8
+    """Per 1,000 node-days (LLAMA_3)."""
+    preemptions: float = 0.0
+    """Per 1,000 node-days; a spot market has some, and no rate was found in print."""
+    recovery_s: float = 600.0
+    """From a failure to the first new step: detect, restart, load."""
+    checkpoint_stall_s: float = 30.0
+    """Time that ranks stand still for one checkpoint."""
+    start_up_s: float = 600.0
+    """From placement to the first step, once."""
+    validate_every: int = 0
+    """Steps between validations, each a forward of as many sequences as a step has; 0 is none."""
+    batch_start: int = 0
+    ramp_steps: int = 0
+    """The batch grows linearly from `batch_start` over so many steps; 0 is no ramp."""
+    extension: tuple[tuple[int, int, int], ...] = ()
+    """Context extension: phases of (steps, sequences, tokens per sequence)."""
+    other_gpu_hours: float = 0.0
+    """Post-training and whatever else is known in GPU-hours alone."""
+    pue: float = 1.1
+    """Power of the building over that of its devices."""
+
+
+@dataclass(frozen=True)
+class Term:
+    name: str
+    gpu_hours: float
+    equation: str
+    source: str
+
+
+def interval_s(stall_s: float, mtbf_s: float) -> float:
+    """Time between checkpoints that loses least: Young (1974)."""
+    return math.sqrt(2 * stall_s * mtbf_s)
+
+
+def lost_share(stall_s: float, recovery_s: float, mtbf_s: float) -> dict[str, float]:
+    """Shares of time lost at Young's interval, first order: `checkpoint`, `lost_work` (half an interval), `restart`."""
+    if math.isinf(mtbf_s):
+        return {"checkpoint": 0.0, "lost_work": 0.0, "restart": 0.0}
+    every = interval_s(stall_s, mtbf_s)
+    return {"checkpoint": stall_s / every if every else 0.0, "lost_work": every / 2 / mtbf_s,
+            "restart": recovery_s / mtbf_s}
+
+
+def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, step_time_s: float, terms: Terms,
+              usd_per_h: float | None, watts: float | None = None,
+              step_at: Callable[[int], float] | None = None,
+              extension_s: Callable[[int, int], float] | None = None, batch_size: int = 1) -> dict:
+    """Both bills, JSON.
+
+    step_at: seconds of a step of so many sequences (for the ramp). extension_s: seconds of a step of (sequences, tokens
+    per sequence). Raises ValueError if less than a step is asked for, or if failures leave no time to work.
+    """
+    if tokens < batch_tokens:
+        raise ValueError(f"tokens={tokens:.4g}: must be at least one step, {batch_tokens:,} tokens; raise tokens, or lower "
+                         "train.batch_size or train.seq_len")
+    steady = _steady(devices, tokens, batch_tokens, step_time_s, terms, step_at, extension_s, batch_size)
+    base = sum(term.gpu_hours for term in steady)
+    rate = (terms.failures + terms.preemptions) / 1000 * nodes / 86400
+    mtbf = 1 / rate if rate else math.inf
+    lost = lost_share(terms.checkpoint_stall_s, terms.recovery_s, mtbf)
+    if sum(lost.values()) >= 1:
+        raise ValueError(f"failures={terms.failures:g}: leave no time to work on {nodes:,} nodes; lower failures, "
+                         "recovery_s or gpus")
+    added = [Term("start_up", terms.start_up_s * devices / 3600, "start-up time x devices", "assumption: start_up_s")]
+    if terms.validate_every:
+        added.append(Term("validation", steady[0].gpu_hours / terms.validate_every / 3,
+                          "a forward, a third of a step, every validate_every steps", "train.validate_every"))
+    worked = base + sum(term.gpu_hours for term in added)
+    gross = worked / (1 - sum(lost.values()))
+    rated = f"failures={terms.failures:g} per 1,000 node-days ({LLAMA_3})" if terms.failures == Terms.failures else (
+        f"failures={terms.failures:g} per 1,000 node-days")
+    rated += f", preemptions={terms.preemptions:g}" if terms.preemptions else ""
+    why = {"checkpoint": ("stall / Young's interval sqrt(2 x stall x MTBF)", "assumption: checkpoint_stall_s"),
+           "lost_work": ("half an interval / MTBF", rated), "restart": ("recovery / MTBF", "assumption: recovery_s; " + rated)}
+    added += [Term(name, gross * share, *why[name]) for name, share in lost.items()]
+    expected = base + sum(term.gpu_hours for term in added)
+    power = None if watts is None else devices * watts * terms.pue / 1e6
+    return {
+        "steady": _total(steady, base, usd_per_h, devices),
+        "expected": _total([*steady, *added], expected, usd_per_h, devices),
+        "production_factor": expected / base, "goodput": base / expected,
+        "mtbf_h": None if math.isinf(mtbf) else mtbf / 3600,
+        "checkpoint_every_s": None if math.isinf(mtbf) else interval_s(terms.checkpoint_stall_s, mtbf),
+        "power_mw": power, "energy_mwh": None if power is None else power * expected / devices,
+        "energy_note": f"data-sheet power of the devices alone, all the time, x PUE {terms.pue:g} (assumption): an upper bound",
+        "terms": asdict(terms),
+    }
+
+
+def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, terms: Terms,
+            step_at: Callable[[int], float] | None, extension_s: Callable[[int, int], float] | None,
+            batch_size: int) -> list[Term]:
+    per_step = devices / 3600
+    found = [Term("pre_training", tokens / batch_tokens * step_time_s * per_step, "tokens / tokens per step x step time x "
+                  "devices", "simulated step")]
+    if terms.batch_start and terms.ramp_steps and step_at:
+        seq_len = batch_tokens // batch_size
+        extra, parts = 0.0, 16
+        for part in range(parts):  # the ramp in equal parts, each at its middle batch
+            batch = terms.batch_start + (batch_size - terms.batch_start) * (part + 0.5) / parts
+            steps = terms.ramp_steps / parts
+            extra += steps * (step_at(round(batch)) - step_time_s * batch * seq_len / batch_tokens)
+        found.append(Term("batch_ramp", extra * per_step, "sum over the ramp of its step time beyond its share of a full "
+                          "step", "simulated steps with fewer microbatches"))
+    for steps, sequences, seq_len in terms.extension if extension_s else ():
+        found.append(Term(f"context_{seq_len}", steps * extension_s(sequences, seq_len) * per_step, "steps x step time x "
+                          "devices", "FLOPs at this length over the pre-training FLOP/s"))
+    if terms.other_gpu_hours:
+        found.append(Term("other", terms.other_gpu_hours, "as given", "other_gpu_hours"))
+    return found
+
+
+def _total(found: list[Term], gpu_hours: float, usd_per_h: float | None, devices: int) -> dict:
+    usd = None if usd_per_h is None else gpu_hours * usd_per_h
+    return {"gpu_hours": gpu_hours, "days": gpu_hours / devices / 24, "usd": usd,
+            "terms": [asdict(term) | {"usd": None if usd_per_h is None else term.gpu_hours * usd_per_h} for term in found]}

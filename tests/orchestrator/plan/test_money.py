@@ -1,0 +1,149 @@
+"""Bills, scaling laws and published figures; every oracle is a figure that others printed."""
+
+import random
+
+import pytest
+
+from orchestrator.plan.bill import Terms, interval_s, lost_share, make_bill
+from orchestrator.plan.dense import (
+    equal_loss,
+    joint_law,
+    joint_multiplier,
+    joint_optimum,
+    leverage_multiplier,
+    measured_multiplier,
+)
+from orchestrator.plan.published import published, serving_cost
+
+V3 = dict(devices=2048, nodes=256, batch_tokens=15360 * 4096, step_time_s=19.926, usd_per_h=2.0)
+
+
+def test_v3s_published_bill_is_its_steady_one():
+    """2,664K + 119K + 5K H800-hours at $2: $5.576M (V3 report, table 1); 180K hours per trillion tokens."""
+    bill = make_bill(**V3, tokens=14.8e12, terms=Terms(other_gpu_hours=124e3))
+    pre, other = (term["gpu_hours"] for term in bill["steady"]["terms"])
+    assert pre == pytest.approx(2664e3, rel=0.002) and other == 124e3
+    assert bill["steady"]["gpu_hours"] == pytest.approx(2788e3, rel=0.001)
+    assert bill["steady"]["usd"] == pytest.approx(5.576e6, rel=0.001)
+    row = published()["budgets"][0]
+    assert row["gpu_hours"] == 2664e3 + 119e3 + 5e3 and row["gpu_hours"] * 2 == row["usd"][0] == 5.576e6
+    one = make_bill(**V3, tokens=1e12, terms=Terms())["steady"]
+    assert one["gpu_hours"] == pytest.approx(180.18e3, rel=1e-4) and one["days"] == pytest.approx(3.7, abs=0.05)
+
+
+def test_expected_terms_sum_and_nothing_added_is_the_steady_bill():
+    bill = make_bill(**V3, tokens=14.8e12, terms=Terms(validate_every=50), watts=700)
+    expected = bill["expected"]
+    assert sum(term["gpu_hours"] for term in expected["terms"]) == pytest.approx(expected["gpu_hours"])
+    assert sum(term["usd"] for term in expected["terms"]) == pytest.approx(expected["usd"])
+    assert bill["production_factor"] == pytest.approx(1 / bill["goodput"]) and bill["production_factor"] > 1.03
+    assert all(term["equation"] and term["source"] for term in expected["terms"])
+    assert bill["energy_mwh"] == pytest.approx(expected["gpu_hours"] * 700 * 1.1 / 1e6)
+    bare = make_bill(**V3, tokens=14.8e12, terms=Terms(failures=0, start_up_s=0))
+    assert bare["production_factor"] == 1 and bare["mtbf_h"] is None
+
+
+@pytest.mark.parametrize("nodes, rate, recovery, share", [(256, 3.8, 600, 0.033), (256, 6.5, 1800, 0.069),
+                                                         (2048, 3.8, 600, 0.128), (2048, 3.8, 1800, 0.236)])
+def test_lost_time_at_youngs_interval(nodes, rate, recovery, share):
+    mtbf = 86400 / (rate / 1000 * nodes)
+    assert sum(lost_share(30, recovery, mtbf).values()) == pytest.approx(share, abs=0.0006)
+
+
+def test_llama_3s_failures_come_every_three_hours():
+    assert 54 * 24 / 419 == pytest.approx(3.1, abs=0.05)
+    assert make_bill(**V3 | dict(devices=16384, nodes=2048), tokens=1e12, terms=Terms())["mtbf_h"] == pytest.approx(
+        54 * 24 / 419, rel=0.01)
+
+
+def test_the_closed_form_of_failures_is_what_a_simulated_run_loses():
+    stall, recovery, mtbf = 30.0, 600.0, 24.7 * 3600
+    every, draw = interval_s(stall, mtbf), random.Random(0)
+    clock = done = 0.0
+    next_failure = draw.expovariate(1 / mtbf)
+    while done < 4e8:
+        cycle = every + stall
+        if clock + cycle <= next_failure:
+            clock, done = clock + cycle, done + every
+        else:
+            clock = next_failure + recovery
+            next_failure = clock + draw.expovariate(1 / mtbf)
+    assert 1 - done / clock == pytest.approx(sum(lost_share(stall, recovery, mtbf).values()), rel=0.05)
+
+
+def test_a_ramp_and_an_extension_are_terms_of_their_own():
+    terms = Terms(batch_start=3072, ramp_steps=12424, extension=((1000, 1920, 32768), (1000, 480, 131072)))
+    bill = make_bill(**V3, tokens=14.8e12, terms=terms, batch_size=15360,
+                     step_at=lambda batch: 2.0 + 17.926 * batch / 15360, extension_s=lambda batch, seq_len: 30.0)
+    found = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}
+    assert list(found) == ["pre_training", "batch_ramp", "context_32768", "context_131072"]
+    assert found["context_32768"] == pytest.approx(1000 * 30 * 2048 / 3600)
+    assert found["batch_ramp"] == pytest.approx(12424 * 2.0 * (1 - 9216 / 15360) * 2048 / 3600)  # the bubble's share alone
+
+
+@pytest.mark.parametrize("changes, words", [(dict(tokens=1e6), "tokens=1e\\+06: must be at least one step"),
+                                            (dict(terms=Terms(failures=1e7)), "failures=1e\\+07: leave no time")])
+def test_a_bill_that_cannot_be_is_explained(changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_bill(**V3 | dict(tokens=1e12, terms=Terms()) | changes)
+
+
+TABLE_4 = {1: (30.3640, -.1817, 53.9838, -.1965), 2: (27.7982, -.1780, 66.8401, -.2065), 4: (24.8462, -.1731, 87.7022, -.2192),
+           8: (21.8330, -.1676, 119.9126, -.2338), 16: (19.0159, -.1617, 167.5073, -.2494), 32: (16.5424, -.1557, 234.6726, -.2652)}
+TABLE_1 = {1: ((1.7, 9.7), (5.7, 29.3), (18.8, 88.6)), 2: ((1.5, 11.4), (5.0, 33.0), (17.4, 96.0)),
+           4: ((1.2, 13.9), (4.4, 38.0), (15.8, 105.4)), 8: ((.99, 17.0), (3.8, 44.3), (14.4, 115.8)),
+           16: ((.81, 20.7), (3.3, 51.2), (13.2, 126.5)), 32: ((.669, 24.9), (2.85, 58.4), (12.2, 136.9))}
+
+
+@pytest.mark.parametrize("experts", TABLE_4)
+def test_the_joint_scaling_laws_own_tables_come_out(experts):
+    """Tables 4 and 1 of arXiv 2502.05172, to 0.3% and 2.5%."""
+    law = joint_law(experts)
+    assert [law[key] for key in ("m", "mu", "n", "nu")] == pytest.approx(TABLE_4[experts], rel=0.003)
+    for flops, (parameters, tokens) in zip((1e20, 1e21, 1e22), TABLE_1[experts], strict=True):
+        found = joint_optimum(experts, flops)
+        assert found[0] == pytest.approx(parameters * 1e9, rel=0.025) and found[1] == pytest.approx(tokens * 1e9, rel=0.025)
+
+
+def test_multipliers_of_both_laws_and_their_range():
+    assert joint_multiplier(1, 1e21) == pytest.approx(1, abs=1e-6)
+    assert [joint_multiplier(e, 1e21) for e in (2, 8, 32)] == pytest.approx([1.17, 1.85, 3.18], abs=0.006)
+    assert [leverage_multiplier(1 / e, 8, 1e22) for e in (2, 8, 32)] == pytest.approx([1.50, 3.33, 6.52], abs=0.006)
+    found = equal_loss(flops=3.7e24, routed=256, activated=8, dim=7168, expert_dim=2048)
+    assert found["low"] == pytest.approx(4.4, abs=0.05) and found["high"] > 10 and not found["inside_fits"]
+    assert equal_loss(flops=1e20, routed=64, activated=8, dim=2048, expert_dim=1024)["inside_fits"]
+
+
+def test_a_measured_multiplier_is_read_from_compares_result():
+    spread = {"median": 1.4, "low": 1.2, "high": 1.5, "seeds": 2}
+    assert measured_multiplier({"multiplier": {"equal_active": {"flops": spread}}}) == spread
+    assert measured_multiplier({}) is None
+
+
+def test_deepseeks_serving_day():
+    """open-infra-index day 6: $87,072, $562,027 at R1's prices, 545% of cost; $0.518 if output alone is charged."""
+    data = published()
+    day, price = data["serving"][0], next(row for row in data["api_prices"] if row["name"] == "DeepSeek-R1")
+    devices = day["nodes"] * 8
+    usd = devices * 24 * day["usd_per_h"]
+    assert usd == pytest.approx(87072)
+    revenue = (day["cached_tokens"] * price["cached"] + (day["input_tokens"] - day["cached_tokens"]) * price["input"]
+               + day["output_tokens"] * price["output"]) / 1e6
+    assert revenue == pytest.approx(562027, rel=2e-4) and (revenue - usd) / usd == pytest.approx(5.45, abs=0.01)
+    whole = serving_cost(usd_per_h=2, devices=devices, input_tokens_per_s=day["input_tokens"] / 86400,
+                         output_tokens_per_s=day["output_tokens"] / 86400)
+    assert whole["output"] == pytest.approx(0.518, abs=0.001) and whole["any"] == pytest.approx(0.112, abs=0.001)
+    node = serving_cost(usd_per_h=2, devices=8, input_tokens_per_s=day["node_input_tokens_per_s"],
+                        output_tokens_per_s=day["node_output_tokens_per_s"])
+    # prefill and decode nodes apart must cost what the whole fleet did
+    assert (node["input"] * day["input_tokens"] + node["output"] * day["output_tokens"]) / 1e6 == pytest.approx(usd, rel=0.01)
+    assert serving_cost(usd_per_h=2, devices=8)["any"] is None
+
+
+def test_every_published_figure_says_whence_and_what_it_is():
+    data = published()
+    for row in data["budgets"]:
+        assert row["kind"] in ("disclosure", "estimate", "derived") and row["source"] and row["date"], row
+        assert "usd" in row or "gpu_hours" in row
+    for row in data["api_prices"] + data["serving"]:
+        assert row["source"] and row["date"], row
