@@ -42,12 +42,18 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
 Groups: model layout data optim precision checkpoint tracker hardware cluster experiment; `model=x` lists what there is.
 Flags:  --cfg job (print the config), --multirun (one run per value), --shell-completion, --hydra-help""",
     "plan": """\
-usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8] [out=plan.json]
+usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8] [market=on_demand|reserved|spot] [out=plan.json]
+       sparing plan prices
 
   sparing plan model=deepseek_v3 cluster=h800_2048 tokens=14.8e12 dtype=fp8
-  sparing plan model=moonlight_16b hardware=h100 gpus=64 tokens=1e12 train.batch_size=1024
+  sparing plan model=moonlight_16b hardware=h100 gpus=64 tokens=1e12 train.batch_size=1024 market=spot
+  sparing plan prices                                  published API prices beside what serving costs
 
-Keys and groups are those of train. The batch is 7.5 sequences a GPU unless train.batch_size says otherwise.""",
+Keys and groups are those of train. The batch is 7.5 sequences a GPU unless train.batch_size says otherwise.
+multiplier_from=compare.json adds the dense model of equal loss that `sparing compare` measured.
+The expected bill takes failures= and preemptions= (per 1,000 node-days), recovery_s= checkpoint_stall_s= start_up_s=
+server_factor= power_share= pue= other_gpu_hours= extension=STEPSxSEQUENCESxTOKENS+... and, of train, batch_start,
+batch_ramp_steps, validate_every and validate_sequences.""",
     "status": "usage: sparing status RUN\n\nRUN is a run directory, such as runs/tiny-20261124-120000.",
     "report": "usage: sparing report RUN [RUN ...] [out=FILE.html]\n\n"
               "Several runs are overlaid. Default: RUN/report.html.",
@@ -137,6 +143,11 @@ def train_config(config) -> int:
 def _plan(arguments: list[str]) -> int:
     from orchestrator.show_plan import OPTIONS, plan
 
+    if arguments == ["prices"]:
+        from orchestrator.plan_prices import print_prices
+
+        print_prices()
+        return 0
     named = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
     plan(named, [word for word in arguments if word.split("=", 1)[0] not in OPTIONS])
     return 0

@@ -1,37 +1,55 @@
-"""`sparing plan`: from a command's words to a printed ranking and plan.json. All figures are predicted."""
+"""`sparing plan`: from a command's words to a plan, its table, plan.json and page. All figures are predicted."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.plan.bill import Terms
+from orchestrator.plan.hardware import at_market
+from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, Request, default_batch, make_plan, to_json
+from orchestrator.plan_table import print_plan
 
-OPTIONS = ("tokens", "gpus", "dtype", "out")
-SHOWN = 8
+TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
+OPTIONS = ("tokens", "gpus", "dtype", "out", "market", "multiplier_from", *TERMS)
 
 
 def plan(options: dict[str, str], overrides: list[str]) -> None:
-    """Print the best layouts, the bill and why others were refused; write the whole as JSON where `out` says."""
-    request = read_request(options, overrides)
-    try:
-        found = make_plan(request)
-    except ValueError as error:
-        raise BadRequest(str(error)) from None
-    text = to_json(found)
+    """Print the best layouts, the bills and why others were refused; write the whole as JSON where `out` says."""
+    found, data = planned(options, overrides)
     if options.get("out"):
-        Path(options["out"]).write_text(text)
-    print_plan(found, json.loads(text))
+        Path(options["out"]).write_text(json.dumps(data, indent=2) + "\n")
+    print_plan(found, data)
     if not found.candidates:
-        raise NotFit(f"gpus={request.devices}: no layout of model={request.model.name} fits; use more devices, devices "
-                     "with more memory, or a smaller model")
+        raise NotFit(f"gpus={found.request.devices}: no layout of model={found.request.model.name} fits; use more "
+                     "devices, devices with more memory, or a smaller model")
     if options.get("out"):
         print(f"wrote     {options['out']}")
 
 
-def read_request(options: dict[str, str], overrides: list[str]) -> Request:
+def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
+    """The plan and what plan.json says of it."""
     config = compose_config(overrides)
     given = {text.lstrip("+").split("=", 1)[0] for text in overrides}
+    request = read_request(options, config, given)
+    compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else None
+    try:
+        terms = _terms(options, config)
+        found = make_plan(request)
+        data = json.loads(to_json(found))
+        if found.candidates:
+            best = found.candidates[0]
+            if "train.validate_sequences" not in given:  # as the printed command for `train` has it
+                terms = terms_of({"validate_sequences": str(best.work.dp * best.work.microbatches)}, terms)
+            data |= money(request, best, terms, compared)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    return found, data
+
+
+def read_request(options: dict[str, str], config, given: set[str]) -> Request:
     if config.hardware.device != "cuda":
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
                          "a100, h800, h200, b200), or a cluster that names one")
@@ -49,71 +67,25 @@ def read_request(options: dict[str, str], overrides: list[str]) -> Request:
         config.model.check()
     except ValueError as error:
         raise BadRequest(str(error)) from None
+    hardware = at_market(config.hardware, options.get("market", config.hardware.market))
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
     batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
-    return Request(config.model, config.hardware, devices, _number("tokens", options["tokens"]), seq_len, batch, dtype)
+    return Request(config.model, hardware, devices, _number("tokens", options["tokens"]), seq_len, batch, dtype)
 
 
-def print_plan(plan: Plan, data: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    request, console = plan.request, Console(highlight=False, soft_wrap=True, width=140)
-    hardware = request.hardware
-    console.print(f"{request.model.name} on {request.devices:,} x {hardware.name}, {request.tokens:.4g} tokens, "
-                  f"{request.batch_size:,} sequences of {request.seq_len:,} a step, {request.dtype}. "
-                  f"[bold]All figures are predicted.[/bold]")
-    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
-    if plan.candidates:
-        table = Table("pp", "dp", "ep", "schedule", "micro", "recompute", "step s", "bubble", "GiB", "MFU", "days",
-                      "GPU-hours", "USD", box=None, pad_edge=False)
-        for column in table.columns:
-            column.no_wrap, column.justify = True, "left" if column.header in ("schedule", "recompute") else "right"
-        for row in data["candidates"][:SHOWN]:
-            layout, usd = row["layout"], row["usd_total"]
-            table.add_row(*(str(layout[key]) for key in ("pp", "dp", "ep", "schedule", "microbatches", "recompute")),
-                          f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
-                          f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", f"{row['days']:.1f}",
-                          f"{row['gpu_hours']:,.0f}", "unknown" if usd is None else f"{usd:,.0f}")
-        console.print(table)
-        _print_best(console, data)
-    for refused in _telling(plan):
-        console.print(f"refused   {refused}")
+def _terms(options: dict[str, str], config) -> Terms:
+    train = config.train
+    base = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
+                 batch_start=train.batch_start, ramp_steps=train.batch_ramp_steps)
+    return terms_of({key: options[key] for key in TERMS if key in options}, base)
 
 
-def _print_best(console, data: dict) -> None:
-    best, hardware = data["best"], data["hardware"]
-    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in best["parts_s"].items())
-    memory = ", ".join(f"{name} {size:.1f}" for name, size in best["memory_gib"].items() if name != "total")
-    console.print(f"\nstep      {parts} s")
-    console.print(f"memory    {memory} GiB of {hardware['memory_gib']:.0f}")
-    price = (f"${hardware['usd_per_h']:.2f} an hour ({hardware['source']}, {hardware['date']})"
-             if "usd_per_h" in hardware else "a price that is unknown")
-    console.print(f"bill      {best['gpu_hours_per_trillion_tokens']:,.0f} GPU-hours per trillion tokens, at {price}")
-    console.print("          steady: no start-up, failures or validation")
-    for name in ("equal_total", "equal_active"):
-        twin = data["dense"][name]
-        usd = "unknown" if twin["usd"] is None else f"${twin['usd']:,.0f}"
-        console.print(f"dense     {usd}, {twin['device_hours']:,.0f} GPU-hours for equal {name.split('_')[1]} "
-                      "parameters, same tokens, this MFU")
-    runs = next((row for row in data["candidates"] if row["train"]), None)
-    if runs is not None:
-        aside = "" if runs is best else f"  ({runs['step_time_s']:.2f} s a step; dualpipe is planned, not run, here)"
-        console.print(f"train     {' '.join(runs['train'])}{aside}")
-
-
-def _telling(plan: Plan) -> list[str]:
-    """One refusal of each kind, the commonest first."""
-    kinds: dict[str, list] = {}
-    for item in plan.refused:
-        kind = "memory" if item.reason.startswith("needs ") else item.reason.split(" wants ")[0].split(" stages ")[-1]
-        kinds.setdefault(kind, []).append(item)
-    lines = []
-    for items in sorted(kinds.values(), key=len, reverse=True)[:4]:
-        layout = items[-1].layout
-        lines.append(f"{len(items)} layouts, such as pp={layout['pp']} dp={layout['dp']} ep={layout['ep']} "
-                     f"{layout['schedule']} recompute={layout['recompute']}: {items[-1].reason}")
-    return lines
+def _compared(path: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        raise BadRequest(f"multiplier_from={path}: is no readable JSON file; give the compare.json that "
+                         "`sparing compare` wrote") from None
 
 
 def _number(key: str, text: str) -> float:

@@ -1,8 +1,9 @@
 """What a whole run costs: two bills that are never added up.
 
-*Steady* is step time times steps, as in DeepSeek's published bill: the V3 report's 180K GPU-hours per trillion tokens are
-its steady step time and contain no failure. *Expected* adds start-up, validation, checkpoints, failures and preemptions;
-expected over steady is the *production factor*. Every term carries its equation and its source. All of it is predicted.
+*Steady* is step time times steps, as in DeepSeek's published bill: the V3 report's 180K GPU-hours per trillion tokens
+are its steady step time and contain no failure. *Expected* adds start-up, validation, checkpoints, failures and
+preemptions; expected over steady is the *production factor*. Every term carries its equation and its source. All of it
+is predicted.
 """
 
 import math
@@ -27,7 +28,9 @@ class Terms:
     start_up_s: float = 600.0
     """From placement to the first step, once."""
     validate_every: int = 0
-    """Steps between validations, each a forward of as many sequences as a step has; 0 is none."""
+    """Steps between validations; 0 is none."""
+    validate_sequences: int = 0
+    """Sequences of one validation; 0 is as many as a step has."""
     batch_start: int = 0
     ramp_steps: int = 0
     """The batch grows linearly from `batch_start` over so many steps; 0 is no ramp."""
@@ -35,8 +38,12 @@ class Terms:
     """Context extension: phases of (steps, sequences, tokens per sequence)."""
     other_gpu_hours: float = 0.0
     """Post-training and whatever else is known in GPU-hours alone."""
+    server_factor: float = 1.8
+    """Power of a server over the data-sheet power of its devices; Epoch AI has 1.82 for H100, 2.03 for A100."""
+    power_share: float = 0.75
+    """Of that, what a training run draws on average (Epoch AI)."""
     pue: float = 1.1
-    """Power of the building over that of its devices."""
+    """Power of the building over that of its servers; 1.1 at a hyperscaler, 1.25 elsewhere (Epoch AI)."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,15 @@ class Term:
 
 
 def interval_s(stall_s: float, mtbf_s: float) -> float:
-    """Time between checkpoints that loses least: Young (1974)."""
-    return math.sqrt(2 * stall_s * mtbf_s)
+    """Work between checkpoints that loses least: Young's sqrt(2 x stall x MTBF) with Daly's next terms (2006)."""
+    if stall_s >= 2 * mtbf_s:
+        return mtbf_s
+    ratio = math.sqrt(stall_s / (2 * mtbf_s))
+    return math.sqrt(2 * stall_s * mtbf_s) * (1 + ratio / 3 + ratio**2 / 9) - stall_s
 
 
 def lost_share(stall_s: float, recovery_s: float, mtbf_s: float) -> dict[str, float]:
-    """Shares of time lost at Young's interval, first order: `checkpoint`, `lost_work` (half an interval), `restart`."""
+    """Shares of time lost at that interval, first order: `checkpoint`, `lost_work` (half an interval), `restart`."""
     if math.isinf(mtbf_s):
         return {"checkpoint": 0.0, "lost_work": 0.0, "restart": 0.0}
     every = interval_s(stall_s, mtbf_s)
@@ -71,8 +81,8 @@ def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, ste
     per sequence). Raises ValueError if less than a step is asked for, or if failures leave no time to work.
     """
     if tokens < batch_tokens:
-        raise ValueError(f"tokens={tokens:.4g}: must be at least one step, {batch_tokens:,} tokens; raise tokens, or lower "
-                         "train.batch_size or train.seq_len")
+        raise ValueError(f"tokens={tokens:.4g}: must be at least one step, {batch_tokens:,} tokens; raise tokens, or "
+                         "lower train.batch_size or train.seq_len")
     steady = _steady(devices, tokens, batch_tokens, step_time_s, terms, step_at, extension_s, batch_size)
     base = sum(term.gpu_hours for term in steady)
     rate = (terms.failures + terms.preemptions) / 1000 * nodes / 86400
@@ -83,26 +93,28 @@ def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, ste
                          "recovery_s or gpus")
     added = [Term("start_up", terms.start_up_s * devices / 3600, "start-up time x devices", "assumption: start_up_s")]
     if terms.validate_every:
-        added.append(Term("validation", steady[0].gpu_hours / terms.validate_every / 3,
-                          "a forward, a third of a step, every validate_every steps", "train.validate_every"))
+        share = (terms.validate_sequences or batch_size) / batch_size
+        added.append(Term("validation", steady[0].gpu_hours * share / terms.validate_every / 3, "forward, a third of a "
+                          "step, of validate_sequences every validate_every steps", "train.validate_every"))
     worked = base + sum(term.gpu_hours for term in added)
     gross = worked / (1 - sum(lost.values()))
     rated = f"failures={terms.failures:g} per 1,000 node-days ({LLAMA_3})" if terms.failures == Terms.failures else (
         f"failures={terms.failures:g} per 1,000 node-days")
     rated += f", preemptions={terms.preemptions:g}" if terms.preemptions else ""
-    why = {"checkpoint": ("stall / Young's interval sqrt(2 x stall x MTBF)", "assumption: checkpoint_stall_s"),
-           "lost_work": ("half an interval / MTBF", rated), "restart": ("recovery / MTBF", "assumption: recovery_s; " + rated)}
+    why = {"checkpoint": ("stall / interval of Young and Daly", "assumption: checkpoint_stall_s"),
+           "lost_work": ("half an interval / MTBF", rated),
+           "restart": ("recovery / MTBF", "assumption: recovery_s, as often as lost_work")}
     added += [Term(name, gross * share, *why[name]) for name, share in lost.items()]
     expected = base + sum(term.gpu_hours for term in added)
-    power = None if watts is None else devices * watts * terms.pue / 1e6
+    power = None if watts is None else devices * watts * terms.server_factor * terms.power_share * terms.pue / 1e3
     return {
         "steady": _total(steady, base, usd_per_h, devices),
         "expected": _total([*steady, *added], expected, usd_per_h, devices),
         "production_factor": expected / base, "goodput": base / expected,
         "mtbf_h": None if math.isinf(mtbf) else mtbf / 3600,
         "checkpoint_every_s": None if math.isinf(mtbf) else interval_s(terms.checkpoint_stall_s, mtbf),
-        "power_mw": power, "energy_mwh": None if power is None else power * expected / devices,
-        "energy_note": f"data-sheet power of the devices alone, all the time, x PUE {terms.pue:g} (assumption): an upper bound",
+        "power_kw": power, "energy_kwh": None if power is None else power * expected / devices,
+        "energy_equation": "devices x data-sheet watts x server_factor x power_share x pue x hours (Epoch AI's method)",
         "terms": asdict(terms),
     }
 
@@ -111,8 +123,8 @@ def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, 
             step_at: Callable[[int], float] | None, extension_s: Callable[[int, int], float] | None,
             batch_size: int) -> list[Term]:
     per_step = devices / 3600
-    found = [Term("pre_training", tokens / batch_tokens * step_time_s * per_step, "tokens / tokens per step x step time x "
-                  "devices", "simulated step")]
+    found = [Term("pre_training", tokens / batch_tokens * step_time_s * per_step, "steps x step time x devices",
+                  "simulated step")]
     if terms.batch_start and terms.ramp_steps and step_at:
         seq_len = batch_tokens // batch_size
         extra, parts = 0.0, 16
@@ -120,17 +132,19 @@ def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, 
             batch = terms.batch_start + (batch_size - terms.batch_start) * (part + 0.5) / parts
             steps = terms.ramp_steps / parts
             extra += steps * (step_at(round(batch)) - step_time_s * batch * seq_len / batch_tokens)
-        found.append(Term("batch_ramp", extra * per_step, "sum over the ramp of its step time beyond its share of a full "
-                          "step", "simulated steps with fewer microbatches"))
+        found.append(Term("batch_ramp", extra * per_step, "over the ramp, step time beyond its share of a "
+                          "full step", "simulated steps with fewer microbatches"))
     for steps, sequences, seq_len in terms.extension if extension_s else ():
-        found.append(Term(f"context_{seq_len}", steps * extension_s(sequences, seq_len) * per_step, "steps x step time x "
-                          "devices", "FLOPs at this length over the pre-training FLOP/s"))
+        found.append(Term(f"context_{seq_len}", steps * extension_s(sequences, seq_len) * per_step,
+                          "steps x step time x devices", "FLOPs at this length over the pre-training FLOP/s"))
     if terms.other_gpu_hours:
         found.append(Term("other", terms.other_gpu_hours, "as given", "other_gpu_hours"))
     return found
 
 
 def _total(found: list[Term], gpu_hours: float, usd_per_h: float | None, devices: int) -> dict:
-    usd = None if usd_per_h is None else gpu_hours * usd_per_h
-    return {"gpu_hours": gpu_hours, "days": gpu_hours / devices / 24, "usd": usd,
-            "terms": [asdict(term) | {"usd": None if usd_per_h is None else term.gpu_hours * usd_per_h} for term in found]}
+    def usd(hours: float) -> float | None:
+        return None if usd_per_h is None else hours * usd_per_h
+
+    return {"gpu_hours": gpu_hours, "days": gpu_hours / devices / 24, "usd": usd(gpu_hours),
+            "terms": [asdict(term) | {"usd": usd(term.gpu_hours)} for term in found]}

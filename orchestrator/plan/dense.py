@@ -43,8 +43,8 @@ def joint_multiplier(experts: float, flops: float) -> float:
 
 
 def leverage_multiplier(active_share: float, granularity: float, flops: float) -> float:
-    """Efficiency leverage of arXiv 2507.17702. The base of its logarithms is not stated: log10 of the FLOPs and ln of the
-    granularity come nearest to its own example (6.9 for more than 7 at A=3.1%, G=12, 1e22)."""
+    """Efficiency leverage of arXiv 2507.17702. The base of its logarithms is not stated: log10 of the FLOPs and ln of
+    the granularity come nearest to its own example (6.9 for more than 7 at A=3.1%, G=12, 1e22)."""
     law, log_g = LEVERAGE, math.log(granularity)
     hat = 1 / (1 / (active_share + 1 / (1 / law["start"] - 1 / law["max"])) + 1 / law["max"])
     return hat ** (law["a"] + law["d"] * math.log10(flops) + law["gamma"] * log_g**2 + law["beta"] * log_g)
@@ -55,21 +55,28 @@ def equal_loss(*, flops: float, routed: int, activated: int, dim: int, expert_di
 
     Both laws take routing by its active share: 8 of 256 stands for 1 of 32.
     """
-    experts, granularity = routed / activated, 2 * dim / expert_dim
+    experts = routed / activated
+    leverage = leverage_multiplier(activated / routed, 2 * dim / expert_dim, flops)
     laws = [
         {"law": "joint (arXiv 2502.05172)", "multiplier": joint_multiplier(experts, flops),
          "inside_fit": flops <= 1e22 and experts <= 32, "fit": "its own table ends at 32 experts and 1e22 FLOP"},
-        {"law": "efficiency leverage (arXiv 2507.17702)", "multiplier": leverage_multiplier(activated / routed, granularity, flops),
+        {"law": "efficiency leverage (arXiv 2507.17702)", "multiplier": leverage,
          "inside_fit": flops <= 1e22 and activated / routed >= 0.031, "fit": "its own check is at 3.1% and 1e22 FLOP"},
     ]
     values = [law["multiplier"] for law in laws]
-    return {"low": min(values), "high": max(values), "inside_fits": all(law["inside_fit"] for law in laws), "laws": laws}
+    return {"low": min(values), "high": max(values), "inside_fits": all(law["inside_fit"] for law in laws),
+            "laws": laws}
 
 
 def measured_multiplier(compared: dict) -> dict | None:
-    """{low, median, high} in FLOPs against the equal-active twin from the result of `sparing compare`; None if absent."""
-    found = compared.get("multiplier", {}).get("equal_active", {}).get("flops")
-    return found if isinstance(found, dict) and {"low", "median", "high"} <= found.keys() else None
+    """{low, median, high} in FLOPs against the equal-active twin from the result of `sparing compare`; None where it
+    has none, as when the losses never met."""
+    found = compared
+    for key in ("multiplier", "equal_active", "flops"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    return found if all(isinstance(found.get(key), int | float) for key in ("low", "median", "high")) else None
 
 
 def _saturating(experts: float, start: float, top: float) -> float:

@@ -1,10 +1,16 @@
 """Bills, scaling laws and published figures; every oracle is a figure that others printed."""
 
+import dataclasses
+import json
+import math
 import random
 
 import pytest
 
+from model import count
+from orchestrator.compose import compose_config
 from orchestrator.plan.bill import Terms, interval_s, lost_share, make_bill
+from orchestrator.plan.cost import model_flops
 from orchestrator.plan.dense import (
     equal_loss,
     joint_law,
@@ -13,7 +19,13 @@ from orchestrator.plan.dense import (
     leverage_multiplier,
     measured_multiplier,
 )
+from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.money import bill_of, dense_of, money, terms_of
+from orchestrator.plan.planner import Plan, Request, make_plan, price, to_json
 from orchestrator.plan.published import published, serving_cost
+from orchestrator.plan_prices import print_prices
+from orchestrator.plan_table import reasons
+from orchestrator.show_plan import read_request
 
 V3 = dict(devices=2048, nodes=256, batch_tokens=15360 * 4096, step_time_s=19.926, usd_per_h=2.0)
 
@@ -38,16 +50,28 @@ def test_expected_terms_sum_and_nothing_added_is_the_steady_bill():
     assert sum(term["usd"] for term in expected["terms"]) == pytest.approx(expected["usd"])
     assert bill["production_factor"] == pytest.approx(1 / bill["goodput"]) and bill["production_factor"] > 1.03
     assert all(term["equation"] and term["source"] for term in expected["terms"])
-    assert bill["energy_mwh"] == pytest.approx(expected["gpu_hours"] * 700 * 1.1 / 1e6)
+    assert bill["energy_kwh"] == pytest.approx(expected["gpu_hours"] * 0.7 * 1.8 * 0.75 * 1.1)
+    assert bill["power_kw"] == pytest.approx(2048 * 0.7 * 1.8 * 0.75 * 1.1)
     bare = make_bill(**V3, tokens=14.8e12, terms=Terms(failures=0, start_up_s=0))
     assert bare["production_factor"] == 1 and bare["mtbf_h"] is None
 
 
 @pytest.mark.parametrize("nodes, rate, recovery, share", [(256, 3.8, 600, 0.033), (256, 6.5, 1800, 0.069),
                                                          (2048, 3.8, 600, 0.128), (2048, 3.8, 1800, 0.236)])
-def test_lost_time_at_youngs_interval(nodes, rate, recovery, share):
+def test_lost_time_at_the_best_interval(nodes, rate, recovery, share):
     mtbf = 86400 / (rate / 1000 * nodes)
     assert sum(lost_share(30, recovery, mtbf).values()) == pytest.approx(share, abs=0.0006)
+
+
+@pytest.mark.parametrize("stall, mtbf", [(30, 88900), (120, 11100), (600, 36000)])
+def test_the_interval_is_the_best_of_dalys_complete_model(stall, mtbf):
+    """T(tau) ~ (exp((tau + stall) / M) - 1) / tau (Daly 2006, eq. 20), minimised by trying."""
+    def wall(tau):
+        return math.expm1((tau + stall) / mtbf) / tau
+
+    best = min((stall * 1.01**i for i in range(500)), key=wall)
+    assert interval_s(stall, mtbf) == pytest.approx(best, rel=0.03)
+    assert wall(interval_s(stall, mtbf)) == pytest.approx(wall(best), rel=1e-4)
 
 
 def test_llama_3s_failures_come_every_three_hours():
@@ -78,7 +102,8 @@ def test_a_ramp_and_an_extension_are_terms_of_their_own():
     found = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}
     assert list(found) == ["pre_training", "batch_ramp", "context_32768", "context_131072"]
     assert found["context_32768"] == pytest.approx(1000 * 30 * 2048 / 3600)
-    assert found["batch_ramp"] == pytest.approx(12424 * 2.0 * (1 - 9216 / 15360) * 2048 / 3600)  # the bubble's share alone
+    bubble_alone = 12424 * 2.0 * (1 - 9216 / 15360) * 2048 / 3600
+    assert found["batch_ramp"] == pytest.approx(bubble_alone)
 
 
 @pytest.mark.parametrize("changes, words", [(dict(tokens=1e6), "tokens=1e\\+06: must be at least one step"),
@@ -88,8 +113,9 @@ def test_a_bill_that_cannot_be_is_explained(changes, words):
         make_bill(**V3 | dict(tokens=1e12, terms=Terms()) | changes)
 
 
-TABLE_4 = {1: (30.3640, -.1817, 53.9838, -.1965), 2: (27.7982, -.1780, 66.8401, -.2065), 4: (24.8462, -.1731, 87.7022, -.2192),
-           8: (21.8330, -.1676, 119.9126, -.2338), 16: (19.0159, -.1617, 167.5073, -.2494), 32: (16.5424, -.1557, 234.6726, -.2652)}
+TABLE_4 = {1: (30.3640, -.1817, 53.9838, -.1965), 2: (27.7982, -.1780, 66.8401, -.2065),
+           4: (24.8462, -.1731, 87.7022, -.2192), 8: (21.8330, -.1676, 119.9126, -.2338),
+           16: (19.0159, -.1617, 167.5073, -.2494), 32: (16.5424, -.1557, 234.6726, -.2652)}
 TABLE_1 = {1: ((1.7, 9.7), (5.7, 29.3), (18.8, 88.6)), 2: ((1.5, 11.4), (5.0, 33.0), (17.4, 96.0)),
            4: ((1.2, 13.9), (4.4, 38.0), (15.8, 105.4)), 8: ((.99, 17.0), (3.8, 44.3), (14.4, 115.8)),
            16: ((.81, 20.7), (3.3, 51.2), (13.2, 126.5)), 32: ((.669, 24.9), (2.85, 58.4), (12.2, 136.9))}
@@ -102,7 +128,7 @@ def test_the_joint_scaling_laws_own_tables_come_out(experts):
     assert [law[key] for key in ("m", "mu", "n", "nu")] == pytest.approx(TABLE_4[experts], rel=0.003)
     for flops, (parameters, tokens) in zip((1e20, 1e21, 1e22), TABLE_1[experts], strict=True):
         found = joint_optimum(experts, flops)
-        assert found[0] == pytest.approx(parameters * 1e9, rel=0.025) and found[1] == pytest.approx(tokens * 1e9, rel=0.025)
+        assert found[:2] == pytest.approx((parameters * 1e9, tokens * 1e9), rel=0.025)
 
 
 def test_multipliers_of_both_laws_and_their_range():
@@ -118,6 +144,7 @@ def test_a_measured_multiplier_is_read_from_compares_result():
     spread = {"median": 1.4, "low": 1.2, "high": 1.5, "seeds": 2}
     assert measured_multiplier({"multiplier": {"equal_active": {"flops": spread}}}) == spread
     assert measured_multiplier({}) is None
+    assert measured_multiplier({"multiplier": {"equal_active": {"flops": spread | {"median": None}}}}) is None
 
 
 def test_deepseeks_serving_day():
@@ -136,7 +163,8 @@ def test_deepseeks_serving_day():
     node = serving_cost(usd_per_h=2, devices=8, input_tokens_per_s=day["node_input_tokens_per_s"],
                         output_tokens_per_s=day["node_output_tokens_per_s"])
     # prefill and decode nodes apart must cost what the whole fleet did
-    assert (node["input"] * day["input_tokens"] + node["output"] * day["output_tokens"]) / 1e6 == pytest.approx(usd, rel=0.01)
+    apart = (node["input"] * day["input_tokens"] + node["output"] * day["output_tokens"]) / 1e6
+    assert apart == pytest.approx(usd, rel=0.01)
     assert serving_cost(usd_per_h=2, devices=8)["any"] is None
 
 
@@ -147,3 +175,79 @@ def test_every_published_figure_says_whence_and_what_it_is():
         assert "usd" in row or "gpu_hours" in row
     for row in data["api_prices"] + data["serving"]:
         assert row["source"] and row["date"], row
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Request, Plan]:
+    request = Request(compose_config(["model=moonlight_16b"]).model, catalogue()["h100"], 16, 1e12, 4096, 128,
+                      schedules=("1f1b",))
+    return request, make_plan(request)
+
+
+def test_dense_twins_go_through_the_same_search(small):
+    """A dense model has no all-to-all and larger products: at equal active parameters it is never slower here."""
+    request, plan = small
+    best = plan.candidates[0]
+    found = money(request, best, Terms())
+    active, total, loss = (found["dense"][key] for key in ("equal_active", "equal_total", "equal_loss"))
+    assert active["how"] == total["how"] == "simulated" and active["layout"]["ep"] == 1
+    assert active["mfu"] > price(best, request)["mfu"] and active["over_steady"] < 1 < total["over_steady"]
+    twin = make_plan(dataclasses.replace(request, model=count.dense_equal_active(request.model)))
+    assert active["device_hours"] <= price(twin.candidates[0], request)["gpu_hours"]
+    assert loss["low"]["flops"] == pytest.approx(loss["low"]["multiplier"] * model_flops(request.model, 1e12, 4096))
+    assert {row["kind"] for row in found["published"]} >= {"disclosure", "estimate"}
+
+
+def test_a_twin_that_fits_nowhere_keeps_the_mixtures_mfu_and_says_why(small):
+    request, plan = small
+    best = plan.candidates[0]
+    tight = dataclasses.replace(request, hardware=dataclasses.replace(request.hardware, memory_gib=5))
+    total = dense_of(tight, price(best, request), bill_of(request, best, Terms()), None)["equal_total"]
+    assert total["how"] == "the mixture's MFU" and total["mfu"] == price(best, request)["mfu"]
+    assert "no layout of it fits: needs" in total["refused"]
+
+
+def test_a_measured_multiplier_becomes_a_bill_of_its_own(small):
+    request, plan = small
+    compared = {"multiplier": {"equal_active": {"flops": {"median": 1.4, "low": 1.2, "high": 1.5, "seeds": 2}}}}
+    loss = money(request, plan.candidates[0], Terms(), compared)["dense"]["equal_loss"]
+    hours = {key: loss["measured"][key]["device_hours"] for key in ("low", "median", "high")}
+    assert hours["median"] / hours["low"] == pytest.approx(1.4 / 1.2) and "extrapolation" in loss["measured"]["note"]
+
+
+def test_the_simulated_ramp_lies_between_none_and_a_run_at_its_first_batch(small):
+    request, plan = small
+    best = next(c for c in plan.candidates if c.work.pp > 1)
+    bill = bill_of(request, best, Terms(batch_start=32, ramp_steps=1000))
+    extra = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}["batch_ramp"]
+    assert 0 < extra < 1000 * best.found.step_time_s * 16 / 3600
+
+
+@pytest.mark.parametrize("values, words", [({"recovery_s": "soon"}, "recovery_s=soon: must be a number"),
+                                           ({"pue": "-1"}, "pue=-1: must be a number"),
+                                           ({"extension": "1000x1920"}, "extension=1000x1920: must be phases of")])
+def test_terms_given_badly_are_explained(values, words):
+    with pytest.raises(ValueError, match=words):
+        terms_of(values, Terms())
+    assert terms_of({"extension": "10x2x64+5x1x128"}, Terms()).extension == ((10, 2, 64), (5, 1, 128))
+
+
+def test_every_layout_in_the_table_says_why_it_is_there(small):
+    rows = json.loads(to_json(small[1]))["candidates"][:8]
+    why = reasons(rows)
+    assert why[0].startswith("fastest") and all(why) and sum("least memory" in each for each in why) == 1
+
+
+@pytest.mark.parametrize("market, price_per_h", [("on_demand", 2.99), ("reserved", 2.35), ("spot", 1.25)])
+def test_the_market_sets_the_price(small, market, price_per_h):
+    given = ["model=moonlight_16b", "hardware=h100"]
+    asked = read_request({"tokens": "1e12", "gpus": "16", "market": market}, compose_config(given), set())
+    bill = bill_of(dataclasses.replace(small[0], hardware=asked.hardware), small[1].candidates[0], Terms())
+    assert bill["price"]["usd_per_h"] == price_per_h and bill["price"]["market"] == market
+    assert bill["steady"]["usd"] == pytest.approx(bill["steady"]["gpu_hours"] * price_per_h)
+
+
+def test_prices_are_printed_beside_costs(capsys):
+    print_prices()
+    text = capsys.readouterr().out
+    assert "96.3% lower for input, 96.4% for output" in text and "$0.518" in text and "$0.300" in text

@@ -1,0 +1,144 @@
+"""The money in plan.json: both bills of a layout, its dense equivalents, and what others published.
+
+Dense models go through the same search and the same clock as the mixture. All of it is predicted but `published`,
+whose lines say themselves what they are.
+"""
+
+from dataclasses import asdict, replace
+
+from model import count
+from model.config import ModelConfig
+from orchestrator.plan.bill import Terms, make_bill
+from orchestrator.plan.cost import dense_equivalents, model_flops
+from orchestrator.plan.dense import equal_loss, measured_multiplier
+from orchestrator.plan.estimate import estimate
+from orchestrator.plan.planner import Candidate, Request, illegal, make_plan, price
+from orchestrator.plan.published import published
+
+DENSE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
+TWINS = {"equal_active": count.dense_equal_active, "equal_total": count.dense_equal_total}
+
+
+def money(request: Request, best: Candidate, terms: Terms, compared: dict | None = None) -> dict:
+    """`bill`, `dense` and `published` of plan.json. compared: the result of `sparing compare`, if there is one."""
+    own = bill_of(request, best, terms)
+    return {"bill": own, "dense": dense_of(request, price(best, request), own, compared),
+            "published": published()["budgets"]}
+
+
+def bill_of(request: Request, best: Candidate, terms: Terms) -> dict:
+    """Of the whole run under this layout; `ValueError` as of `make_bill`."""
+    hardware, work = request.hardware, best.work
+    step_s = best.found.step_time_s
+    rate = model_flops(request.model, request.batch_size * request.seq_len, request.seq_len) / step_s
+
+    def extension_s(sequences: int, seq_len: int) -> float:
+        return model_flops(request.model, sequences * seq_len, seq_len) / rate
+
+    found = make_bill(
+        devices=request.devices, nodes=max(1, request.devices // hardware.scale_up_devices), tokens=request.tokens,
+        batch_tokens=request.batch_size * request.seq_len, batch_size=request.batch_size, step_time_s=step_s,
+        terms=terms, usd_per_h=hardware.usd_per_h, watts=hardware.watts, step_at=_step_at(work, step_s),
+        extension_s=extension_s)
+    priced = {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")}
+    return {"price": priced, **found}
+
+
+def _step_at(work, step_s: float):
+    """Seconds of a step with fewer sequences: a straight line through this step and the shortest legal one, since a
+    pipeline's steady part grows with its microbatches and the rest stays."""
+    per_microbatch = work.batch_size // work.microbatches
+
+    def with_microbatches(number: int):
+        return replace(work, microbatches=number, batch_size=per_microbatch * number)
+
+    shorter = next((number for number in range(1, work.microbatches) if illegal(with_microbatches(number)) is None),
+                   None)
+    if shorter is None:
+        return lambda sequences: step_s * sequences / work.batch_size
+    slope = (step_s - estimate(with_microbatches(shorter)).step_time_s) / (work.microbatches - shorter)
+    return lambda sequences: step_s - slope * (work.microbatches - sequences / per_microbatch)
+
+
+def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) -> dict:
+    """Steady device-hours and dollars of dense models: equal active and equal total parameters through the same search,
+    equal loss as the range of named scaling laws and as what `compare` measured.
+
+    A twin that fits in no layout keeps the mixture's own MFU, and says so (`how`): an upper bound.
+    """
+    hardware, model = request.hardware, request.model
+    at_own = dense_equivalents(model, request.tokens, seq_len=request.seq_len, mfu=best["mfu"],
+                               peak_flops_per_s=hardware.bf16_tflops * 1e12, usd_per_h=hardware.usd_per_h,
+                               devices=request.devices)
+    found = {name: at_own[name] | {"mfu": best["mfu"], "how": "the mixture's MFU"} for name in at_own}
+    if model.n_routed_experts:
+        for name, twin in TWINS.items():
+            found[name] |= simulated_twin(request, twin(model))
+        found["equal_loss"] = _equal_loss(request, found["equal_active"], compared)
+    for line in (found["equal_active"], found["equal_total"]):
+        line["over_steady"] = line["device_hours"] / bill["steady"]["gpu_hours"]
+    return found
+
+
+def simulated_twin(request: Request, twin: ModelConfig) -> dict:
+    """The best layout of the dense twin on the same devices; if none fits, why."""
+    plan = make_plan(replace(request, model=twin, schedules=DENSE_SCHEDULES))
+    if not plan.candidates:
+        needs = [item.reason for item in plan.refused if item.reason.startswith("needs ")]
+        return {"refused": f"no layout of it fits: {min(needs, key=_gib, default='none is legal')}"}
+    row = price(plan.candidates[0], plan.request)
+    return {"device_hours": row["gpu_hours"], "hours": row["days"] * 24, "usd": row["usd_total"], "mfu": row["mfu"],
+            "how": "simulated", "layout": row["layout"], "step_time_s": row["step_time_s"]}
+
+
+def _gib(reason: str) -> float:
+    """Of a refusal that begins `needs 316 GiB`."""
+    return float(reason.split()[1].replace(",", ""))
+
+
+def _equal_loss(request: Request, twin: dict, compared: dict | None) -> dict:
+    """FLOPs times a multiplier, at the MFU of the equal-active twin."""
+    model, hardware = request.model, request.hardware
+    flops = model_flops(model, request.tokens, request.seq_len)
+    laws = equal_loss(flops=flops, routed=model.n_routed_experts, activated=model.n_activated_experts, dim=model.dim,
+                      expert_dim=model.moe_inter_dim)
+
+    def priced(multiplier: float) -> dict:
+        hours = flops * multiplier / (twin["mfu"] * hardware.bf16_tflops * 1e12) / 3600
+        usd = None if hardware.usd_per_h is None else hours * hardware.usd_per_h
+        return {"multiplier": multiplier, "flops": flops * multiplier, "device_hours": hours, "usd": usd}
+
+    spread = measured_multiplier(compared or {})
+    measured = None if spread is None else {key: priced(spread[key]) for key in ("low", "median", "high")} | {
+        "seeds": spread.get("seeds"), "note": "measured by `compare` at its own size; applied here as an extrapolation"}
+    return {"low": priced(laws["low"]), "high": priced(laws["high"]), "inside_fits": laws["inside_fits"],
+            "laws": [law | priced(law["multiplier"]) for law in laws["laws"]], "measured": measured,
+            "mfu": twin["mfu"], "how": f"multiplier x this run's FLOPs at the equal-active twin's MFU ({twin['how']})"}
+
+
+def terms_of(values: dict[str, str], base: Terms) -> Terms:
+    """`Terms` with what was given as text; `ValueError` with key, value, rule and remedy."""
+    changed = {}
+    for key, text in values.items():
+        if key == "extension":
+            changed[key] = _phases(text)
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < 1e15:
+            raise ValueError(f"{key}={text}: must be a number of at least 0; use {key}={asdict(Terms())[key]:g}")
+        changed[key] = value
+    return replace(base, **changed)
+
+
+def _phases(text: str) -> tuple[tuple[int, int, int], ...]:
+    try:
+        phases = tuple(tuple(int(part) for part in phase.split("x")) for phase in text.split("+"))
+    except ValueError:
+        phases = ((),)
+    if any(len(phase) != 3 or min(phase) < 1 for phase in phases):
+        raise ValueError(f"extension={text}: must be phases of STEPSxSEQUENCESxTOKENS joined by +; use "
+                         "extension=1000x1920x32768+1000x480x131072")
+    return phases

@@ -1,0 +1,175 @@
+"""A plan as it is printed: the best layouts and why each is there, memory, both bills, what dense models would take."""
+
+from orchestrator.plan.planner import Plan
+from orchestrator.report_plots import format_number
+
+SHOWN = 8
+BUDGETS_SHOWN = ("GPT-4", "Llama 3.1 405B", "DeepSeek-V3")
+BAR = 36
+WIDTH = 150
+
+
+def print_plan(plan: Plan, data: dict) -> None:
+    from rich.console import Console
+
+    request, console = plan.request, Console(highlight=False, soft_wrap=True)
+    console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
+    console.print(f"{request.model.name} on {request.devices:,} x {request.hardware.name}, {request.tokens:.4g} tokens,"
+                  f" {request.batch_size:,} sequences of {request.seq_len:,} a step, {request.dtype}. "
+                  f"[bold]All figures are predicted.[/bold]")
+    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
+    if plan.candidates:
+        rows = data["candidates"]
+        why = reasons(rows)
+        table = _grid("pp", "dp", "ep", "<schedule", "micro", "<recompute", "step s", "bubble", "GiB", "MFU", "days",
+                      "USD", "<why it is here")
+        for row, reason in list(zip(rows, why, strict=True))[:SHOWN]:
+            layout = row["layout"]
+            table.add_row(*(str(layout[key]) for key in ("pp", "dp", "ep", "schedule", "microbatches", "recompute")),
+                          f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
+                          f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", f"{row['days']:.1f}",
+                          dollars(row["usd_total"]), reason)
+        console.print(table)
+        _print_step(console, data)
+        _print_bills(console, data["bill"])
+        _print_dense(console, data)
+        _print_train(console, data)
+    for refused in _telling(plan):
+        console.print(f"refused   {refused}")
+
+
+def reasons(rows: list[dict]) -> list[str]:
+    """What each layout wins, and the part of its step on which it loses most to the fastest; rows are fastest first."""
+    best = rows[0]
+    wins = [("least memory", min(rows, key=lambda row: row["memory_gib"]["total"])),
+            ("least bubble", min(rows, key=lambda row: row["bubble_fraction"])),
+            ("fastest that `train` runs", next((row for row in rows if row["train"]), None))]
+    found = []
+    for row in rows:
+        won = ["fastest"] * (row is best) + [name for name, winner in wins if winner is row]
+        if row is not best:
+            part = max(row["parts_s"], key=lambda name: row["parts_s"][name] - best["parts_s"].get(name, 0.0))
+            won.append(f"{row['parts_s'][part] - best['parts_s'].get(part, 0.0):+.2f} s {part}")
+        elif len(rows) > 1:
+            second = rows[1]["parts_s"]
+            part = max(second, key=lambda name: second[name] - row["parts_s"].get(name, 0.0))
+            won.append(f"{second[part] - row['parts_s'].get(part, 0.0):.2f} s less {part} than the next")
+        found.append(", ".join(won))
+    return found
+
+
+def dollars(usd: float | None) -> str:
+    return "unknown" if usd is None else f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}"
+
+
+def _print_step(console, data: dict) -> None:
+    best, have = data["best"], data["hardware"]["memory_gib"]
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in best["parts_s"].items())
+    console.print(f"\nstep      {parts} s")
+    used = 0.0
+    for name, size in best["memory_gib"].items():
+        start = 0.0 if name == "total" else used
+        used = size if name == "total" else used + size
+        begin, end = (min(BAR, round(edge / have * BAR)) for edge in (start, used))
+        bar = " " * begin + "\u2588" * (end - begin) + "\u2591" * (BAR - end) * (name == "total")
+        note = f"  of {have:.0f} GiB, fullest rank" if name == "total" else ""
+        console.print(f"{'memory' if start == 0 and name != 'total' else '':10}{name:12}{size:7.1f}  {bar}{note}")
+
+
+def _print_bills(console, bill: dict) -> None:
+    price, steady, expected = bill["price"], bill["steady"], bill["expected"]
+    at = "a price that is unknown; set hardware.usd_per_h"
+    if price["usd_per_h"] is not None:
+        market = price["market"].replace("_", " ")
+        at = f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}, {price['date']})"
+    console.print(f"\nat {at}")
+    table = _grid("<bill", "GPU-hours", "days", "USD", "<what it counts")
+    own = {term["name"]: term for term in expected["terms"]}
+    table.add_row("steady", *_sums(steady), "step time x steps; DeepSeek's published bill is of this kind")
+    for name in [term["name"] for term in steady["terms"]][1:]:
+        table.add_row(f"  of it {name}", f"{own[name]['gpu_hours']:,.0f}", "", dollars(own[name]["usd"]),
+                      own[name]["equation"])
+    steady_names = {term["name"] for term in steady["terms"]}
+    for term in expected["terms"]:
+        if term["name"] not in steady_names:
+            table.add_row(f"  + {term['name']}", f"{term['gpu_hours']:,.0f}", "", dollars(term["usd"]), term["source"])
+    often = "" if bill["mtbf_h"] is None else (f", a failure every {bill['mtbf_h']:.3g} h, a checkpoint every "
+                                               f"{bill['checkpoint_every_s'] / 60:.0f} min")
+    table.add_row("expected", *_sums(expected),
+                  f"production factor {bill['production_factor']:.3f}, goodput {bill['goodput']:.1%}{often}")
+    console.print(table)
+    if bill["energy_kwh"] is not None:
+        console.print(f"energy    {bill['energy_kwh'] / 1e3:,.0f} MWh at {bill['power_kw'] / 1e3:,.2f} MW")
+    if price["market"] == "spot" and not bill["terms"]["preemptions"]:
+        console.print("          spot: no preemption is charged, since no rate is in print; give preemptions=N per "
+                      "1,000 node-days")
+
+
+def _sums(side: dict) -> list[str]:
+    return [f"{side['gpu_hours']:,.0f}", f"{side['days']:.1f}", dollars(side["usd"])]
+
+
+def _print_dense(console, data: dict) -> None:
+    table, steady = _grid("<beside it, steady", "parameters", "GPU-hours", "USD", "x", "<how"), data["bill"]["steady"]
+
+    def line(name: str, low: dict, high: dict, how: str, parameters: str = "") -> None:
+        both = [low] if low is high else [low, high]
+        table.add_row(name, parameters, " - ".join(f"{each['device_hours']:,.0f}" for each in both),
+                      " - ".join(dollars(each["usd"]) for each in both),
+                      " - ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in both), how)
+
+    for key in ("equal_active", "equal_total"):
+        twin = data["dense"][key]
+        why = f" (an upper bound; {twin['refused']})" if "refused" in twin else ""
+        how = f"{twin['how']}, {twin['mfu']:.1%}{why}" if why else f"{twin['how']}, {twin['mfu']:.1%} MFU"
+        line(f"dense, {key.replace('_', ' ')}", twin, twin, how, format_number(twin["parameters"]))
+    loss = data["dense"].get("equal_loss")
+    if loss:
+        outside = "" if loss["inside_fits"] else "[bold] outside their fits[/bold]"
+        line("dense, equal loss", loss["low"], loss["high"], "range of " + " and ".join(
+            law["law"] for law in loss["laws"]) + outside)
+        found = loss["measured"]
+        if found:
+            line("dense, equal loss, measured", found["low"], found["high"], found["note"])
+    console.print()
+    console.print(table)
+    table = _grid("<published", "<kind", "GPU-hours", "USD", "<source")
+    for row in data["published"]:
+        if row["name"] in BUDGETS_SHOWN:
+            usd = " - ".join(dollars(each) for each in sorted(set(row["usd"]))) if "usd" in row else ""
+            hours = f"{row['gpu_hours']:,} {row['device']}" if "gpu_hours" in row else ""
+            table.add_row(row["name"], row["kind"], hours, usd, row["source"])
+    console.print()
+    console.print(table)
+
+
+def _print_train(console, data: dict) -> None:
+    runs = next((row for row in data["candidates"] if row["train"]), None)
+    if runs is not None:
+        aside = "" if runs is data["candidates"][0] else (
+            f"  ({runs['step_time_s']:.2f} s a step; dualpipe is planned, not run, here)")
+        console.print(f"\ntrain     {' '.join(runs['train'])}{aside}")
+
+
+def _telling(plan: Plan) -> list[str]:
+    """One refusal of each kind, the commonest first."""
+    kinds: dict[str, list] = {}
+    for item in plan.refused:
+        kind = "memory" if item.reason.startswith("needs ") else item.reason.split(" wants ")[0].split(" stages ")[-1]
+        kinds.setdefault(kind, []).append(item)
+    lines = []
+    for items in sorted(kinds.values(), key=len, reverse=True)[:4]:
+        layout = items[-1].layout
+        lines.append(f"{len(items)} layouts, such as pp={layout['pp']} dp={layout['dp']} ep={layout['ep']} "
+                     f"{layout['schedule']} recompute={layout['recompute']}: {items[-1].reason}")
+    return lines
+
+
+def _grid(*headers: str):
+    """A table without lines; a header that starts with < is left-aligned; only the last column may wrap."""
+    from rich.table import Table
+
+    table = Table(*(header.lstrip("<") for header in headers), box=None, pad_edge=False)
+    for column, header in zip(table.columns, headers, strict=True):
+        column.no_wrap, column.justify = header != headers[-1], "left" if header.startswith("<") else "right"
+    return table
