@@ -181,7 +181,7 @@ class Hosts:
                           if node["state"] == "ALIVE")
         return []
 
-    def wait_for(self, nodes: list[Node], timeout_s: float = 60) -> None:
+    def wait_for(self, nodes: list[Node], timeout_s: float = 180) -> None:
         """Until Ray counts exactly these nodes as alive."""
         wanted = sorted(node.address for node in nodes)
         wait_until(lambda: self.alive() == wanted, timeout_s,
@@ -193,10 +193,12 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def hosts(number: int = 3, *, cpus: int = 2, resources: list[dict[str, float]] | None = None,
-          environment: dict[str, str] | None = None, hidden: list[Path] = (), timeout_s: float = 60) -> Iterator[Hosts]:
-    """A running cluster of `number` nodes, removed afterwards whatever happens. `environment` is added to the nodes'
-    (give PYTHONPATH to have this tree imported there); `hidden` folders look empty to them."""
+def hosts(number: int = 3, *, cpus: int | list[int] = 2, resources: list[dict[str, float]] | None = None,
+          environment: dict[str, str] | None = None, hidden: list[Path] = (),
+          timeout_s: float = 180) -> Iterator[Hosts]:
+    """A running cluster of `number` nodes, removed afterwards whatever happens. `cpus`, of each or one by one.
+    `environment` is added to the nodes' (give PYTHONPATH to have this tree imported there); `hidden` folders look
+    empty to them."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-hosts-")))
         index = stack.enter_context(_claimed_network())
@@ -214,7 +216,8 @@ def hosts(number: int = 3, *, cpus: int = 2, resources: list[dict[str, float]] |
         _remove_network(index)  # what a killed test may have left
         _add_bridge(index)
         for i in range(number):
-            cluster.nodes.append(_add_node(index, i, base, cpus, (resources or [{}] * number)[i]))
+            cluster.nodes.append(_add_node(index, i, base, cpus[i] if isinstance(cpus, list) else cpus,
+                                           (resources or [{}] * number)[i]))
             stack.callback(cluster.nodes[i].kill)
         cluster.boot(cluster.head)
         wait_until(lambda: _listens(cluster.head.address, GCS_PORT), timeout_s,
