@@ -26,7 +26,7 @@ class Ranks:
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple] = []
 
-    def run(self, function: Callable, *args, world: int, timeout_s: float = 45) -> list:
+    def run(self, function: Callable, *args, world: int, timeout_s: float = 150) -> list:
         while len(self.workers) < world:
             here, there = self.context.Pipe()
             process = self.context.Process(target=_serve, args=(there, sys.path), daemon=True)

@@ -44,6 +44,7 @@ class Accounts:
         self.ledger = self._open_ledger(restored)
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
+        self.parts: list[dict[str, float]] = []
         self.save_seconds = 0.0
         self.kept_tokens, self.kept_seconds = 0, 0.0
         self.tokens_before = progress.tokens
@@ -75,7 +76,7 @@ class Accounts:
                        usd=None if price is None else seconds / 3600 * price)
         self.recovery = None
 
-    def step(self, sums, *, lr: float, seconds: float, data_s: float) -> dict:
+    def step(self, sums, *, lr: float, seconds: float, data_s: float, parts_s: dict[str, float]) -> dict:
         """Book one step and make its row."""
         config, progress = self.config, self.progress
         tokens, self.tokens_before = progress.tokens - self.tokens_before, progress.tokens
@@ -84,6 +85,7 @@ class Accounts:
         self.ledger.charge("data", data_s)
         self.ledger.charge("goodput" if sums.finite else "lost_work", seconds - data_s)
         self.step_seconds = [*self.step_seconds[-19:], seconds]
+        self.parts = [*self.parts[-19:], parts_s | {"cpu": sums.cpu_s}]
         if sums.finite:
             self.kept_tokens, self.kept_seconds = self.kept_tokens + tokens, self.kept_seconds + seconds
             progress.loss_train = sums.losses[0] / tokens
@@ -98,7 +100,8 @@ class Accounts:
             "train/grad_norm": sums.grad_norm, "train/lr": lr, "train/skipped": int(not sums.finite),
             "tokens/total": progress.tokens, "tokens/per_s": tokens / seconds,
             "tokens/per_s_per_rank": tokens / seconds / self.devices,
-            "time/step_s": seconds, "time/data_s": data_s,
+            "time/step_s": seconds, "time/data_s": data_s, **{f"time/{name}_s": s for name, s in parts_s.items()},
+            "time/cpu_s": sums.cpu_s, "memory/peak_gib": self._peak_gib(),
             "flops/model_total": model_flops(config.model, progress.tokens, config.train.seq_len),
             "perf/mfu": mfu(flops / seconds, devices=self.devices, peak_flops_per_s=self.peak),
         }
@@ -163,6 +166,7 @@ class Accounts:
             "bits_per_byte": {"validation": progress.extra.get("bits_per_byte"), **self.corpus.baselines},
             "tokens_per_s": self.kept_tokens / seconds if seconds else None,
             "step_time_s": sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None,
+            "parts_s": _mean(self.parts), "memory_peak_gib": self._peak_gib(),
             "peak_flops_per_s": self.peak, "device": self.mesh.device.type,
             "model_flops_total": model_flops(self.config.model, progress.tokens, self.config.train.seq_len),
             "ledger": self.ledger.to_dict(now), "checkpoint": checkpoint,
@@ -205,6 +209,10 @@ class Accounts:
                 **{f"moe/load_max_over_mean/{name}": load for name, load in zip(self.moe_layers, loads, strict=True)},
                 "moe/tokens_per_expert": counts.tolist()}
 
+    def _peak_gib(self) -> float | None:
+        """The most that this rank's tensors took so far; only a GPU's allocator knows."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self.mesh.device.type == "cuda" else None
+
     def _costs(self) -> dict:
         now, config, tokens = time.time(), self.config, self.progress.tokens
         usd = self.ledger.usd(now)
@@ -217,6 +225,11 @@ class Accounts:
         for name, twin in dense.items():
             row[f"cost/dense_{name}_device_hours"], row[f"cost/dense_{name}_usd"] = twin["device_hours"], twin["usd"]
         return row
+
+
+def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    names = {name for found in parts for name in found}
+    return {name: sum(found.get(name, 0.0) for found in parts) / len(parts) for name in sorted(names)}
 
 
 def peak_flops_per_s(config: Config, device: torch.device, dtype: torch.dtype) -> float:

@@ -72,6 +72,8 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
         "predicted": result.get("predicted") or {},
         "measured": {
             "step_time_s": result.get("step_time_s"),
+            "parts_s": result.get("parts_s") or {},
+            "memory_peak_gib": result.get("memory_peak_gib"),
             "skipped_steps": result.get("skipped_steps"),
             "tokens_per_s_per_rank": tokens_per_s / devices if tokens_per_s else None,
             "model_flops_total": result.get("model_flops_total") or flops * tokens,

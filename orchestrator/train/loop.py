@@ -28,6 +28,7 @@ from orchestrator.train.memory import keep_freed_memory
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
 from orchestrator.train.replica import Replicas
 from orchestrator.train.resume import Checkpoints
+from orchestrator.train.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class StepSums:
     stop: bool
     tokens_per_expert: Tensor
     """[MoE layers, experts], int64."""
+    cpu_s: float = 0.0
+    """CPU seconds of forward and backward; 0 on GPUs."""
 
     @property
     def finite(self) -> bool:
@@ -109,6 +112,7 @@ class Trainer:
         self.pipeline: Pipeline = build_pipeline(config, mesh, compute)
         self.optimizer = build_optimizer(self.pipeline.shards, config.optim)
         self.moe_layers = moe_layer_names(config)
+        self.stopwatch = Stopwatch(mesh.device)
         self.progress = Progress()
         self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt,
                                        data_digest=self.corpus.digest, replicas=replicas, recovery=recovery)
@@ -145,7 +149,8 @@ class Trainer:
             if progress.step + 1 < config.train.steps:
                 upcoming = self.fetcher.submit(self._batch, progress.step + 1)
             sums, lr = self._step(tokens)
-            row = self.accounts.step(sums, lr=lr, seconds=time.perf_counter() - began, data_s=data_s)
+            row = self.accounts.step(sums, lr=lr, seconds=time.perf_counter() - began, data_s=data_s,
+                                     parts_s=self.stopwatch.read())
             last = progress.step == config.train.steps or sums.stop
             if last or _due(progress.step, config.train.validate_every):
                 row |= self._validate()
@@ -172,9 +177,12 @@ class Trainer:
         """Forward, backward, agree, clip, update: one optimizer step of the V3 recipe."""
         config, progress, pipeline = self.config, self.progress, self.pipeline
         sequences = data.batch_size_at(progress.step, config.train)
+        self.stopwatch.start()
         losses = pipeline.train_step(tokens, step_sequences=sequences)
         pipeline.finish_grads()
+        self.stopwatch.lap("forward_backward")
         sums = self._reduce(losses)
+        self.stopwatch.lap("agree")
         lr = learning_rate(progress.optimizer_steps + 1, config.optim, config.train.steps)
         if sums.finite:
             clip_and_step(self.optimizer, pipeline.shards, norm=sums.grad_norm, optim=config.optim, lr=lr)
@@ -185,6 +193,7 @@ class Trainer:
             progress.bad_steps += 1
             progress.bad_in_a_row += 1
         pipeline.zero_grad()
+        self.stopwatch.lap("optimizer")
         progress.step += 1
         progress.samples += sequences
         progress.tokens += sequences * config.train.seq_len
@@ -200,14 +209,15 @@ class Trainer:
                 counts[self.moe_layers.index(name)] = router.tokens_per_expert.double()
                 balance += float(router.balance_loss_sum)
         stop = self.control.stop_cause is not None or (self.is_lead and self.accounts.budget_ends())
-        head = torch.tensor([balance, float(squared_norm(self.pipeline.shards)), float(stop)], dtype=torch.float64)
+        head = torch.tensor([balance, float(squared_norm(self.pipeline.shards)), float(stop), self.stopwatch.cpu_s()],
+                            dtype=torch.float64)
         packed = torch.cat([losses.detach().double().cpu(), head, counts.flatten()])
         packed = self._sum_over_ranks(packed)
         squared = packed[width + 1].item()
-        reduced = packed[width + 3 :].view_as(counts).to(torch.int64)
+        reduced = packed[width + 4 :].view_as(counts).to(torch.int64)
         self.hosted += reduced
         return StepSums(packed[:width].tolist(), packed[width].item(), math.sqrt(squared) if squared >= 0 else squared,
-                        packed[width + 2].item() > 0, reduced)
+                        packed[width + 2].item() > 0, reduced, packed[width + 3].item())
 
     def _sum_over_ranks(self, packed: Tensor) -> Tensor:
         if self.mesh.world is None:
