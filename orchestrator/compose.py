@@ -39,6 +39,25 @@ def compose_config(overrides: list[str]) -> Config:
     return _over_saved(config, overrides)
 
 
+def combinations(overrides: list[str]) -> list[list[str]]:
+    """What `--multirun` makes of them: every combination of values separated by commas, as Hydra reads them."""
+    from itertools import product
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    found = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise BadRequest(f"{text}: cannot be read as KEY=VALUE or KEY=VALUE,VALUE; {_first_lines(error)}") from None
+        key = text.split("=", 1)[0]
+        found.append([f"{key}={value}" for value in override.sweep_string_iterator()]
+                     if override.is_sweep_override() else [text])
+    return [list(each) for each in product(*found)]
+
+
 def to_config(composed) -> Config:
     """OmegaConf ends here."""
     from omegaconf import OmegaConf

@@ -10,14 +10,43 @@ from orchestrator.plan.bill import Terms
 from orchestrator.plan.hardware import at_market
 from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, Request, default_batch, make_plan, to_json
+from orchestrator.plan_explain import print_explained
+from orchestrator.plan_page import page
 from orchestrator.plan_table import print_plan
 
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
-OPTIONS = ("tokens", "gpus", "dtype", "out", "market", "multiplier_from", *TERMS)
+OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", *TERMS)
+
+
+def run(arguments: list[str]) -> int:
+    """`sparing plan ARGUMENTS`; returns the exit code."""
+    if arguments[:1] == ["prices"]:
+        from orchestrator.plan_prices import print_prices
+
+        print_prices()
+    elif arguments[:1] == ["diff"]:
+        from orchestrator.plan_diff import plan_diff
+
+        plan_diff(arguments[1:])
+    elif {"-m", "--multirun"} & set(arguments):
+        from orchestrator.plan_sweep import plan_sweep
+
+        plan_sweep([word for word in arguments if word not in ("-m", "--multirun")])
+    else:
+        plan(*split_words(arguments))
+    return 0
+
+
+def split_words(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The plan's own options, and overrides of the config."""
+    named = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
+    return named, [word for word in arguments if word.split("=", 1)[0] not in OPTIONS]
 
 
 def plan(options: dict[str, str], overrides: list[str]) -> None:
     """Print the best layouts, the bills and why others were refused; write the whole as JSON where `out` says."""
+    if options.get("explain", "false") not in ("true", "false"):
+        raise BadRequest(f"explain={options['explain']}: must be true or false; use explain=true")
     found, data = planned(options, overrides)
     if options.get("out"):
         Path(options["out"]).write_text(json.dumps(data, indent=2) + "\n")
@@ -25,8 +54,13 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     if not found.candidates:
         raise NotFit(f"gpus={found.request.devices}: no layout of model={found.request.model.name} fits; use more "
                      "devices, devices with more memory, or a smaller model")
-    if options.get("out"):
-        print(f"wrote     {options['out']}")
+    if options.get("explain") == "true":
+        print_explained(found, data)
+    if options.get("html"):
+        Path(options["html"]).write_text(page(found, data))
+    for key in ("out", "html"):
+        if options.get(key):
+            print(f"wrote     {options[key]}")
 
 
 def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:

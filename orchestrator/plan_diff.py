@@ -1,0 +1,127 @@
+"""`sparing plan diff A B`: what a change of configuration does to days and dollars, by term, from two plan.json."""
+
+import json
+from pathlib import Path
+
+from orchestrator.errors import BadRequest
+from orchestrator.plan_table import dollars
+
+USAGE = "usage: sparing plan diff A.json B.json"
+UNTOLD = ("match", "reserved", "spot", "source", "date")
+REQUEST = ("model", "devices", "tokens", "seq_len", "batch_size", "dtype")
+
+
+def plan_diff(paths: list[str]) -> None:
+    """Print it."""
+    if len(paths) != 2:
+        raise BadRequest(f"plan diff: takes two files, {len(paths)} were given; {USAGE}")
+    print_diff(*(_read(path) for path in paths), names=paths)
+
+
+def difference(a: dict, b: dict) -> dict:
+    """`changed` (key: before, after), and `step`, `memory`, `bill`: rows of (term, before, after), in seconds, GiB and
+    (GPU-hours, USD). The terms of a bill sum to its total, so the rows sum to the change."""
+    changed = {key: (a[key], b[key]) for key in REQUEST if a[key] != b[key]}
+    changed |= _unequal("hardware", *({key: value for key, value in plan["hardware"].items() if key not in UNTOLD}
+                                      for plan in (a, b)))
+    changed |= _unequal("layout", a["best"]["layout"], b["best"]["layout"])
+    changed |= _unequal("bill", a["bill"]["terms"], b["bill"]["terms"])
+    return {"changed": changed,
+            "step": _paired(a["best"]["parts_s"] | {"step": a["best"]["step_time_s"]},
+                            b["best"]["parts_s"] | {"step": b["best"]["step_time_s"]}, 0.0),
+            "memory": _paired(a["best"]["memory_gib"], b["best"]["memory_gib"], 0.0),
+            "bill": _paired(_bill(a["bill"]), _bill(b["bill"]), (0.0, 0.0))}
+
+
+def print_diff(a: dict, b: dict, names: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found, console = difference(a, b), Console(highlight=False, soft_wrap=True, width=120)
+    for key, (before, after) in found["changed"].items():
+        console.print(f"changed   {key}: {before} -> {after}")
+    if not found["changed"]:
+        console.print("nothing that was asked for or chosen has changed")
+    table = Table("", names[0], names[1], "change", "", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, unit in (("step", "s"), ("memory", "GiB")):
+        for name, before, after in found[title]:
+            if before or after:
+                table.add_row(f"{title}, {name}" if name not in ("step", "total") else f"[bold]{title}, {unit}[/bold]",
+                              f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}", _share(before, after))
+        table.add_section()
+    for name, (before, cost_before), (after, cost_after) in found["bill"]:
+        bold = name.endswith(" bill")
+        table.add_row(f"[bold]{name}[/bold]" if bold else name, dollars(cost_before), dollars(cost_after),
+                      _signed(cost_before, cost_after), _share(before, after) if None in (cost_before, cost_after)
+                      else _share(cost_before, cost_after))
+    for name, usd in by_cause(a["bill"], b["bill"]).items():
+        table.add_row(f"  of it by {name}", "", "", _signed(0.0, usd))
+    for side in ("steady", "expected"):
+        before, after = a["bill"][side]["days"], b["bill"][side]["days"]
+        table.add_row(f"[bold]{side} days[/bold]", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}",
+                      _share(before, after))
+    console.print(table)
+    console.print(headline(a, b))
+
+
+def by_cause(a: dict, b: dict) -> dict[str, float]:
+    """The change of the expected bill as that of GPU-hours at the old price and of the price for the new hours; empty
+    where a price is unknown."""
+    old, new = a["price"]["usd_per_h"], b["price"]["usd_per_h"]
+    if old is None or new is None:
+        return {}
+    before, after = a["expected"]["gpu_hours"], b["expected"]["gpu_hours"]
+    return {"GPU-hours": (after - before) * old, "price": (new - old) * after}
+
+
+def headline(a: dict, b: dict) -> str:
+    """One line for a pull request: +$41,000 and +1.2 days, most of it where."""
+    days = b["bill"]["expected"]["days"] - a["bill"]["expected"]["days"]
+    usd = _signed(a["bill"]["expected"]["usd"], b["bill"]["expected"]["usd"])
+    parts = [(name, after - before) for name, before, after in difference(a, b)["step"] if name != "step"]
+    name, change = max(parts, key=lambda part: abs(part[1]))
+    return f"expected  {usd} and {days:+.2f} days; of a step, {name} changes most ({change:+.2f} s)"
+
+
+def _bill(bill: dict) -> dict[str, tuple[float, float | None]]:
+    steady = bill["steady"]["terms"]
+    known = {term["name"] for term in steady}
+    rows = {term["name"]: (term["gpu_hours"], term["usd"]) for term in steady}
+    rows["steady bill"] = bill["steady"]["gpu_hours"], bill["steady"]["usd"]
+    rows |= {term["name"]: (term["gpu_hours"], term["usd"]) for term in bill["expected"]["terms"]
+             if term["name"] not in known}
+    return rows | {"expected bill": (bill["expected"]["gpu_hours"], bill["expected"]["usd"])}
+
+
+def _paired(a: dict, b: dict, absent) -> list[tuple]:
+    return [(name, a.get(name, absent), b.get(name, absent)) for name in dict.fromkeys([*a, *b])]
+
+
+def _unequal(prefix: str, a: dict, b: dict) -> dict[str, tuple]:
+    return {f"{prefix}.{name}": (before, after) for name, before, after in _paired(a, b, None) if before != after}
+
+
+def _signed(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "unknown"
+    return f"{'-' if after < before else '+'}{dollars(abs(after - before))}"
+
+
+def _share(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else ""
+
+
+def _read(path: str) -> dict:
+    try:
+        data = json.loads(Path(path).read_text())
+        if data["best"] is None:
+            raise BadRequest(f"plan diff: {path}: is a plan in which no layout fits; give one with a best layout")
+        data["bill"]["terms"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, BadRequest):
+            raise
+        raise BadRequest(f"plan diff: {path}: is no plan.json of this version; write one with `sparing plan ... "
+                         "out=FILE`") from None
+    return data

@@ -1,0 +1,126 @@
+"""`sparing plan explain=true`: how each number of the best layout came about, by term, with its equation's name."""
+
+from model import count
+from orchestrator.plan.estimate import estimate, layer_time
+from orchestrator.plan.planner import Plan
+from orchestrator.plan.workload import Workload, pipeline_of
+from orchestrator.plan_page import dense_rows
+from orchestrator.plan_table import dollars
+
+Line = tuple[str, str, str]
+"""What, how much, by which equation."""
+
+
+def explained(plan: Plan, data: dict) -> list[tuple[str, list[Line]]]:
+    """Sections from the layer up to the bill; every figure in them is one that the plan used."""
+    work = plan.candidates[0].work
+    return [("FLOPs", _flops(work, data)), ("one layer, one microbatch, one rank", _layer(work)),
+            ("the step", _step(work)), ("from the step to the run", _run(data)),
+            ("memory of the fullest rank", _memory(data)), ("the bills", _bills(data["bill"])),
+            ("dense models", _dense(data))]
+
+
+def print_explained(plan: Plan, data: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(150, console.width) if console.is_terminal else 150
+    for title, lines in explained(plan, data):
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for justify in ("left", "right", "left"):
+            table.add_column(justify=justify)
+        for line in lines:
+            table.add_row("  " + line[0], line[1], line[2])
+        console.print(f"\n[bold]{title}[/bold]")
+        console.print(table)
+
+
+def _flops(work: Workload, data: dict) -> list[Line]:
+    model = work.model
+    active = count.active_parameters(model, mtp=True)
+    per_token = count.training_flops(model, work.seq_len, mtp=True)
+    core = 3 * count.attention_flops(model, work.seq_len) * (model.n_layers + model.n_mtp_layers)
+    return [("active parameters that multiply", f"{active.excluding_embedding / 1e9:.2f} B", "input embedding left "
+             "out, MTP modules in (count.active_parameters)"),
+            ("attention core a token", f"{core / 1e9:.1f} GFLOP", "causal half: 3 x layers x seq_len x heads x (d_qk + "
+             "d_v) (count.attention_flops)"),
+            ("training FLOPs a token", f"{per_token / 1e9:.1f} GFLOP", "6 x active + attention core, no recompute "
+             "(count.training_flops; a head pass a MTP depth more)"),
+            ("of the whole run", f"{per_token * data['tokens']:.3g}", "x tokens")]
+
+
+def _layer(work: Workload) -> list[Line]:
+    lines, assumed, hardware = [], work.assumptions, work.hardware
+    kinds = [("dense", False)] * (work.model.n_dense_layers > 0 or not work.model.n_routed_experts)
+    kinds += [("MoE", True)] * (work.model.n_routed_experts > 0)
+    for name, moe in kinds:
+        found = layer_time(work, moe)
+        lines += [(f"{name}: forward", f"{found.forward * 1e3:.2f} ms", "products / (peak x share of dtype) + "
+                   "attention core / (bf16 peak x share) + bytes / (memory bandwidth x share)"),
+                  (f"{name}: input gradients", f"{found.backward * 1e3:.2f} ms", "the same, core 2.5 times, bytes 1.5 "
+                   f"times; recompute={work.recompute.name}"),
+                  (f"{name}: weight gradients", f"{found.weight * 1e3:.2f} ms", "products again")]
+        if found.sent_bytes or found.up_bytes:
+            lines += [(f"{name}: to other nodes", f"{found.sent_bytes / 1e6:.0f} MB", "node-limited all-to-all (V3 "
+                       f"report, 3.2.2), ep={work.ep}; over {hardware.scale_out_gb_per_s:g} GB/s x {assumed.network:g}"
+                       f", x {assumed.network_overlapped:g} under overlap"),
+                      (f"{name}: inside the node", f"{found.up_bytes / 1e6:.0f} MB",
+                       f"the same over {hardware.scale_up_gb_per_s:g} GB/s")]
+    return lines
+
+
+def _step(work: Workload) -> list[Line]:
+    found = estimate(work)
+    ranges, table, _ = pipeline_of(work)
+    equations = {
+        "pipeline": f"busiest rank at work: event clock over the {work.schedule} table, {len(ranges)} stages of "
+                    f"{min(map(len, ranges))} to {max(map(len, ranges))} layers, {sum(map(len, table))} slots",
+        "bubble": "the same rank idle on that clock",
+        "reduce": "reduce-scatter of fp32 gradients, all-gather of bf16 weights, over the slower link",
+        "optimizer": "AdamW by bytes: 34 a parameter that the rank owns / memory bandwidth"}
+    lines = [(name, f"{seconds:.3f} s", equations.get(name, "")) for name, seconds in found.parts_s.items()]
+    return [*lines, ("step", f"{found.step_time_s:.3f} s", "their sum"),
+            ("bubble fraction", f"{found.bubble_fraction:.1%}", "idle share of all ranks' time on the clock")]
+
+
+def _run(data: dict) -> list[Line]:
+    best = data["best"]
+    steps = data["tokens"] / data["batch_size"] / data["seq_len"]
+    return [("steps", f"{steps:,.0f}", "tokens / (sequences x seq_len)"),
+            ("tokens a second", f"{best['tokens_per_s']:,.0f}", "sequences x seq_len / step"),
+            ("MFU", f"{best['mfu']:.1%}", "training FLOPs x tokens a second / (devices x bf16 peak)"),
+            ("days", f"{best['days']:.2f}", "steps x step"),
+            ("GPU-hours a trillion tokens", f"{best['gpu_hours_per_trillion_tokens']:,.0f}",
+             "devices x hours / tokens")]
+
+
+def _memory(data: dict) -> list[Line]:
+    equations = {"weights": "parameters on the rank x bytes of the compute copy",
+                 "gradients": "parameters on the rank x bytes of a gradient",
+                 "masters": "fp32 masters, sharded over the replicas", "moments": "two AdamW moments, sharded likewise",
+                 "activations": "by tensor and layer x microbatches in flight, read off the schedule's table",
+                 "logits": "tokens of a microbatch x vocabulary", "total": "their sum"}
+    return [(name, f"{size:.2f} GiB", equations.get(name, "")) for name, size in data["best"]["memory_gib"].items()]
+
+
+def _bills(bill: dict) -> list[Line]:
+    lines = [(term["name"], f"{term['gpu_hours']:,.0f} h", f"{term['equation']}; {term['source']}")
+             for term in bill["expected"]["terms"]]
+    price = bill["price"]["usd_per_h"]
+    for name in ("steady", "expected"):
+        lines.append((f"{name} bill", dollars(bill[name]["usd"]), f"{bill[name]['gpu_hours']:,.0f} GPU-hours x "
+                      + ("an unknown price" if price is None else f"${price:.2f}")))
+    lines.append(("production factor", f"{bill['production_factor']:.4f}", "expected / steady"))
+    if bill["mtbf_h"] is not None:
+        lines += [("MTBF", f"{bill['mtbf_h']:.1f} h", "24,000 / ((failures + preemptions) x nodes)"),
+                  ("checkpoint every", f"{bill['checkpoint_every_s']:,.0f} s", "Young and Daly: sqrt(2 x stall x MTBF) "
+                   "and the next terms")]
+    if bill["energy_kwh"] is not None:
+        lines.append(("energy", f"{bill['energy_kwh']:,.0f} kWh", bill["energy_equation"]))
+    return lines
+
+
+def _dense(data: dict) -> list[Line]:
+    return [(name, " to ".join(dollars(each["usd"]) for each in entries), how)
+            for name, entries, how in dense_rows(data)]

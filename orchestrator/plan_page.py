@@ -1,0 +1,194 @@
+"""One self-contained HTML page about a plan: no network, no script. All figures but the published are predicted."""
+
+from html import escape
+
+from orchestrator.plan.cost import MFU_CONVENTION
+from orchestrator.plan.estimate import estimate
+from orchestrator.plan.planner import Plan
+from orchestrator.plan.trace import held_over_time
+from orchestrator.plan.workload import Workload, pipeline_of
+from orchestrator.plan_plots import STYLE as PLOT_STYLE
+from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
+from orchestrator.plan_table import dollars, reasons
+from orchestrator.report_plots import format_number, stacked_bar
+from orchestrator.report_style import STYLE, details, figure, table
+
+SHOWN, ZOOM_SLOTS = 12, 45
+
+
+def page(plan: Plan, data: dict) -> str:
+    """The whole document, of a plan in which at least one layout fits."""
+    request, work = plan.request, plan.candidates[0].work
+    title = f"{request.model.name} on {request.devices:,} {request.hardware.name}"
+    body = [_header(data, title), _tiles(data), *_timelines(data, work), '<section class="grid">',
+            _memory(data), _memory_over_time(data, work), "</section>", _layouts(data), _bills(data["bill"]),
+            _dense(data), _cost(data), _published(data), _refused(data), _assumptions(data), _footer()]
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"><title>{escape(title)} - Sparing plan</title>'
+            f"<style>{STYLE}{PLOT_STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part)
+            + "\n</main></body></html>\n")
+
+
+def layout_words(layout: dict) -> str:
+    return " ".join(str(value) if key == "schedule" else f"{key}={value}" for key, value in layout.items())
+
+
+def _header(data: dict, title: str) -> str:
+    what = (f"{data['tokens']:.4g} tokens, {data['batch_size']:,} sequences of {data['seq_len']:,} a step, "
+            f"{data['dtype']}; {data['considered']:,} layouts considered")
+    return (f'<header><h1>{escape(title)}</h1><p class="sub"><span class="status">predicted</span> {escape(what)}</p>'
+            f'<p class="sub">best: <b>{escape(layout_words(data["best"]["layout"]))}</b></p></header>')
+
+
+def _tiles(data: dict) -> str:
+    best, bill = data["best"], data["bill"]
+    tiles = [("step", f"{best['step_time_s']:.2f} s", f"{best['bubble_fraction']:.0%} bubble"),
+             ("MFU", f"{best['mfu']:.1%}", "bf16 peak, causal attention"),
+             ("steady bill", dollars(bill["steady"]["usd"]), f"{bill['steady']['gpu_hours']:,.0f} GPU-hours, "
+              f"{bill['steady']['days']:.1f} days"),
+             ("expected bill", dollars(bill["expected"]["usd"]), f"{bill['expected']['days']:.1f} days; production "
+              f"factor {bill['production_factor']:.3f}")]
+    return '<dl class="tiles">' + "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>"
+        for name, value, note in tiles) + "</dl>"
+
+
+def _timelines(data: dict, work: Workload) -> list[str]:
+    """The whole step, and its beginning near enough to read microbatches."""
+    timeline = estimate(work).timeline
+    parts = data["best"]["parts_s"]
+    tail = [(name, seconds) for name, seconds in parts.items() if name not in ("pipeline", "bubble")]
+    found = [figure("One step, rank by rank", f"{work.schedule} over {work.pp} pipeline ranks, {work.microbatches} "
+                    "microbatches: the action table that is executed, on a simulated clock",
+                    timeline_chart(timeline, tail=tail, numbers=work.microbatches <= 24), wide=True)]
+    slots = sum(span.rank == 0 for span in timeline.spans)
+    if slots > ZOOM_SLOTS:
+        end = timeline.step_time * ZOOM_SLOTS / slots
+        found.append(figure("Its beginning", "the same clock; numbers are microbatches",
+                            timeline_chart(timeline, end=end, numbers=True), wide=True))
+    return found
+
+
+def _memory(data: dict) -> str:
+    sizes, have = data["best"]["memory_gib"], data["hardware"]["memory_gib"]
+    parts = [(name, size, f"b{i % 7}") for i, (name, size) in enumerate(sizes.items()) if name != "total"]
+    free = max(0.0, have - sizes["total"])
+    rows = [[f'<i class="key box {css}"></i>{escape(name)}', f"{size:.1f}", f"{size / have:.0%}"]
+            for name, size, css in [*parts, ("free", free, "b7")]]
+    return figure("Memory of the fullest rank", f"{sizes['total']:.1f} of {have:.1f} GiB",
+                  stacked_bar([*parts, ("free", free, "b7")]) + table(["", "GiB", "of the device"], rows))
+
+
+def _memory_over_time(data: dict, work: Workload) -> str:
+    sizes, timeline = data["best"]["memory_gib"], estimate(work).timeline
+    ranges, _, _ = pipeline_of(work)
+    held = held_over_time(timeline, [float(len(layers)) for layers in ranges])
+    most = max(gib for points in held for _, gib in points) or 1.0
+    peak = sizes["activations"]
+    scaled = [[(time, gib / most * peak) for time, gib in points] for points in held]
+    state = sum(size for name, size in sizes.items() if name not in ("total", "activations"))
+    return figure("Memory over a step", "what does not change, as on the fullest rank, and activations by layers and "
+                  "microbatches in flight",
+                  memory_chart(scaled, state, [("device", data["hardware"]["memory_gib"])]))
+
+
+def _layouts(data: dict) -> str:
+    rows = []
+    for row, why in list(zip(data["candidates"], reasons(data["candidates"]), strict=True))[:SHOWN]:
+        rows.append([escape(layout_words(row["layout"])) + f"<small>{escape(why)}</small>", f"{row['step_time_s']:.2f}",
+                     f"{row['bubble_fraction']:.0%}", f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}",
+                     f"{row['days']:.1f}", dollars(row["usd_total"])])
+    return figure("The best layouts", "fastest first, steady bill", table(
+        ["layout, and why it is here", "step s", "bubble", "GiB", "MFU", "days", "USD"], rows), wide=True)
+
+
+def _bills(bill: dict) -> str:
+    steady = {term["name"] for term in bill["steady"]["terms"]}
+    rows = []
+    for term in bill["expected"]["terms"]:
+        kind = "steady" if term["name"] in steady else "expected"
+        rows.append([escape(term["name"].replace("_", " ")), kind, escape(term["equation"]), escape(term["source"]),
+                     f"{term['gpu_hours']:,.0f}", dollars(term["usd"])])
+    for name in ("steady", "expected"):
+        side = bill[name]
+        rows.append([f"<b>{name} bill</b>", "", "", f"{side['days']:.1f} days", f"<b>{side['gpu_hours']:,.0f}</b>",
+                     f"<b>{dollars(side['usd'])}</b>"])
+    price = bill["price"]
+    market = price["market"].replace("_", " ")
+    at = "price unknown" if price["usd_per_h"] is None else (
+        f"${price['usd_per_h']:.2f} a GPU-hour, {market}: {price['source']}, {price['date']}")
+    energy = "" if bill["energy_kwh"] is None else (f"; {bill['energy_kwh'] / 1e3:,.0f} MWh at "
+                                                    f"{bill['power_kw'] / 1e3:,.2f} MW ({bill['energy_equation']})")
+    return figure("Two bills, never one", f"{at}{energy}", table(
+        ["term", "bill", "equation", "source", "GPU-hours", "USD"], rows, numeric_from=4), wide=True)
+
+
+def dense_rows(data: dict) -> list[tuple[str, list[dict], str]]:
+    """(name, one entry or a low and a high one, how it came about) of every dense equivalent."""
+    dense, rows = data["dense"], []
+    for key in ("equal_active", "equal_total"):
+        twin = dense[key]
+        rows.append((f"dense, {key.replace('_', ' ')} parameters ({format_number(twin['parameters'])})", [twin],
+                     f"{twin['how']}, {twin['mfu']:.1%} MFU" + (f"; {twin['refused']}" if "refused" in twin else "")))
+    loss = dense.get("equal_loss")
+    if loss:
+        for law in loss["laws"]:
+            rows.append((f"dense, equal loss by {law['law']}", [law], f"{law['multiplier']:.2f} x the FLOPs; "
+                         + ("inside its fit" if law["inside_fit"] else f"OUTSIDE its fit: {law['fit']}")))
+        if loss["measured"]:
+            rows.append(("dense, equal loss, multiplier measured by `compare`",
+                         [loss["measured"]["low"], loss["measured"]["high"]], loss["measured"]["note"]))
+    return rows
+
+
+def _dense(data: dict) -> str:
+    steady = data["bill"]["steady"]
+    rows = [["<b>this plan</b>", f"<b>{steady['gpu_hours']:,.0f}</b>", f"<b>{dollars(steady['usd'])}</b>", "1.00"]]
+    for name, entries, how in dense_rows(data):
+        rows.append([f"{escape(name)}<small>{escape(how)}</small>",
+                     " to ".join(f"{each['device_hours']:,.0f}" for each in entries),
+                     " to ".join(dollars(each["usd"]) for each in entries),
+                     " to ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in entries)])
+    return figure("Beside dense models", "steady bills on the same devices; laws are a range, never one number",
+                  table(["", "GPU-hours", "USD", "x this plan"], rows), wide=True)
+
+
+def _cost(data: dict) -> str:
+    """Cost against days: the search's Pareto front where there is one, else what was priced."""
+    front = data.get("pareto") or []
+    points = [(row["hardware"], row["days"], row["usd_total"]) for row in front if row.get("usd_total") is not None]
+    if not points:
+        return ""
+    return figure("Cost against days", "layouts that no other beats in both; a line for each kind of GPU",
+                  cost_chart(points), wide=True)
+
+
+def _published(data: dict) -> str:
+    rows = []
+    for row in data["published"]:
+        usd = " to ".join(dollars(each) for each in sorted(set(row["usd"]))) if "usd" in row else "-"
+        hours = f"{row['gpu_hours']:,} {row.get('device', '')}" if "gpu_hours" in row else "-"
+        rows.append([f"{escape(row['name'])}<small>{escape(row['source'])}, {escape(row['date'])}</small>",
+                     escape(row["kind"]), hours, format_number(row.get("flops")), usd])
+    return details("Published budgets, for scale", table(["", "kind", "device-hours", "FLOPs", "USD"], rows,
+                                                         numeric_from=2))
+
+
+def _refused(data: dict) -> str:
+    rows = [[escape(layout_words(row["layout"])), escape(row["reason"])] for row in data["refused"][:60]]
+    return details(f"Refused layouts ({len(rows)} of {data['considered'] - len(data['candidates']):,} shown)",
+                   table(["layout", "reason"], rows, numeric_from=9)) if rows else ""
+
+
+def _assumptions(data: dict) -> str:
+    groups = (data["assumptions"], data["bill"]["terms"], data["hardware"])
+    rows = [[escape(name), escape(f"{value:g}" if isinstance(value, int | float) else str(value))]
+            for group in groups for name, value in group.items()]
+    runs = next((row for row in data["candidates"] if row["train"]), None)
+    command = "" if runs is None else details("The best layout that `sparing train` runs",
+                                              f"<pre>sparing train {escape(' '.join(runs['train']))}</pre>")
+    return details("What was assumed", table(["", ""], rows)) + command
+
+
+def _footer() -> str:
+    return f"<footer><p>MFU: {escape(MFU_CONVENTION)}.</p><p>Made by sparing plan html=FILE.</p></footer>"

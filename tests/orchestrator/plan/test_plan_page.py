@@ -1,0 +1,137 @@
+"""What a person sees of a plan: page, pictures, explanation, difference, what-if. One small plan serves all."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from orchestrator.__main__ import main
+from orchestrator.compose import combinations, compose_config
+from orchestrator.plan.bill import Terms
+from orchestrator.plan.estimate import estimate
+from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.money import money
+from orchestrator.plan.planner import Plan, Request, make_plan, to_json
+from orchestrator.plan.trace import held_over_time
+from orchestrator.plan.workload import Workload, pipeline_of
+from orchestrator.plan_diff import by_cause, difference
+from orchestrator.plan_explain import explained
+from orchestrator.plan_page import page
+from orchestrator.plan_plots import timeline_chart
+from orchestrator.plan_table import print_plan
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Plan, dict]:
+    request = Request(compose_config(["model=deepseek_v2_lite"]).model, catalogue()["h100"], 16, 1e11, 2048, 64,
+                      schedules=("dualpipe",))
+    plan = make_plan(request)
+    plan.candidates.sort(key=lambda candidate: candidate.work.pp == 1)
+    data = json.loads(to_json(plan))
+    return plan, data | money(request, plan.candidates[0], Terms(extension=((10, 8, 8192),)))
+
+
+@pytest.fixture(scope="module")
+def pipelined() -> Workload:
+    model = compose_config(["model=deepseek_v2_lite"]).model
+    return Workload(model, catalogue()["h100"], 2048, 64, 4, 4, 4, "dualpipe", 8)
+
+
+def test_the_page_is_one_whole_file_that_asks_the_network_for_nothing(small):
+    text = page(*small)
+    assert not re.search(r"<script|<link|@import|src=|url\(", text)
+    opened, parser = [], HTMLParser()
+    parser.handle_starttag = lambda tag, _: opened.append(tag) if tag != "meta" else None
+    parser.handle_endtag = lambda tag: opened.pop() if opened[-1:] == [tag] else opened.append(f"/{tag}")
+    parser.handle_startendtag = lambda tag, attributes: None
+    parser.feed(text)
+    assert opened == []
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+    for words in ("One step, rank by rank", "Memory over a step", "Two bills, never one", "Beside dense models"):
+        assert words in text
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipe"])
+def test_the_timeline_draws_every_action_once_where_the_clock_has_it(pipelined, schedule):
+    timeline = estimate(dataclasses.replace(pipelined, schedule=schedule)).timeline
+    svg = timeline_chart(timeline, tail=[("optimizer", 0.1)], numbers=True).split("</svg>")[0] + "</svg>"
+    rects = [rect for rect in ElementTree.fromstring(svg) if rect.tag == "rect"]
+    by_class = {css: [r for r in rects if r.get("class") == css] for css in ("b2", "b4", "b1", "b0", "b7", "slot")}
+    kinds = [action.kind for span in timeline.spans for action in span.actions]
+    for kind, css in (("F", "b2"), ("B", "b4"), ("I", "b1"), ("W", "b0")):
+        assert len(by_class[css]) == kinds.count(kind)
+    assert len(by_class["b7"]) == len(by_class["slot"]) == 4
+    scale = (1080 - 58 - 4) / (timeline.step_time + 0.1)
+    first = min(timeline.spans, key=lambda span: (span.rank, span.start))
+    assert float(rects[4].get("width")) == pytest.approx((first.end - first.start) * scale, abs=0.8)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipe"])
+def test_memory_over_time_peaks_where_the_schedules_own_order_does(pipelined, schedule):
+    work = dataclasses.replace(pipelined, schedule=schedule)
+    timeline, stages = estimate(work).timeline, len(pipeline_of(work)[0])
+    held = held_over_time(timeline, [1.0] * stages)
+    assert [max(value for _, value in points) for points in held] == timeline.peak_held
+    assert all(points[-1][1] == 0 for points in held)
+
+
+def test_an_explanation_has_every_term_of_the_step_the_memory_and_the_bill(small):
+    plan, data = small
+    lines = {line[0]: line for _, section in explained(plan, data) for line in section}
+    names = [*data["best"]["parts_s"], *data["best"]["memory_gib"]]
+    names += [term["name"] for term in data["bill"]["expected"]["terms"]]
+    assert set(names) <= set(lines) and lines["step"][1] == f"{data['best']['step_time_s']:.3f} s"
+    assert all(line[2] for name, line in lines.items())
+
+
+def test_a_difference_is_told_by_term_and_sums_to_the_change(small):
+    plan, a = small
+    request = dataclasses.replace(plan.request, hardware=dataclasses.replace(plan.request.hardware, usd_per_h=2.0))
+    b = a | money(request, plan.candidates[0], Terms(failures=20))
+    found = difference(a, b)
+    rows = {name: (before, after) for name, before, after in found["bill"]}
+    assert found["changed"]["bill.failures"] == (3.8, 20) and not any(x - y for _, x, y in found["step"])
+    change = sum(after[1] - before[1] for name, (before, after) in rows.items() if not name.endswith(" bill"))
+    assert change == pytest.approx(rows["expected bill"][1][1] - rows["expected bill"][0][1])
+    assert sum(by_cause(a["bill"], b["bill"]).values()) == pytest.approx(change)
+
+
+def test_the_table_shows_bars_bills_and_dense_lines(small, capsys):
+    print_plan(*small)
+    text = capsys.readouterr().out
+    for words in ("why it is here", "\u2588", "steady", "expected", "production factor", "dense, equal active",
+                  "range of joint", "GPT-4", "context_8192"):
+        assert words in text
+
+
+def test_commas_make_every_combination():
+    assert combinations(["model=a,b", "gpus=8", "market=spot,reserved"]) == [
+        ["model=a", "gpus=8", "market=spot"], ["model=a", "gpus=8", "market=reserved"],
+        ["model=b", "gpus=8", "market=spot"], ["model=b", "gpus=8", "market=reserved"]]
+
+
+def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys, tmp_path):
+    out = tmp_path / "plans.json"
+    words = ["plan", "-m", "model=olmoe_1b_7b", "hardware=h100", "gpus=2", "tokens=1e9,1e2", "train.batch_size=4",
+             f"out={out}"]
+    assert main(words) == 0
+    text, plans = capsys.readouterr().out, json.loads(out.read_text())
+    assert text.splitlines()[0].split()[0] == "tokens" and "must be at least one step" in text
+    assert plans[0]["bill"]["steady"]["usd"] > 0 and "tokens=100" in plans[1]["error"]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["diff", "a.json"], "takes two files"), (["diff", "a.json", "b.json"], "a.json: is no plan.json"),
+    (["-m", "model=tiny", "html=x"], "goes with one plan"), (["-m", "model=tinny", "gpus=8,16"], "no such option"),
+    (["model=tiny", "explain=maybe"], "explain=maybe: must be true or false"),
+    (["model=olmoe_1b_7b", "hardware=h100", "gpus=8", "tokens=1e9", "multiplier_from=none.json"], "no readable JSON"),
+    (["model=olmoe_1b_7b", "hardware=v100", "gpus=8", "tokens=1e9", "market=spot"], "market=spot: no such price")])
+def test_what_cannot_be_is_answered_in_one_line(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
