@@ -95,7 +95,8 @@ class Transformer(nn.Module):
 
         x: token ids [B, S] (or [B, S + 1 + M] with `tokens`) on the first stage, else hidden states [B, S, D].
         tokens [B, S + 1 + M]: ids with the look-ahead that targets need; then the last stage returns the
-        cross-entropies of the main head and of each MTP depth, summed over tokens, [1, 1 + M]; else logits.
+        cross-entropies of the main head and of each MTP depth, summed over tokens, [1, 1 + M], in evaluation
+        followed by the accepted guesses of each depth (`_accepted`), [1, 1 + 2M]; else logits.
         """
         if self.is_first:
             x = self.embed(x if tokens is None else x[:, : self._seq_len(tokens)])
@@ -116,16 +117,18 @@ class Transformer(nn.Module):
         return F.linear(x, weight.to(x.dtype) if x.dtype != weight.dtype else weight)
 
     def _losses(self, x: Tensor, tokens: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        seq_len = self._seq_len(tokens)
-        losses = [self._cross_entropy(x, tokens[:, 1 : 1 + seq_len])]
+        seq_len, accepted = self._seq_len(tokens), []
+        logits = self.head(x)
+        losses = [_cross_entropy(logits, tokens[:, 1 : 1 + seq_len])]
+        greedy = None if self.training else logits.argmax(-1)
         for k in range(self.config.n_mtp_layers):
             module = self.mtp[str(k)]
             x = self._run(module, x, tokens[:, 1 + k : 1 + k + seq_len], getattr(self, "tok_embeddings", None), rope)
-            losses.append(self._cross_entropy(module.norm(x), tokens[:, 2 + k : 2 + k + seq_len]))
-        return torch.stack(losses, dim=-1)
-
-    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten(), reduction="sum").reshape(1)
+            logits = self.head(module.norm(x))
+            losses.append(_cross_entropy(logits, tokens[:, 2 + k : 2 + k + seq_len]))
+            if greedy is not None:
+                accepted.append(_accepted(logits, greedy, depth=k + 1))
+        return torch.stack(losses + accepted, dim=-1)
 
     def _run(self, module: nn.Module, *inputs) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -135,6 +138,19 @@ class Transformer(nn.Module):
 
     def _seq_len(self, tokens: Tensor) -> int:
         return tokens.shape[1] - 1 - self.config.n_mtp_layers
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").reshape(1)
+
+
+def _accepted(logits: Tensor, greedy: Tensor, *, depth: int) -> Tensor:
+    """How many of B * (S - depth) guesses of a depth are the main model's own greedy token for the same place, [1].
+
+    Depth d at position i guesses token i + 1 + d, which the main model predicts at position i + d: what speculative
+    decoding would accept after this text (V3 report section 5.4.3 calls the share the acceptance rate).
+    """
+    return (logits[:, :-depth].argmax(-1) == greedy[:, depth:]).sum().float().reshape(1)
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Router]]:

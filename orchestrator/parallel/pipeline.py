@@ -55,7 +55,8 @@ class Pipeline:
 
     @torch.no_grad()
     def validate(self, tokens: Tensor) -> Tensor:
-        """Cross-entropies of held-out sequences, as `train_step` but forward only."""
+        """Cross-entropies of held-out sequences, as `train_step` but forward only, then each MTP depth's accepted
+        guesses (`Transformer.forward`): [1 + 2M]."""
         for stage in self.stages:
             stage.eval()
         with self._autocast(tokens):
@@ -99,7 +100,8 @@ class Pipeline:
 
     def _forward_only(self, tokens: Tensor) -> Tensor:
         """Breadth first: a stage runs all microbatches, then the rank's next stage; sends do not wait."""
-        total, sends, local = self._no_losses(tokens), [], {}
+        total = torch.zeros(1 + 2 * self.model.n_mtp_layers, device=tokens.device)
+        sends, local = [], {}
         parts = tokens.chunk(self.layout.microbatches)
         for index, stage in zip(self.stage_ids, self.stages, strict=True):
             for i, part in enumerate(parts):

@@ -107,8 +107,9 @@ class Accounts:
         }
         return row | self._loads(sums.tokens_per_expert) | self._costs()
 
-    def validated(self, losses: list[float], seconds: float) -> dict:
-        """losses: mean cross-entropies in nats per token of the held-out sequences, main head first."""
+    def validated(self, losses: list[float], acceptance: list[float], seconds: float) -> dict:
+        """losses: mean cross-entropies in nats per token of the held-out sequences, main head first. acceptance: of
+        each MTP depth, the share of guesses that are the main model's greedy token (model/transformer.py)."""
         self.ledger.charge("validation", seconds)
         self.progress.loss_validation = losses[0]
         per_token = self.corpus.bytes_per_token
@@ -116,7 +117,8 @@ class Accounts:
         self.progress.extra["bits_per_byte"] = bits
         self.event("validated", step=self.progress.step, loss=losses[0], bits_per_byte=bits)
         return {"validation/loss": losses[0], "validation/bits_per_byte": bits, "time/validation_s": seconds,
-                **{f"validation/mtp_loss_{k + 1}": loss for k, loss in enumerate(losses[1:])}}
+                **{f"validation/mtp_loss_{k + 1}": loss for k, loss in enumerate(losses[1:])},
+                **{f"validation/mtp_acceptance_{k + 1}": share for k, share in enumerate(acceptance)}}
 
     def saved(self, seconds: float) -> dict:
         """`seconds` is how long the ranks stood still for a checkpoint."""

@@ -236,7 +236,7 @@ class Trainer:
                     router.update_bias(counts[self.moe_layers.index(name)].to(self.mesh.device))
 
     def _validate(self) -> dict:
-        """Mean cross-entropies over the held-out sequences, the same under every layout."""
+        """Mean cross-entropies and acceptance over the held-out sequences, the same under every layout."""
         began = time.perf_counter()
         self.control.update(phase="validate")
         config, layout = self.config, self.mesh.layout
@@ -244,9 +244,11 @@ class Trainer:
         share = len(rows) // layout.dp
         mine = torch.from_numpy(rows[self.mesh.coordinate.dp * share :][:share]).to(self.mesh.device)
         size = math.gcd(share, data.batch_size_at(self.progress.step, config.train) // layout.dp)
-        losses = sum(self.pipeline.validate(part) for part in mine.split(size))
-        sums = self._sum_over_ranks(losses.double().cpu()) / (len(rows) * config.train.seq_len)
-        return self.accounts.validated(sums.tolist(), time.perf_counter() - began)
+        sums = self._sum_over_ranks(sum(self.pipeline.validate(part).double() for part in mine.split(size)).cpu())
+        losses, accepted = (sums / len(rows)).split([self.n_extra, config.model.n_mtp_layers])
+        guesses = (config.train.seq_len - torch.arange(1, self.n_extra)).clamp(min=0)
+        return self.accounts.validated((losses / config.train.seq_len).tolist(), (accepted / guesses).tolist(),
+                                       time.perf_counter() - began)
 
     def _save(self, *, background: bool) -> dict:
         self.control.update(phase="save")

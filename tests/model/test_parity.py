@@ -116,11 +116,14 @@ def test_logits_and_gradients_equal_those_of_transformers(case, tmp_path):
         assert_close(grad, found[name], name)
 
 
-def test_mtp_loss_equals_that_of_transformers(tmp_path, monkeypatch):
-    """Depth 1 of transformers' speculative decoder reads the same files and predicts the same."""
+def test_mtp_loss_and_acceptance_equal_those_of_transformers(tmp_path, monkeypatch):
+    """Depth 1 of transformers' speculative decoder reads the same files and predicts the same.
+
+    Seven tokens, so that an untrained draft is accepted now and then.
+    """
     from transformers.modeling_layers import MtpModel
 
-    config = dataclasses.replace(V3, n_mtp_layers=1)
+    config = dataclasses.replace(V3, n_mtp_layers=1, vocab_size=7)
     # transformers knows V3's MTP module by its number, 61.
     monkeypatch.setattr(transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"layers\.3\..*"])
     model = build(config).eval()
@@ -129,7 +132,7 @@ def test_mtp_loss_equals_that_of_transformers(tmp_path, monkeypatch):
     tokens = torch.randint(config.vocab_size, (2, 18), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(16)[None]
     with torch.no_grad():
-        main_loss, mtp_loss = model(tokens, tokens)[0]
+        main_loss, mtp_loss, accepted = model(tokens, tokens)[0]
         hidden = theirs.model(tokens[:, :16]).last_hidden_state
         drafted = decoder.layers[0](
             inputs_embeds=theirs.model.embed_tokens(tokens[:, 1:17]), previous_hidden_state=hidden,
@@ -138,3 +141,6 @@ def test_mtp_loss_equals_that_of_transformers(tmp_path, monkeypatch):
         for loss, states, targets in ((main_loss, hidden, tokens[:, 1:17]), (mtp_loss, drafted, tokens[:, 2:])):
             expected = F.cross_entropy(theirs.lm_head(states).flatten(0, 1), targets.flatten(), reduction="sum")
             assert_close(loss, expected, "loss")
+        greedy, guesses = (theirs.lm_head(states).argmax(-1) for states in (hidden, drafted))
+        matches = (guesses[:, :-1] == greedy[:, 1:]).sum()
+    assert 0 < matches < 30 and accepted == matches

@@ -100,7 +100,8 @@ def events(run_dir: Path, kind: str) -> list[dict]:
 
 
 def losses(run_dir: Path) -> dict[int, tuple]:
-    keys = ("train/loss", "train/mtp_loss_1", "train/balance_loss", "train/grad_norm", "validation/loss")
+    keys = ("train/loss", "train/mtp_loss_1", "train/balance_loss", "train/grad_norm", "validation/loss",
+            "validation/mtp_loss_1", "validation/mtp_acceptance_1")
     return {step: tuple(row.get(key) for key in keys) for step, row in rows(run_dir).items()}
 
 
@@ -114,6 +115,16 @@ def whole(ranks, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run(ranks, train, make_config(text, folder, "pp2_ep2"))
     return folder
+
+
+def test_validation_logs_loss_and_acceptance_of_each_mtp_depth(whole):
+    validated = {step: row for step, row in rows(whole).items() if "validation/loss" in row}
+    assert set(validated) == {3, 6}
+    for row in validated.values():
+        assert math.isfinite(row["validation/mtp_loss_1"])
+        # A count over 16 sequences of 31 guesses each.
+        guesses = row["validation/mtp_acceptance_1"] * 16 * 31
+        assert 0 <= guesses <= 16 * 31 and guesses == pytest.approx(round(guesses), abs=1e-6)
 
 
 def test_same_config_and_seed_give_the_same_losses_bit_for_bit(ranks, text, whole, tmp_path):
