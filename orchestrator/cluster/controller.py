@@ -9,27 +9,18 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from orchestrator.cluster import placement
-from orchestrator.cluster.policy import (
-    NO_PROGRESS,
-    Action,
-    Decision,
-    Fault,
-    Limits,
-    Phase,
-    RankState,
-    decide,
-    respond,
-)
+from orchestrator.cluster.group import FINAL, Group, cause_of, fault_of, silent_s, state_of
+from orchestrator.cluster.policy import NO_PROGRESS, Action, Decision, Fault, Limits, decide, respond
 from orchestrator.cluster.ranks import Ranks, kill, place, refill, release, why_dead
 from orchestrator.cluster.session import gpu_name, ray_session
 from orchestrator.config import ClusterKind, Config, DataKind, to_dict
-from orchestrator.errors import BadRequest, NoProgress, NotFit, NotTrustworthy, Preempted, SparingError, Transient
+from orchestrator.errors import NoProgress, NotFit, SparingError, Transient
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.train import storage
@@ -46,21 +37,7 @@ DRAIN_S = 10.0
 """After a fault, how long the other ranks may take to notice their lost connections."""
 STATUS_EVERY_S = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-FINAL = {kind.__name__: kind for kind in (BadRequest, NotFit, NotTrustworthy, Preempted)}
 ERRORS = FINAL | {"Transient": Transient}
-
-
-@dataclass
-class Group:
-    """One forming of the ranks: what was asked of them and what is known of each."""
-
-    runs: list
-    infos: list
-    ended: dict[int, dict]
-    statuses: list[dict]
-    asked: dict
-    """Outstanding question -> (rank, time.monotonic() of asking)."""
-    formed_at: float
 
 
 def train(config: Config) -> dict:
@@ -125,7 +102,7 @@ class Controller:
             decision = self._watch(ranks, group)
             if decision.action is Action.finish:
                 return group.ended[0]["result"]
-            fault, found_at = _fault(decision, group), time.time()
+            fault, found_at = fault_of(decision, group), time.time()
             faults.append(fault)
             response = respond(faults)
             if response.action is Action.fail or self.stop_cause is not None:
@@ -135,7 +112,8 @@ class Controller:
             lost = self._drain(ranks, group, fault.rank)
             self.events = [{"kind": "rank_replaced", "time": time.time(), "rank": rank, "step": fault.step,
                             "node": group.infos[rank].node_rank, "cause": fault.cause if rank == fault.rank
-                            else _cause(group.ended.get(rank)), "found_at": found_at} for rank in lost]
+                            else cause_of(group.ended.get(rank)), "found_at": found_at,
+                            "silent_s": silent_s(rank, group, found_at)} for rank in lost]
             refill(ranks, lost, self.request, timeout_s=self.config.cluster.replace_timeout_s)
             lead = max(group.statuses, key=lambda status: status.get("claim", 0))
             first_claim = recovery.first_claim if recovery and recovery.first_claim else lead.get("claim", 0)
@@ -163,8 +141,8 @@ class Controller:
         while True:
             self._collect(group)
             self._ask(ranks.workers, group)
-            states = [_state(rank, group) for rank in range(len(group.runs))]
-            decision = decide(states, limits, time.time())
+            now = time.time()
+            decision = decide([state_of(rank, group, now) for rank in range(len(group.runs))], limits, now)
             self._tell(group.statuses, group.infos, ranks.homes, force=decision.action is not Action.wait)
             if decision.action is not Action.wait:
                 return decision
@@ -311,30 +289,3 @@ def _check_data(config: Config, progress: Progress, *, here: bool) -> None:
     else:
         tokens.find_files(config.data.path)
         tokens.load_tokenizer(config.data.tokenizer)
-
-
-def _fault(decision: Decision, group: Group) -> Fault:
-    record = group.ended.get(decision.rank, {})
-    step = max((status.get("step", 0) for status in group.statuses), default=0)
-    return Fault(decision.rank, decision.node, decision.cause, step, decision.exit_code,
-                 is_final=record.get("kind") in FINAL)
-
-
-def _cause(record: dict | None) -> str:
-    return record["error"] if record else "did not come back from its broken group"
-
-
-def _state(rank: int, group: Group) -> RankState:
-    ended, status, node = group.ended.get(rank), group.statuses[rank], group.infos[rank].node_rank
-    if ended is None:
-        if status.get("heartbeat_at", 0.0) < group.formed_at:  # nothing yet, or from before this group was formed
-            return RankState(rank, Phase.start, time.time() - group.formed_at, str(node),
-                             answers=status.get("answers", True))
-        phase = Phase[status["phase"]] if status.get("phase") in Phase.__members__ else Phase.start
-        phase = Phase.step if phase is Phase.done else phase
-        return RankState(rank, phase, time.time() - status["heartbeat_at"], str(node),
-                         answers=status.get("answers", True))
-    if "result" in ended:
-        return RankState(rank, Phase.done, node=str(node))
-    return RankState(rank, Phase.dead if ended.get("dead") else Phase.failed, node=str(node), cause=ended["error"],
-                     at=ended["at"], exit_code=ended["exit_code"], is_consequence=ended.get("is_consequence", False))

@@ -189,13 +189,18 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
     assert process.returncode == 0, out + err
     assert losses(tmp_path) == clean
     replaced, recovered = events(tmp_path, "rank_replaced"), events(tmp_path, "recovered")
+    told = next(row for row in replaced if row["rank"] == victim)
+    assert told["cause"] and told["node"] == ranks[victim]["node_rank"] and told["silent_s"] >= 0
+    if signal_number == signal.SIGSTOP:
+        assert told["silent_s"] >= 4  # the step timeout; how much later depends on the machine
     gone = [row["rank"] for row in replaced]  # a survivor that is slow to come back may have to go as well
     assert victim in gone and len(gone) <= 2 and len(recovered) == 1
     if "checkpoint.memory_every=0" in overrides:
         assert events(tmp_path, "resumed")[-1]["path"] != "memory"
     elif gone == [victim]:
         assert events(tmp_path, "resumed")[-1]["path"] == "memory"
-    print(f"{overrides}: replaced {gone}, next step {recovered[0]['seconds']:.1f} s after the fault was found, "
+    print(f"{overrides}: found after {told['silent_s']:.1f} s of silence, replaced {gone}, "
+          f"next step {recovered[0]['seconds']:.1f} s after the fault was found, "
           f"{recovered[0]['lost_steps']} steps lost")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert sum(summary["buckets_s"].values()) == pytest.approx(summary["measured"]["charged_s"])
