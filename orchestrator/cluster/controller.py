@@ -65,6 +65,7 @@ class Controller:
     def __init__(self, config: Config, attempt: int, request: placement.Request, progress: Progress):
         self.config, self.attempt, self.request, self.progress = config, attempt, request, progress
         self.stop_cause: str | None = None
+        self.said_stop = False
         self.events: list[dict] = []
         self.wrote_status_at = 0.0
 
@@ -143,6 +144,7 @@ class Controller:
             self._ask(ranks.workers, group)
             now = time.time()
             decision = decide([state_of(rank, group, now) for rank in range(len(group.runs))], limits, now)
+            self._say_stop()
             self._tell(group.statuses, group.infos, ranks.homes, force=decision.action is not Action.wait)
             if decision.action is not Action.wait:
                 return decision
@@ -222,6 +224,11 @@ class Controller:
                 storage.write_bytes(storage.join(self.config.run.dir, STATUS),
                                     json.dumps({"time": time.time(), "attempt": self.attempt, "ranks": rows}).encode())
 
+    def _say_stop(self) -> None:
+        if self.stop_cause is not None and not self.said_stop:
+            self.said_stop = True
+            self.progress.say(f"{self.stop_cause}: a checkpoint, then the end (again to end at once)")
+
     def _failure(self, decision: Decision, ended: dict[int, dict]) -> SparingError:
         record = ended.get(decision.rank, {})
         kind = ERRORS.get(record.get("kind", ""), {33: Transient, NO_PROGRESS: NoProgress}.get(
@@ -245,8 +252,7 @@ class Controller:
         def caught(number, _frame):
             if self.stop_cause is not None:
                 raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
-            self.stop_cause = signal.Signals(number).name
-            self.progress.say(f"{self.stop_cause}: a checkpoint, then the end (again to end at once)")
+            self.stop_cause = signal.Signals(number).name  # no print: the signal may have come in the middle of one
 
         before = {number: signal.signal(number, caught) for number in STOP_SIGNALS}
         try:

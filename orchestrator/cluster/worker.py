@@ -11,7 +11,7 @@ import traceback
 import ray
 
 from orchestrator.config import Config, from_dict
-from orchestrator.errors import SparingError
+from orchestrator.errors import SparingError, Transient
 from orchestrator.parallel.mesh import RankInfo
 from orchestrator.train.control import Control, Recovery
 from orchestrator.train.replica import Replicas
@@ -63,9 +63,10 @@ class Worker:
         except SparingError as error:
             return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": type(error).__name__}
         except BaseException as error:
-            return {"error": f"{type(error).__name__}: {error}", "exit_code": 1, "at": time.time(),
-                    "kind": type(error).__name__, "traceback": traceback.format_exc(),
-                    "is_consequence": _is_lost_connection(error)}
+            lost = _is_lost_connection(error)
+            return {"error": f"{type(error).__name__}: {error}", "exit_code": Transient.exit_code if lost else 1,
+                    "at": time.time(), "kind": type(error).__name__, "traceback": traceback.format_exc(),
+                    "is_consequence": lost}
 
     def stacks(self) -> str:
         """What every thread of this process is doing."""

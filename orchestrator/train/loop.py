@@ -156,7 +156,7 @@ class Trainer:
                 row |= self._validate()
             if last or _due(progress.step, config.checkpoint.every):
                 row |= self._save(background=not last)
-            row |= self._remember(row.get("time/checkpoint_s", 0.0))
+            row |= self._remember(row.get("time/checkpoint_s", 0.0), last=last)
             self.accounts.log(row)
             self._publish(phase="step", loss=row["train/loss"], tokens_per_s=row["tokens/per_s"],
                           usd_total=row["cost/usd_total"])
@@ -170,6 +170,8 @@ class Trainer:
         if progress.step == 0:
             raise NotTrustworthy("no step was taken")
         self.checkpoints.wait()
+        self.checkpoints.end_exchange()
+        self._mean_over_ranks(0.0)  # a rank that leaves takes its connections along: none before all are through
         self._publish(phase="done")
         return self.accounts.result(status, self.checkpoints.last)
 
@@ -256,9 +258,11 @@ class Trainer:
         self.checkpoints.save(self.progress, self.accounts.state(), background=background)
         return self.accounts.saved(time.perf_counter() - began)
 
-    def _remember(self, saved_s: float) -> dict:
-        began, due = time.perf_counter(), _due(self.progress.step, self.config.checkpoint.memory_every)
-        self.checkpoints.remember(self.progress, self.accounts.state, due=due)
+    def _remember(self, saved_s: float, *, last: bool) -> dict:
+        began = time.perf_counter()
+        if not last:
+            due = _due(self.progress.step, self.config.checkpoint.memory_every)
+            self.checkpoints.remember(self.progress, self.accounts.state, due=due)
         return {"time/checkpoint_s": saved_s + self.accounts.stood_still(time.perf_counter() - began)}
 
     def _batch(self, step: int) -> Tensor:

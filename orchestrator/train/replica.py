@@ -105,11 +105,7 @@ class Buddies:
     def advance(self) -> None:
         """The next stage of an exchange under way, once a step."""
         if self._moving is not None:
-            works, theirs = self._moving
-            for work in works:
-                work.wait()
-            self.replicas.put(theirs)
-            self._moving = None
+            self.settle()
         elif self._packing is not None:
             mine, self._packing = self._packing.result(), None
             self.replicas.put(mine)
@@ -119,6 +115,15 @@ class Buddies:
             dist.recv(header, source, group=self.group)
             theirs = _empty(source, mine.step, header)
             self._moving = [*works, dist.irecv(theirs.data, source, group=self.group)], theirs
+
+    def settle(self) -> None:
+        """Keep what is on its way; what is only packed yet stays unsent."""
+        if self._moving is not None:
+            works, theirs = self._moving
+            for work in works:
+                work.wait()
+            self.replicas.put(theirs)
+            self._moving = None
 
     def close(self) -> None:
         self._packer.shutdown(wait=False, cancel_futures=True)

@@ -141,6 +141,11 @@ class Checkpoints:
         self.saver.wait()
         self._report()
 
+    def end_exchange(self) -> None:
+        """All ranks, after the last step: nothing may be under way between buddies when the first of them leaves."""
+        if self.buddies is not None:
+            self.buddies.settle()
+
     def close(self) -> None:
         """Give a save under way a moment; after a failure it cannot end, since other ranks are gone."""
         self.saver.wait(timeout_s=1)

@@ -135,7 +135,8 @@ def test_sigterm_saves_and_resume_auto_goes_on_with_the_runs_own_config(text, wh
     assert in_use.returncode == 2 and f"in use by a live run (process {process.pid}" in in_use.stderr
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 34 and err == "" and "resume=auto" in out.splitlines()[-1]
+    assert (process.returncode, err) == (34, ""), out + err
+    assert "resume=auto" in out.splitlines()[-1], out
     reached = json.loads((tmp_path / "summary.json").read_text())["steps"]
     assert 3 <= reached < 400
     done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto", f"train.steps={reached + 2}")
