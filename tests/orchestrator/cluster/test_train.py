@@ -58,7 +58,7 @@ def environment(**variables: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "PATH": path} | variables
 
 
-def sparing(*arguments: str, timeout: float = 90, **variables: str) -> subprocess.CompletedProcess:
+def sparing(*arguments: str, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(**variables), text=True,
                           capture_output=True, timeout=timeout)
 
@@ -74,7 +74,7 @@ def losses(run_dir: Path) -> list[tuple]:
     return [tuple(row.get(key) for key in keys) for row in rows]
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s: float = 60) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
         metrics = run_dir / "metrics.jsonl"
@@ -134,7 +134,7 @@ def test_sigterm_saves_and_resume_auto_goes_on_with_the_runs_own_config(text, wh
     in_use = sparing(*command(text, tmp_path, "resume=auto"))
     assert in_use.returncode == 2 and f"in use by a live run (process {process.pid}" in in_use.stderr
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (34, ""), out + err
     assert "resume=auto" in out.splitlines()[-1], out
     reached = json.loads((tmp_path / "summary.json").read_text())["steps"]
@@ -186,7 +186,7 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
     wait_for_step(tmp_path, 23, process)
     ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
     os.kill(ranks[victim]["pid"], signal_number)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     assert losses(tmp_path) == clean
     replaced, recovered = events(tmp_path, "rank_replaced"), events(tmp_path, "recovered")
