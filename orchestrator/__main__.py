@@ -45,13 +45,14 @@ Flags:  --cfg job (print the config), --multirun (one run per value), --shell-co
 usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8] [market=on_demand|reserved|spot] [out=plan.json]
                     [html=plan.html] [explain=true] [-m]
        sparing plan diff A.json B.json
-       sparing plan prices
+       sparing plan prices | budgets
 
   sparing plan model=deepseek_v3 cluster=h800_2048 tokens=14.8e12 dtype=fp8
   sparing plan model=moonlight_16b hardware=h100 gpus=64 tokens=1e12 train.batch_size=1024 market=spot
   sparing plan -m cluster=h100_1024,h200_1024 model=deepseek_v3,qwen3_235b_a22b tokens=1e12    every combination
   sparing plan diff before.json after.json             what a change does to days and dollars, by term
   sparing plan prices                                  published API prices beside what serving costs
+  sparing plan budgets                                 published training budgets, each with its source
 
 Keys and groups are those of train. The batch is 7.5 sequences a GPU unless train.batch_size says otherwise.
 multiplier_from=compare.json adds the dense model of equal loss that `sparing compare` measured.

@@ -41,7 +41,12 @@ def _flops(work: Workload, data: dict) -> list[Line]:
     active = count.active_parameters(model, mtp=True)
     per_token = count.training_flops(model, work.seq_len, mtp=True)
     core = 3 * count.attention_flops(model, work.seq_len) * (model.n_layers + model.n_mtp_layers)
-    return [("active parameters that multiply", f"{active.excluding_embedding / 1e9:.2f} B", "input embedding left "
+    parts, three = count.parameters(model), count.active_parameters(model)
+    without = (f"{three.excluding_embedding / 1e9:.2f} B without the embedding, {three.excluding_both / 1e9:.2f} B "
+               "without both")
+    return [("parameters", f"{parts.total / 1e9:.2f} B", "MTP modules left out (count.parameters)"),
+            ("active parameters", f"{three.including_both / 1e9:.2f} B", f"with embedding and head; {without}"),
+            ("active parameters that multiply", f"{active.excluding_embedding / 1e9:.2f} B", "input embedding left "
              "out, MTP modules in (count.active_parameters)"),
             ("attention core a token", f"{core / 1e9:.1f} GFLOP", "causal half: 3 x layers x seq_len x heads x (d_qk + "
              "d_v) (count.attention_flops)"),

@@ -20,10 +20,10 @@ OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multi
 
 def run(arguments: list[str]) -> int:
     """`sparing plan ARGUMENTS`; returns the exit code."""
-    if arguments[:1] == ["prices"]:
-        from orchestrator.plan_prices import print_prices
+    if arguments[:1] in (["prices"], ["budgets"]):
+        from orchestrator.plan_published import print_budgets, print_prices
 
-        print_prices()
+        {"prices": print_prices, "budgets": print_budgets}[arguments[0]]()
     elif arguments[:1] == ["diff"]:
         from orchestrator.plan_diff import plan_diff
 

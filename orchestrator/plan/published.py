@@ -15,6 +15,12 @@ def published(folder: Path | None = None) -> dict[str, list[dict]]:
     return yaml.safe_load(((folder or conf_dir()) / "published.yaml").read_text())
 
 
+def gap(hours: float, flops: float, peak: float) -> dict[str, float]:
+    """Why one run took `hours` times another's device-hours: so many times the FLOPs, on chips whose peak is `peak`
+    times lower, and the rest, utilisation. It closes by construction."""
+    return {"hours": hours, "flops": flops, "peak": peak, "utilisation": hours / flops / peak}
+
+
 def serving_cost(*, usd_per_h: float, devices: int, input_tokens_per_s: float = 0.0,
                  output_tokens_per_s: float = 0.0) -> dict[str, float | None]:
     """Dollars per million tokens of devices at this price, busy all the time; None where a rate is 0.

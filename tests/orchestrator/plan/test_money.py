@@ -23,7 +23,7 @@ from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.money import bill_of, dense_of, money, terms_of
 from orchestrator.plan.planner import Plan, Request, make_plan, price, to_json
 from orchestrator.plan.published import published, serving_cost
-from orchestrator.plan_prices import print_prices
+from orchestrator.plan_published import gap_lines, print_budgets, print_prices
 from orchestrator.plan_table import reasons
 from orchestrator.show_plan import read_request
 
@@ -245,6 +245,16 @@ def test_the_market_sets_the_price(small, market, price_per_h):
     bill = bill_of(dataclasses.replace(small[0], hardware=asked.hardware), small[1].candidates[0], Terms())
     assert bill["price"]["usd_per_h"] == price_per_h and bill["price"]["market"] == market
     assert bill["steady"]["usd"] == pytest.approx(bill["steady"]["gpu_hours"] * price_per_h)
+
+
+def test_the_gap_to_gpt_4_is_fewer_flops_and_faster_chips(capsys):
+    """57.0M A100-hours over 2.664M H800-hours: 21.4 = 5.68 x 3.17 x 1.19; the 405B model took 10.3 times the FLOPs."""
+    gpt_4, llama = gap_lines(published()["budgets"])
+    assert "21.4 x the device-hours = 5.7 x the FLOPs, 3.17 x" in gpt_4 and "1.19 x by utilisation" in gpt_4
+    assert float(llama.split("= ")[1].split(" x")[0]) == pytest.approx(10.3, rel=0.03)
+    print_budgets()
+    text = capsys.readouterr().out
+    assert "100,000 H100" in text and "2,048 H800" in text and gpt_4[:40] in text
 
 
 def test_prices_are_printed_beside_costs(capsys):
