@@ -31,6 +31,13 @@ class ComputeDtype(Enum):
     bf16 = "bf16"
 
 
+class OnSpike(Enum):
+    """`skip`: the step is not applied. `rollback`: back to the newest kept state, and on behind the data since it."""
+
+    skip = "skip"
+    rollback = "rollback"
+
+
 class WandbMode(Enum):
     """`offline` writes into the run directory and needs neither key nor network."""
 

@@ -10,7 +10,7 @@ from html import escape
 from orchestrator.errors import BadRequest
 from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import Series, format_number, line_chart, load_heatmap, smoothed, stacked_bar
-from orchestrator.report_run import Run, Share, expert_load, headline_figures, labelled, read_run, shares
+from orchestrator.report_run import Run, Share, expert_load, headline_figures, interval_note, labelled, read_run, shares
 from orchestrator.report_style import STYLE, details, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import format_usd
@@ -179,17 +179,24 @@ def _time(runs: list[Run]) -> str:
             rows.append([key, *(cell for _, found in closed for cell in _share_cells(found.get(name)))])
     rows.append(["<b>charged</b>", *(f"<b>{cell}</b>" for run, found in closed for cell in (
         f"{sum(share.device_s for share in found.values()):,.1f}", "100%",
-        escape(format_usd(run.summary["usd_total"]))))])
+        escape(format_usd(run.summary["usd_total"])), ""))])
+    units = ("device-seconds", "share", "cost", "predicted at the optimal interval")
     head = ["bucket", *(f"{run.label}: {unit}" if many and unit == "device-seconds" else unit
-                        for run, _ in closed for unit in ("device-seconds", "share", "cost"))]
+                        for run, _ in closed for unit in units)]
+    notes = [f"{run.label}: {note}" if many else note for run, _ in closed if (note := interval_note(run.summary))]
     return figure("Where the time went", "every device-second from placement to release, in one bucket each",
-                  "".join(bars) + table([escape(text) for text in head], rows), wide=True)
+                  "".join([*bars, table([escape(text) for text in head], rows),
+                           *(f'<p class="bar-label">{escape(note)}</p>' for note in notes)]), wide=True)
 
 
 def _share_cells(share: Share | None) -> list[str]:
     if share is None:
-        return ["0.0", "0.0%", "-"]
-    return [f"{share.device_s:,.1f}", f"{share.share:.1%}", escape(format_usd(share.usd))]
+        return ["0.0", "0.0%", "-", "-"]
+    return [f"{share.device_s:,.1f}", f"{share.share:.1%}", escape(format_usd(share.usd)), _optimum(share)]
+
+
+def _optimum(share: Share) -> str:
+    return "-" if share.at_optimum is None else f"{share.at_optimum:.2%}"
 
 
 def _experts(run: Run, *, many: bool) -> str:
@@ -284,10 +291,11 @@ def markdown(runs: list[Run]) -> str:
         lines.append(_row([figures[0].name, *(f"{f.value} ({f.note})" if f.note else f.value for f in figures)]))
     for run in runs:
         lines += ["", f"## Where the time went: {run.label}", ""]
-        lines += [_row(["bucket", "device-seconds", "share", "cost"]), _row(["---", "---:", "---:", "---:"])]
-        lines += [_row([s.bucket, f"{s.device_s:,.1f}", f"{s.share:.1%}", format_usd(s.usd)])
-                  for s in shares(run.summary)] or [_row(["not known until the run ends", "", "", ""])]
-        lines += ["", f"Run directory: `{run.path}`"]
+        lines += [_row(["bucket", "device-seconds", "share", "cost", "predicted at the optimal interval"]),
+                  _row(["---", "---:", "---:", "---:", "---:"])]
+        lines += [_row([s.bucket, f"{s.device_s:,.1f}", f"{s.share:.1%}", format_usd(s.usd), _optimum(s)])
+                  for s in shares(run.summary)] or [_row(["not known until the run ends", "", "", "", ""])]
+        lines += ["", interval_note(run.summary), "", f"Run directory: `{run.path}`"]
     convention = next((c for run in runs if (c := run.summary["measured"].get("mfu_convention"))), None)
     return "\n".join([*lines, *(["", f"MFU: {convention}."] if convention else []), ""])
 

@@ -47,6 +47,8 @@ class Share:
     device_s: float
     share: float
     usd: float | None
+    at_optimum: float | None = None
+    """The share predicted for the optimal checkpoint interval, where failures and saves have part in the bucket."""
 
 
 def read_run(path: str) -> Run:
@@ -91,9 +93,28 @@ def shares(summary: dict) -> list[Share]:
     """The ledger's buckets in their order, those that are empty left out; dollars at the run's mean price."""
     buckets = summary.get("buckets_s") or {}
     total = sum(buckets.values())
-    usd = summary["usd_total"]
-    return [Share(name, buckets[name], buckets[name] / total, None if usd is None else usd * buckets[name] / total)
-            for name in (*BUCKETS, *sorted(buckets.keys() - set(BUCKETS))) if buckets.get(name)]
+    usd, predicted = summary["usd_total"], (summary.get("checkpoint_interval") or {}).get("predicted_loss", {})
+    return [Share(name, seconds, seconds / total, None if usd is None else usd * seconds / total, predicted.get(name))
+            for name in (*BUCKETS, *sorted(buckets.keys() - set(BUCKETS)))
+            if total and ((seconds := buckets.get(name, 0.0)) or predicted.get(name))]
+
+
+def interval_note(summary: dict) -> str:
+    """How often the run saved, beside the optimum for what its saves cost and how often it fails."""
+    told = summary.get("checkpoint_interval")
+    if not told:
+        return ""
+    mean = "once, at the end" if told["saves"] < 2 else f"every {_duration(told['mean_interval_s'])} of training"
+    asked = "auto" if told["every"] == "auto" else f"every {told['every']} steps" if told["every"] else "at the end"
+    return (f"Saved {mean} (checkpoint.every: {asked}). For saves that cost {told['save_cost_s']:.2g} s and a failure "
+            f"in {_duration(told['mtbf_s'])} the optimum is every {_duration(told['optimal_interval_s'])}.")
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def expert_load(run: Run) -> tuple[list[list[float]], list[str], int]:

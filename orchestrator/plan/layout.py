@@ -142,9 +142,10 @@ def _check_numbers(config: Config) -> None:
         ("train.batch_start", train.batch_start, 0), ("train.batch_ramp_steps", train.batch_ramp_steps, 0),
         ("train.validate_every", train.validate_every, 0), ("train.validate_sequences", train.validate_sequences, 1),
         ("train.max_bad_steps", train.max_bad_steps, 1),
+        ("train.spike_sigmas", train.spike_sigmas, 0), ("train.spike_window", train.spike_window, 3),
         ("layout.pp", config.layout.pp, 1), ("layout.dp", config.layout.dp, 1), ("layout.ep", config.layout.ep, 1),
         ("layout.microbatches", config.layout.microbatches, 1),
-        ("checkpoint.every", config.checkpoint.every, 0), ("checkpoint.keep", config.checkpoint.keep, 0),
+        ("checkpoint.keep", config.checkpoint.keep, 0), ("checkpoint.max_failures", config.checkpoint.max_failures, 0),
         ("optim.warmup_steps", optim.warmup_steps, 0), ("optim.weight_decay", optim.weight_decay, 0),
         ("optim.clip_norm", optim.clip_norm, 0),
         ("cluster.nodes", config.cluster.nodes, 0), ("cluster.ranks_per_node", config.cluster.ranks_per_node, 0),
@@ -153,7 +154,11 @@ def _check_numbers(config: Config) -> None:
         ("checkpoint.memory_every", config.checkpoint.memory_every, 0),
     ]:
         require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")
+    every = config.checkpoint.every
+    require(every == "auto" or isinstance(every, int) and every >= 0, "checkpoint.every", every,
+            "must be auto or a number of steps, at least 0", "use auto, or 0 for only at the end")
     for key, value in [("optim.lr", optim.lr), ("optim.eps", optim.eps),
+                       ("cluster.mtbf_hours_per_device", config.cluster.mtbf_hours_per_device),
                        ("cluster.start_timeout_s", config.cluster.start_timeout_s),
                        ("cluster.step_timeout_s", config.cluster.step_timeout_s),
                        ("cluster.save_timeout_s", config.cluster.save_timeout_s),

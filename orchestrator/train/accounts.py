@@ -5,6 +5,7 @@ Every rank keeps accounts, so that the loop needs no branches; rank 0's are the 
 
 import math
 import time
+from statistics import fmean
 
 import torch
 
@@ -19,6 +20,7 @@ from orchestrator.plan.cost import (
     would_pass,
 )
 from orchestrator.train import metrics
+from orchestrator.train.cadence import Cadence
 from orchestrator.train.control import Recovery
 from orchestrator.train.data import Corpus
 from orchestrator.train.finish import read_summary, summarise
@@ -42,6 +44,10 @@ class Accounts:
         if mesh.info.rank == 0:
             self.tracker = metrics.open_tracker(config, resumed_step=progress.step, wandb_id=wandb_id)
         self.ledger = self._open_ledger(restored)
+        self.faults = self._faults(restored)
+        self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
+                               wall_s=self.ledger.charged_s(time.time()) / self.devices)
+        self.recoveries_s: list[float] = []
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
         self.parts: list[dict[str, float]] = []
@@ -69,6 +75,7 @@ class Accounts:
         """The first step after a recovery has ended: what the fault cost."""
         since, lost = time.time() - self.recovery.fault_at, self.tracker.dropped if self.tracker is not None else None
         if lost is not None:
+            self.recoveries_s.append(since)
             seconds = (since + lost.seconds) * self.devices
             price = self.config.hardware.usd_per_h
             self.event("recovered", step=self.progress.step, generation=self.recovery.generation, seconds=since,
@@ -76,28 +83,30 @@ class Accounts:
                        usd=None if price is None else seconds / 3600 * price)
         self.recovery = None
 
-    def step(self, sums, *, lr: float, seconds: float, data_s: float, parts_s: dict[str, float]) -> dict:
-        """Book one step and make its row."""
+    def step(self, sums, *, lr: float, seconds: float, data_s: float, parts_s: dict[str, float], saving: bool) -> dict:
+        """Book one step and make its row. saving: a checkpoint was being written beside it."""
         config, progress = self.config, self.progress
         tokens, self.tokens_before = progress.tokens - self.tokens_before, progress.tokens
         if self.recovery is not None:
             self._recovered()
         self.ledger.charge("data", data_s)
-        self.ledger.charge("goodput" if sums.finite else "lost_work", seconds - data_s)
+        self.ledger.charge("goodput" if sums.applied else "lost_work", seconds - data_s)
         self.step_seconds = [*self.step_seconds[-19:], seconds]
         self.parts = [*self.parts[-19:], parts_s | {"cpu": sums.cpu_s}]
-        if sums.finite:
+        self.cadence.step(seconds, saving=saving)
+        if sums.applied:
             self.kept_tokens, self.kept_seconds = self.kept_tokens + tokens, self.kept_seconds + seconds
             progress.loss_train = sums.losses[0] / tokens
         else:
-            self.event("step_skipped", step=progress.step, cause=f"non-finite loss or gradient norm {sums.grad_norm}")
+            self.event("step_skipped", step=progress.step, cause=f"loss spike, {sums.losses[0] / tokens:.4g} per token"
+                       if sums.spike else f"non-finite loss or gradient norm {sums.grad_norm}")
         flops = model_flops(config.model, tokens, config.train.seq_len)
         row = {
             "step": progress.step,
             "train/loss": sums.losses[0] / tokens,
             **{f"train/mtp_loss_{k + 1}": loss / tokens for k, loss in enumerate(sums.losses[1:])},
             "train/balance_loss": sums.balance_loss * config.model.balance_loss_weight * config.train.seq_len / tokens,
-            "train/grad_norm": sums.grad_norm, "train/lr": lr, "train/skipped": int(not sums.finite),
+            "train/grad_norm": sums.grad_norm, "train/lr": lr, "train/skipped": int(not sums.applied),
             "tokens/total": progress.tokens, "tokens/per_s": tokens / seconds,
             "tokens/per_s_per_rank": tokens / seconds / self.devices,
             "time/step_s": seconds, "time/data_s": data_s, **{f"time/{name}_s": s for name, s in parts_s.items()},
@@ -123,6 +132,7 @@ class Accounts:
     def saved(self, seconds: float) -> dict:
         """`seconds` is how long the ranks stood still for a checkpoint."""
         self.save_seconds = max(self.save_seconds, seconds)
+        self.cadence.saved(seconds)
         return {"time/checkpoint_s": self.stood_still(seconds)}
 
     def stood_still(self, seconds: float) -> float:
@@ -155,7 +165,7 @@ class Accounts:
 
     def state(self) -> dict:
         """What a checkpoint remembers of the accounts."""
-        return {"ledger": self.ledger.to_dict(time.time()), "data_digest": self.corpus.digest,
+        return {"ledger": self.ledger.to_dict(time.time()), "data_digest": self.corpus.digest, "faults": self.faults,
                 "wandb_id": self.tracker.wandb_id if self.tracker is not None else None}
 
     def result(self, status: str, checkpoint: dict) -> dict:
@@ -165,6 +175,7 @@ class Accounts:
         self.final = {
             "status": status, "steps": progress.step, "tokens": progress.tokens, "loss_train": progress.loss_train,
             "loss_validation": progress.loss_validation, "skipped_steps": progress.bad_steps,
+            "loss_spikes": progress.loss_spikes, "rollbacks": progress.rollbacks,
             "bits_per_byte": {"validation": progress.extra.get("bits_per_byte"), **self.corpus.baselines},
             "tokens_per_s": self.kept_tokens / seconds if seconds else None,
             "step_time_s": sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None,
@@ -172,6 +183,7 @@ class Accounts:
             "peak_flops_per_s": self.peak, "device": self.mesh.device.type,
             "model_flops_total": model_flops(self.config.model, progress.tokens, self.config.train.seq_len),
             "ledger": self.ledger.to_dict(now), "checkpoint": checkpoint,
+            "checkpoint_interval": self.cadence.summary(fmean(self.recoveries_s) if self.recoveries_s else None),
             "wandb_id": self.tracker.wandb_id if self.tracker is not None else None,
         }
         return self.final
@@ -183,6 +195,13 @@ class Accounts:
                                    "ledger": self.ledger.to_dict(time.time())}
             self.tracker.finish(summarise(self.config, final, placed_at=self.placed_at, released_at=time.time(),
                                           devices=self.devices, attempts=self.attempt))
+
+    def _faults(self, restored: dict | None) -> int:
+        """Of the whole run so far, as far as it is known: an earlier attempt that lost steps had one."""
+        before = (restored or {}).get("faults", 0)
+        if self.recovery is not None:
+            return before if self.recovery.skip_to else max(before + 1, self.recovery.generation)
+        return before + (self.tracker is not None and self.tracker.dropped.rows > 0)
 
     def _open_ledger(self, restored: dict | None) -> Ledger:
         """This run's bill so far: the checkpoint's, raised to what earlier attempts were charged after it."""

@@ -148,7 +148,7 @@ class Saver:
         self._store = dist.PrefixStore(f"checkpoint/{fence}", store.clone()) if store is not None else None
         self._sequence = 0
         self._thread: threading.Thread | None = None
-        self._deadline = 0.0
+        self._started = self._deadline = 0.0
         self._done: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._last: SaveResult | None = None
         if rank == 0:
@@ -162,7 +162,8 @@ class Saver:
         self.wait()
         stuck = self._thread is not None and self._thread.is_alive()
         self._sequence += 1
-        self._deadline = time.monotonic() + self.timeout_s
+        self._started = time.monotonic()
+        self._deadline = self._started + self.timeout_s
         job = _Job(step, self._sequence, snapshot(pieces), copy.deepcopy(state) if self.rank == 0 else {},
                    self._deadline, "an earlier save has not ended" if stuck else None)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save-{step}", daemon=True)
@@ -175,6 +176,11 @@ class Saver:
         if self._thread is not None:
             self._thread.join(max(0.0, self._deadline - time.monotonic()) + 30 if timeout_s is None else timeout_s)
         return self._last
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the save under way has been written; 0 if none is."""
+        return time.monotonic() - self._started if self._thread is not None and self._thread.is_alive() else 0.0
 
     @property
     def claim_number(self) -> int:

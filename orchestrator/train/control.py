@@ -19,6 +19,10 @@ class Recovery:
     """As measured when the run started."""
     first_claim: int = 0
     """The claim on checkpoint.dir that this attempt started with: older checkpoints there may be another run's."""
+    skip_to: int = 0
+    """After a rollback: the global index of the sample to go on with; the data before it led to a bad step."""
+    kept: dict = field(default_factory=dict)
+    """After a rollback: counts of the progress that do not go back."""
 
 
 class Control:

@@ -75,6 +75,8 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
             "parts_s": result.get("parts_s") or {},
             "memory_peak_gib": result.get("memory_peak_gib"),
             "skipped_steps": result.get("skipped_steps"),
+            "loss_spikes": result.get("loss_spikes"),
+            "rollbacks": result.get("rollbacks"),
             "tokens_per_s_per_rank": tokens_per_s / devices if tokens_per_s else None,
             "model_flops_total": result.get("model_flops_total") or flops * tokens,
             "model_flops_per_token": flops,
@@ -92,6 +94,7 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
                      for key in ("name", "usd_per_h", "market", "source", "date")}
         | {"device": device, "devices": devices},
         "checkpoint": result.get("checkpoint") or {"path": None, "step": None, "error": None},
+        "checkpoint_interval": result.get("checkpoint_interval"),
         "attempts": attempts,
         "name": config.run.name,
         "run_dir": config.run.dir,

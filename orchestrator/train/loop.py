@@ -9,28 +9,33 @@ import logging
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model.transformer import routers
-from orchestrator.config import ComputeDtype, Config
-from orchestrator.errors import NotTrustworthy
+from orchestrator.config import ComputeDtype, Config, OnSpike
+from orchestrator.errors import NotFit, NotTrustworthy
 from orchestrator.parallel.mesh import Mesh, RankInfo, connect, meet, open_store, pick_device
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.plan.layout import layout_of
-from orchestrator.train import data
+from orchestrator.train import data, spikes
 from orchestrator.train.accounts import Accounts, peak_flops_per_s
 from orchestrator.train.control import Control, Recovery
+from orchestrator.train.counts import Progress, StepSums
 from orchestrator.train.memory import keep_freed_memory
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
 from orchestrator.train.replica import Replicas
 from orchestrator.train.resume import Checkpoints
+from orchestrator.train.spikes import RollBack
 from orchestrator.train.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_S = 10.0
+"""A save that has been written for longer makes the next one wait rather than the ranks."""
 
 
 def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: float, attempt: int = 1,
@@ -49,11 +54,19 @@ def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: flo
     store = store or open_store(info, timeout_s=start_timeout_s)
     meet(store, info, timeout_s=start_timeout_s)
     mesh = connect(layout_of(config), info, device, timeout_s=config.cluster.step_timeout_s, store=store)
+    whole_store = mesh.store
     try:
-        trainer = Trainer(config, mesh, control, placed_at=placed_at, attempt=attempt, replicas=replicas,
-                          recovery=recovery)
-        with contextlib.closing(trainer):
-            return trainer.run()
+        while True:
+            trainer = Trainer(config, mesh, control, placed_at=placed_at, attempt=attempt, replicas=replicas,
+                              recovery=recovery)
+            with contextlib.closing(trainer):
+                try:
+                    return trainer.run()
+                except RollBack as back:
+                    recovery = trainer.going_back(str(back))
+            if whole_store is not None:  # keys that nobody has used
+                prefix = f"rollback/{trainer.progress.rolled_back_at}"
+                mesh = replace(mesh, store=dist.PrefixStore(prefix, whole_store))
     finally:
         mesh.close()
 
@@ -63,39 +76,6 @@ def threads_per_rank(config: Config, info: RankInfo) -> int:
     import os
 
     return config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // info.local_world_size)
-
-
-@dataclass
-class StepSums:
-    """What one step adds up over all ranks. Losses are sums over tokens, counts are choices per MoE layer."""
-
-    losses: list[float]
-    balance_loss: float
-    grad_norm: float
-    stop: bool
-    tokens_per_expert: Tensor
-    """[MoE layers, experts], int64."""
-    cpu_s: float = 0.0
-    """CPU seconds of forward and backward; 0 on GPUs."""
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.grad_norm) and all(math.isfinite(loss) for loss in self.losses)
-
-
-@dataclass
-class Progress:
-    """What a resumed run must know beside its tensors; goes into every checkpoint's state."""
-
-    step: int = 0
-    optimizer_steps: int = 0
-    samples: int = 0
-    tokens: int = 0
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    loss_train: float | None = None
-    loss_validation: float | None = None
-    extra: dict = field(default_factory=dict)
 
 
 class Trainer:
@@ -117,6 +97,11 @@ class Trainer:
         self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt,
                                        data_digest=self.corpus.digest, replicas=replicas, recovery=recovery)
         restored = self.checkpoints.restore(self.progress)
+        self.first_claim = (recovery.first_claim if recovery else 0) or self.checkpoints.saver.claim_number
+        if recovery is not None and recovery.skip_to:
+            self.progress.skipped_samples = recovery.skip_to - data.samples_before(self.progress.step, config.train)
+            for name, value in recovery.kept.items():
+                setattr(self.progress, name, value)
         self._mean_over_ranks(0.0)
         peak = recovery.peak_flops_per_s if recovery is not None else None
         self.accounts = Accounts(config, mesh, self.corpus, self.progress, placed_at=placed_at, attempt=attempt,
@@ -137,8 +122,7 @@ class Trainer:
     def run(self) -> dict:
         """Steps until the last one, the budget or a request to stop; then the last validation and checkpoint."""
         config, progress = self.config, self.progress
-        self._publish(phase="step", peak_flops_per_s=self.accounts.peak,
-                      claim=self.checkpoints.saver.claim_number)
+        self._publish(phase="step", peak_flops_per_s=self.accounts.peak, claim=self.first_claim)
         self.accounts.start()
         status = "completed"
         upcoming = self.fetcher.submit(self._batch, progress.step)
@@ -150,20 +134,26 @@ class Trainer:
                 upcoming = self.fetcher.submit(self._batch, progress.step + 1)
             sums, lr = self._step(tokens)
             row = self.accounts.step(sums, lr=lr, seconds=time.perf_counter() - began, data_s=data_s,
-                                     parts_s=self.stopwatch.read())
+                                     parts_s=self.stopwatch.read(),
+                                     saving=self.checkpoints.saver.busy_s > 0)
+            if not sums.applied and config.train.on_spike is OnSpike.rollback \
+                    and progress.step > progress.rolled_back_at:
+                self.accounts.log(row)
+                raise RollBack("loss spike" if sums.spike else "non-finite loss or gradient")
             last = progress.step == config.train.steps or sums.stop
             if last or _due(progress.step, config.train.validate_every):
                 row |= self._validate()
-            if last or _due(progress.step, config.checkpoint.every):
+            if last or self.checkpoints.may_save(progress.step, due=sums.save_due, late=sums.saving_late):
                 row |= self._save(background=not last)
+            row |= self._saves_so_far()
             row |= self._remember(row.get("time/checkpoint_s", 0.0), last=last)
             self.accounts.log(row)
             self._publish(phase="step", loss=row["train/loss"], tokens_per_s=row["tokens/per_s"],
                           usd_total=row["cost/usd_total"])
             if progress.bad_in_a_row >= config.train.max_bad_steps:
-                raise NotTrustworthy(f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient "
-                                     f"(train.max_bad_steps={config.train.max_bad_steps}); lower optim.lr, or look at "
-                                     "the data; the last checkpoint stands")
+                raise NotTrustworthy(f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient, or a "
+                                     f"loss spike (train.max_bad_steps={config.train.max_bad_steps}); lower optim.lr, "
+                                     "or look at the data; the last checkpoint stands")
             if sums.stop and progress.step < config.train.steps:
                 status = self.accounts.stopped(self.control.stop_cause)
                 break
@@ -172,8 +162,24 @@ class Trainer:
         self.checkpoints.wait()
         self.checkpoints.end_exchange()
         self._mean_over_ranks(0.0)  # a rank that leaves takes its connections along: none before all are through
+        self._saves_so_far()
+        if self.checkpoints.gave_up:
+            raise NotFit(f"checkpoint.dir={config.checkpoint.dir}: {self.checkpoints.failed_in_a_row} saves in a row "
+                         f"failed, the last one because {self.checkpoints.last['error']}")
         self._publish(phase="done")
         return self.accounts.result(status, self.checkpoints.last)
+
+    def going_back(self, cause: str) -> Recovery:
+        """How all ranks, which call this at the same step, go on from their newest kept state behind today's data."""
+        self.control.update(phase="start")
+        self.checkpoints.settle()
+        progress, now = self.progress, time.time()
+        progress.rollbacks, progress.rolled_back_at = progress.rollbacks + 1, progress.step
+        event = {"kind": "rolled_back", "time": now, "rank": 0, "node": self.mesh.info.node_rank,
+                 "step": progress.step, "cause": cause, "rollbacks": progress.rollbacks}
+        kept = {name: getattr(progress, name) for name in ("bad_steps", "loss_spikes", "rollbacks", "rolled_back_at")}
+        skip_to = data.samples_before(progress.step, self.config.train) + progress.skipped_samples
+        return Recovery(progress.rollbacks, now, [event], self.accounts.peak, self.first_claim, skip_to, kept)
 
     def _step(self, tokens: Tensor) -> tuple[StepSums, float]:
         """Forward, backward, agree, clip, update: one optimizer step of the V3 recipe."""
@@ -185,8 +191,9 @@ class Trainer:
         self.stopwatch.lap("forward_backward")
         sums = self._reduce(losses)
         self.stopwatch.lap("agree")
+        self._judge(sums, sums.losses[0] / (sequences * config.train.seq_len))
         lr = learning_rate(progress.optimizer_steps + 1, config.optim, config.train.steps)
-        if sums.finite:
+        if sums.applied:
             clip_and_step(self.optimizer, pipeline.shards, norm=sums.grad_norm, optim=config.optim, lr=lr)
             self._update_expert_bias(sums.tokens_per_expert)
             progress.optimizer_steps += 1
@@ -194,12 +201,21 @@ class Trainer:
         else:
             progress.bad_steps += 1
             progress.bad_in_a_row += 1
+            progress.loss_spikes += sums.spike
         pipeline.zero_grad()
         self.stopwatch.lap("optimizer")
         progress.step += 1
         progress.samples += sequences
         progress.tokens += sequences * config.train.seq_len
         return sums, lr
+
+    def _judge(self, sums: StepSums, loss: float) -> None:
+        """Mark a loss spike. The loss is the sum over all ranks and the window is in the checkpoint, so every rank
+        decides alike, after a resume too."""
+        train, progress = self.config.train, self.progress
+        sums.spike = sums.finite and spikes.is_spike(loss, progress.recent_losses, sigmas=train.spike_sigmas,
+                                                     window=train.spike_window)
+        progress.recent_losses = spikes.remember(loss, progress.recent_losses, window=train.spike_window)
 
     def _reduce(self, losses: Tensor) -> StepSums:
         """One all-reduce for all that ranks must agree on: losses, gradient norm, stop, counts per expert."""
@@ -211,15 +227,17 @@ class Trainer:
                 counts[self.moe_layers.index(name)] = router.tokens_per_expert.double()
                 balance += float(router.balance_loss_sum)
         stop = self.control.stop_cause is not None or (self.is_lead and self.accounts.budget_ends())
-        head = torch.tensor([balance, float(squared_norm(self.pipeline.shards)), float(stop), self.stopwatch.cpu_s()],
-                            dtype=torch.float64)
+        late = self.checkpoints.saver.busy_s > PATIENCE_S
+        due = self.is_lead and (self.checkpoints.waits or self.accounts.cadence.due(self.progress.step + 1))
+        head = torch.tensor([balance, float(squared_norm(self.pipeline.shards)), self.stopwatch.cpu_s(), stop, late,
+                             due], dtype=torch.float64)
         packed = torch.cat([losses.detach().double().cpu(), head, counts.flatten()])
         packed = self._sum_over_ranks(packed)
-        squared = packed[width + 1].item()
-        reduced = packed[width + 4 :].view_as(counts).to(torch.int64)
+        squared, cpu_s, *flags = packed[width + 1 : width + 6].tolist()
+        reduced = packed[width + 6 :].view_as(counts).to(torch.int64)
         self.hosted += reduced
         return StepSums(packed[:width].tolist(), packed[width].item(), math.sqrt(squared) if squared >= 0 else squared,
-                        packed[width + 2].item() > 0, reduced, packed[width + 3].item())
+                        *(flag > 0 for flag in flags), reduced, cpu_s)
 
     def _sum_over_ranks(self, packed: Tensor) -> Tensor:
         if self.mesh.world is None:
@@ -258,6 +276,13 @@ class Trainer:
         self.checkpoints.save(self.progress, self.accounts.state(), background=background)
         return self.accounts.saved(time.perf_counter() - began)
 
+    def _saves_so_far(self) -> dict:
+        """Tell how saves ended; too many failures in a row ask for the end, with one more try."""
+        self.checkpoints.report()
+        if self.checkpoints.gave_up:
+            self.control.request_stop(f"{self.checkpoints.failed_in_a_row} saves in a row failed")
+        return {"checkpoint/failed_total": self.checkpoints.failed}
+
     def _remember(self, saved_s: float, *, last: bool) -> dict:
         began = time.perf_counter()
         if not last:
@@ -270,7 +295,7 @@ class Trainer:
         train, dp = self.config.train, self.mesh.layout.dp
         size = data.batch_size_at(step, train)
         share = size // dp
-        first = data.samples_before(step, train) + self.mesh.coordinate.dp * share
+        first = data.samples_before(step, train) + self.progress.skipped_samples + self.mesh.coordinate.dp * share
         return torch.from_numpy(data.batch(self.corpus, seed=self.config.seed, first_sample=first, num=share,
                                            seq_len=train.seq_len, n_extra=self.n_extra))
 

@@ -98,9 +98,13 @@ class Buddies:
 
     def offer(self, step: int, pieces: Iterable[Piece], state: dict) -> None:
         """Copy the state now; an exchange that is under way is ended before."""
+        self.finish()
+        self._packing = self._packer.submit(_replica, self.rank, step, snapshot(pieces), json.dumps(state))
+
+    def finish(self) -> None:
+        """Take an exchange that is under way to its end."""
         while self._packing is not None or self._moving is not None:
             self.advance()
-        self._packing = self._packer.submit(_replica, self.rank, step, snapshot(pieces), json.dumps(state))
 
     def advance(self) -> None:
         """The next stage of an exchange under way, once a step."""

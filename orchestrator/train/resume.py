@@ -29,7 +29,8 @@ FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", 
 class Checkpoints:
     """Saving and resuming for one rank. `on_event(kind, **fields)` hears of every result on rank 0.
 
-    `last`: path and step of the newest checkpoint of this attempt, and why the newest save failed, if it did.
+    `last`: path and step of the newest checkpoint of this attempt, and why the newest save failed, if it did. On rank
+    0, `failed` and `failed_in_a_row` count the saves that did not end in a checkpoint.
     """
 
     def __init__(self, config: Config, mesh: Mesh, pipeline: Pipeline, optimizer: torch.optim.Optimizer, *,
@@ -45,6 +46,8 @@ class Checkpoints:
         self.on_event: Callable = lambda kind, **fields: None
         self.resumed: dict | None = None
         self.last: dict = {"path": None, "step": None, "error": None}
+        self.failed = self.failed_in_a_row = 0
+        self.waits = False
         self.saver = checkpoint.Saver(
             config.checkpoint.dir, rank=mesh.info.rank, world_size=mesh.layout.world_size, store=mesh.store,
             keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.save_timeout_s,
@@ -99,13 +102,14 @@ class Checkpoints:
         if self.resume == "none":
             return None
         tried: list[str] = []
+        causes: list[str] = []
         while (path := self._proposed(tried)) is not None:
             loader, error = self._load(path)
             reason = self._first_error(error, str(len(tried)))
             if reason is None:
                 state = loader.state
                 loader.close()
-                self.resumed = {"path": path, "skipped": tried}
+                self.resumed = {"path": path, "skipped": tried, "causes": causes}
                 if state.get("weights_only"):
                     return None
                 _fill(progress, state)
@@ -113,6 +117,7 @@ class Checkpoints:
             if self.resume != "auto" or isinstance(error, BadRequest):
                 raise error or NotTrustworthy(reason)
             tried.append(path)
+            causes.append(reason)
         if self.resume != "auto":
             raise BadRequest(f"resume={self.resume}: no whole checkpoint there; give its path, or resume=auto")
         if tried:
@@ -129,9 +134,24 @@ class Checkpoints:
             self.buddies.offer(progress.step, pieces_of(self.pipeline, self.optimizer, with_copies=True),
                                self._state(progress, extra()))
 
+    def may_save(self, step: int, *, due: bool, late: bool) -> bool:
+        """Whether to save after this step, which all ranks answer alike: training does not wait for slow storage.
+
+        late: the save under way on some rank takes so long that the next one waits for it, and not the ranks.
+        """
+        if due and late and not self.waits:
+            self.on_event("checkpoint_waits", step=step, cause="the one before is not written yet")
+        self.waits = (self.waits or due) and late
+        return due and not late
+
+    @property
+    def gave_up(self) -> bool:
+        """On rank 0: `checkpoint.max_failures` saves in a row have failed."""
+        return self.mesh.info.rank == 0 and 0 < self.config.checkpoint.max_failures <= self.failed_in_a_row
+
     def save(self, progress, extra: dict, *, background: bool) -> None:
         """Hand this rank's state to the saver; returns when it is copied, or written if not in the background."""
-        self._report()
+        self.report()
         self.saver.save(progress.step, pieces_of(self.pipeline, self.optimizer), self._state(progress, extra),
                         background=background and self.config.checkpoint.background)
         if not background:
@@ -139,7 +159,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         self.saver.wait()
-        self._report()
+        self.report()
+
+    def settle(self) -> None:
+        """End what is under way, so that the newest state is one to go back to."""
+        self.wait()
+        if self.buddies is not None:
+            self.buddies.finish()
 
     def end_exchange(self) -> None:
         """All ranks, after the last step: nothing may be under way between buddies when the first of them leaves."""
@@ -155,8 +181,11 @@ class Checkpoints:
     def _state(self, progress, extra: dict) -> dict:
         return {"progress": asdict(progress), "config": to_dict(self.config), **extra}
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Tell how saves have ended since the last call."""
         for result in self.saver.results():
+            self.failed += not result.ok
+            self.failed_in_a_row = 0 if result.ok else self.failed_in_a_row + 1
             if result.ok:
                 self.last = {"path": result.path, "step": result.step, "error": None}
                 self.on_event("checkpoint_saved", step=result.step, bytes=result.bytes, seconds=result.seconds)
