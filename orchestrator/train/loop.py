@@ -134,10 +134,9 @@ class Trainer:
                 upcoming = self.fetcher.submit(self._batch, progress.step + 1)
             sums, lr = self._step(tokens)
             row = self.accounts.step(sums, lr=lr, seconds=time.perf_counter() - began, data_s=data_s,
-                                     parts_s=self.stopwatch.read(),
-                                     saving=self.checkpoints.saver.busy_s > 0)
-            if not sums.applied and config.train.on_spike is OnSpike.rollback \
-                    and progress.step > progress.rolled_back_at:
+                                     parts_s=self.stopwatch.read(), saving=self.checkpoints.saver.busy_s > 0)
+            rolls_back = config.train.on_spike is OnSpike.rollback and progress.step > progress.rolled_back_at
+            if rolls_back and not sums.applied:
                 self.accounts.log(row)
                 raise RollBack("loss spike" if sums.spike else "non-finite loss or gradient")
             last = progress.step == config.train.steps or sums.stop
