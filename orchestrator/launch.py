@@ -4,7 +4,6 @@ What is filled in is arithmetic over the config and the words of the command lin
 so that no secret can get into a manifest. The same command line in the manifest continues the run (`resume=auto`).
 """
 
-import ipaddress
 import json
 import math
 import os
@@ -29,8 +28,8 @@ usage: sparing launch launch=ray_job|slurm|kuberay|skypilot|torchrun [KEY=VALUE 
   sparing launch launch=skypilot hardware=h100 ... run.dir=s3://bucket/runs/mine
   sparing launch launch=torchrun layout.pp=2 layout.microbatches=2
 
-Keys and groups are those of train. Fills a manifest of deploy/, keeps it in runs/, submits it, streams the job's log and
-returns its exit code. launch.dry_run=true prints the manifest instead. deploy/README.md says which to use when."""
+Keys and groups are those of train. Fills a manifest of deploy/, keeps it in runs/, submits it, streams the job's log
+and returns its exit code. launch.dry_run=true prints the manifest instead. deploy/README.md says which to use when."""
 
 MANIFESTS = {LaunchKind.ray_job: "ray_job.sh", LaunchKind.slurm: "slurm.sbatch", LaunchKind.kuberay: "kuberay.yaml",
              LaunchKind.skypilot: "skypilot.yaml", LaunchKind.torchrun: "torchrun.sh"}
@@ -70,8 +69,9 @@ def run(arguments: list[str]) -> int:
     from orchestrator.compose import compose_config
     from orchestrator.plan.layout import check_run
 
-    if any(argument.startswith("-") for argument in arguments):
-        raise BadRequest(f"{next(a for a in arguments if a.startswith('-'))}: launch has no flags; {HELP.splitlines()[0]}")
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if flags:
+        raise BadRequest(f"{flags[0]}: launch has no flags; {HELP.splitlines()[0]}")
     config = compose_config(arguments)
     check_run(config)
     job = fill(config, arguments, stamp=time.strftime("%Y%m%d-%H%M%S"), python=sys.executable, cwd=Path.cwd())
@@ -97,7 +97,8 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
         gpu_resource="amd.com/gpu" if config.hardware.name.startswith("mi") else "nvidia.com/gpu",
         command=shlex.join(["python", "-m", "orchestrator", "train", *_overrides(config, arguments, stamp, cwd)]),
         root=str(root), cwd=str(cwd), bin=str(Path(python).parent), address=_address(config),
-        memory_gib=ranks_per_node * (GIB_PER_GPU if gpus else GIB_PER_CPU), image=launch.image, seconds=round(launch.hours * 3600), time_limit=_slurm_time(launch.hours),
+        memory_gib=ranks_per_node * (GIB_PER_GPU if gpus else GIB_PER_CPU), image=launch.image,
+        seconds=round(launch.hours * 3600), time_limit=_slurm_time(launch.hours),
         restarts=launch.restarts if config.resume in ("none", "auto") else 0, ray_version=pinned(root)["ray"],
         packages=[f"{package}=={version}" for package, version in pinned(root).items() if package in ENVIRONMENT]
         if launch.install else [])
@@ -125,7 +126,7 @@ def _check(config: Config) -> None:
         raise BadRequest(f"hardware=auto: launch={kind.name} asks for devices before it sees any; name them, as in "
                          "hardware=h100 or hardware=cpu")
     if kind in RUN_ELSEWHERE and not re.match(r"/|[a-z0-9]+://", config.run.dir or ""):
-        raise BadRequest(f"run.dir={config.run.dir}: must be a URL or an absolute path, because launch={kind.name} runs "
+        raise BadRequest(f"run.dir={config.run.dir}: must be a URL or an absolute path, as launch={kind.name} runs "
                          "elsewhere and a relative one would go with the machine; use run.dir=s3://bucket/runs/NAME or "
                          "a folder that all nodes share")
     if kind is LaunchKind.kuberay and not launch.image:
@@ -161,13 +162,13 @@ def _address(config: Config) -> str | None:
         address = launch.address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
         url = urlsplit(address)
         if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
-            raise BadRequest(f"launch.address={url.scheme}://{url.hostname or ''}: must be the dashboard's URL without a "
-                             "user or password; use launch.address=http://HEAD:8265")
+            raise BadRequest(f"launch.address={url.scheme}://{url.hostname or ''}: must be the dashboard's URL without "
+                             "a user or password; use launch.address=http://HEAD:8265")
         return address.rstrip("/")
     if launch.kind is LaunchKind.torchrun and _nodes(config)[0] > 1:
         if not re.fullmatch(r"[^\s/:]+:\d+", launch.address or ""):
-            raise BadRequest(f"launch.address={launch.address}: {_nodes(config)[0]} nodes must find each other at one of "
-                             "them, host:port; use launch.address=FIRST_NODE:29400 on every node")
+            raise BadRequest(f"launch.address={launch.address}: {_nodes(config)[0]} nodes must find each other at one "
+                             "of them, host:port; use launch.address=FIRST_NODE:29400 on every node")
         return launch.address
     return None
 

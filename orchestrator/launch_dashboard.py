@@ -26,16 +26,16 @@ def authentication(address: str, *, allow_insecure: bool) -> dict[str, str]:
     status = _get(address, JOBS)[0]
     if status == 200:
         if not allow_insecure and not _is_loopback(address):
-            raise NotFit(f"launch.address={address}: lets anyone who reaches it run code, because it asks for no token; "
+            raise NotFit(f"launch.address={address}: lets anyone who reaches it run code: it asks for no token; "
                          "start the cluster with RAY_AUTH_MODE=token, or take the risk with launch.allow_insecure=true")
         return {"RAY_AUTH_MODE": "disabled"}
     if status not in REFUSED:
-        raise NotFit(f"launch.address={address}: answers with HTTP {status}, and a Ray dashboard would with 200 or 401; "
+        raise NotFit(f"launch.address={address}: answers with HTTP {status}, and Ray's would with 200 or 401; "
                      "give the dashboard's address (port 8265 as a rule)")
     token = _token()
     if token is None:
-        raise NotFit(f"launch.address={address}: asks for a token, and there is none here; put the cluster's into a file "
-                     "and its path into RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token)")
+        raise NotFit(f"launch.address={address}: asks for a token, and there is none here; put the cluster's into a "
+                     "file and its path into RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token)")
     if _get(address, JOBS, token)[0] in REFUSED:
         raise NotFit(f"launch.address={address}: refuses the token that is here; take the one that its nodes have "
                      "(RAY_AUTH_TOKEN, else RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token)")

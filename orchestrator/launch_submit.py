@@ -93,7 +93,8 @@ def _kuberay(job: Job, file: Path, environment: dict[str, str]) -> int:
     stop = f"kubectl delete rayjob {job.name}"
 
     def outcome() -> int | None:
-        status = json.loads(_output(["kubectl", "get", "rayjob", job.name, "-o", "json"], environment)).get("status", {})
+        shown = _output(["kubectl", "get", "rayjob", job.name, "-o", "json"], environment)
+        status = json.loads(shown).get("status", {})
         state = status.get("jobDeploymentStatus", "")
         if state == "Running":
             _follow(["kubectl", "logs", "--follow", "--selector", pods, "--container", "ray-job-submitter", "--tail",
@@ -111,8 +112,8 @@ def _kuberay(job: Job, file: Path, environment: dict[str, str]) -> int:
 
 def _skypilot(job: Job, file: Path, environment: dict[str, str]) -> int:
     environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    wanted = [word for name in ("RAY_AUTH_TOKEN", "WANDB_API_KEY") if name in environment for word in ("--secret", name)]
-    return _follow(["sky", "jobs", "launch", "--yes", *wanted, str(file)], environment,
+    given = [f"--secret={name}" for name in ("RAY_AUTH_TOKEN", "WANDB_API_KEY") if name in environment]
+    return _follow(["sky", "jobs", "launch", "--yes", *given, str(file)], environment,
                    stop=f"sky jobs cancel --name {job.name}")
 
 

@@ -273,7 +273,7 @@ def _has_gpus(config: Config, progress: Progress, *, here: bool) -> bool:
 
 
 def _checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.Request:
-    """What to ask of Ray; `NotFit`, with what is missing, where the nodes that have joined in time can never give it."""
+    """What to ask of Ray; `NotFit`, with what is missing, where the nodes that joined in time can never give it."""
     deadline = time.monotonic() + config.cluster.join_timeout_s
     while True:
         nodes = [placement.Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0),

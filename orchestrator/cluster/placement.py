@@ -59,7 +59,7 @@ def request_of(config: Config, *, gpu: bool, simulated: bool) -> Request:
 
 
 def request_for(config: Config, nodes: list[Node], *, gpu: bool, simulated: bool) -> Request:
-    """What to ask of these nodes: where no shape is given, whole expert-parallel groups if they fit, else single ranks."""
+    """What to ask of these nodes: if no shape is given, whole expert-parallel groups where they fit."""
     request, ep = request_of(config, gpu=gpu, simulated=simulated), config.layout.ep
     if simulated or request.ranks_per_bundle > 1 or request.spread:
         return request
