@@ -13,6 +13,16 @@ def swiglu(hidden: Tensor) -> Tensor:
     return _SwiGLU.apply(hidden)
 
 
+def swiglu_backward(grad: Tensor, hidden: Tensor) -> Tensor:
+    """Gradient of hidden [.., 2F] from that of swiglu(hidden) [.., F]."""
+    gate, up = hidden.chunk(2, dim=-1)
+    out = torch.empty_like(hidden)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019)."""
     return _RMSNorm.apply(x, weight, eps)
@@ -35,13 +45,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        (hidden,) = ctx.saved_tensors
-        gate, up = hidden.chunk(2, dim=-1)
-        out = torch.empty_like(hidden)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return out
+        return swiglu_backward(grad, *ctx.saved_tensors)
 
 
 class _RMSNorm(torch.autograd.Function):

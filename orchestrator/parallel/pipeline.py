@@ -154,8 +154,8 @@ def build_pipeline(config: Config, mesh: Mesh, compute_dtype: torch.dtype) -> Pi
     layout = config.layout
     ids = stages_of(mesh.coordinate.pp, layout.pp, layout.schedule, layout.stages_per_rank) if layout.pp > 1 else [0]
     splits = split_stages(config.model, num_stages(config), config.train.seq_len)
-    stages = [build_stage(config.model, splits[i], mesh, seed=config.seed, recompute=layout.recompute.name == "full")
-              for i in ids]
+    stages = [build_stage(config.model, splits[i], mesh, seed=config.seed, recompute=layout.recompute.name == "full",
+                          precision=config.precision) for i in ids]
     group = None
     if mesh.pp is not None and (config.model.n_mtp_layers or config.model.tie_embeddings):
         last_stage = len(splits) - 1

@@ -15,8 +15,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
+from model.fp8 import to_fp8
 from model.init import initial_experts, initial_rows
 from model.transformer import Transformer, moe_layers
+from orchestrator.config import PrecisionConfig
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import Mesh
 
@@ -46,15 +48,19 @@ class Shard:
         return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, recompute: bool = False) -> Transformer:
+def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, recompute: bool = False,
+                precision: PrecisionConfig | None = None) -> Transformer:
     """The stage's module on this rank's device: experts split over ep, parameters over dp, values drawn."""
     experts = mesh.layout.experts_of(mesh.info.rank, config.n_routed_experts)
     with torch.device("meta"):
         stage = Transformer(config, layers=layers, num_local_experts=len(experts) or None)
     stage.recompute = recompute
+    fp8 = precision is not None and precision.fp8
+    if fp8:
+        to_fp8(stage, power_of_two=precision.power_of_two_scales)
     if mesh.ep is not None:
         for _, moe in moe_layers(stage):
-            moe.dispatcher = AllToAllDispatcher(mesh.ep, config.n_routed_experts)
+            moe.dispatcher = AllToAllDispatcher(mesh.ep, config.n_routed_experts, fp8=fp8)
     if mesh.dp_mesh is not None:
         _apply_fsdp(stage, mesh)
     stage.to_empty(device=mesh.device)

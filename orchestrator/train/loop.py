@@ -90,7 +90,8 @@ class Trainer:
                                    on_progress=lambda done, total: control.update(phase="data", done=done, total=total))
         compute = compute_dtype(config, mesh.device)
         self.pipeline: Pipeline = build_pipeline(config, mesh, compute)
-        self.optimizer = build_optimizer(self.pipeline.shards, config.optim)
+        self.optimizer = build_optimizer(self.pipeline.shards, config.optim, moments_dtype=as_dtype(
+            config.precision.moments, torch.float32))
         self.moe_layers = moe_layer_names(config)
         self.stopwatch = Stopwatch(mesh.device)
         self.progress = Progress()
@@ -312,10 +313,11 @@ class Trainer:
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """bf16 on GPUs and fp32 on CPUs unless told otherwise; master weights are fp32 always."""
-    asked = config.precision.compute_dtype
-    if asked is ComputeDtype.auto:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if asked is ComputeDtype.bf16 else torch.float32
+    return as_dtype(config.precision.compute_dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def as_dtype(asked: ComputeDtype, auto: torch.dtype) -> torch.dtype:
+    return {ComputeDtype.auto: auto, ComputeDtype.fp32: torch.float32, ComputeDtype.bf16: torch.bfloat16}[asked]
 
 
 def moe_layer_names(config: Config) -> list[str]:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from orchestrator.config import LRSchedule, OptimConfig
 from orchestrator.parallel.shard import Shard
@@ -28,26 +29,54 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
     return floor + (optim.lr - floor) * min(1.0, max(0.0, left))
 
 
-def build_optimizer(shards: list[Shard], optim: OptimConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's, with moments that may rest in another dtype; each step computes in fp32, one parameter at a time."""
+
+    moments_dtype = torch.float32
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        if self.moments_dtype == torch.float32:
+            return super().step()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                state = _state_of(self, parameter)
+                wide = {name: state[name].float() for name in MOMENTS}
+                adamw([parameter], [parameter.grad], [wide["exp_avg"]], [wide["exp_avg_sq"]], [], [state["step"]],
+                      fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], eps=group["eps"],
+                      weight_decay=group["weight_decay"], maximize=False)
+                for name, value in wide.items():
+                    state[name].copy_(value)
+
+
+def build_optimizer(shards: list[Shard], optim: OptimConfig, *, moments_dtype: torch.dtype = torch.float32) -> AdamW:
     """AdamW on local rows; matrices decay, vectors (norms, biases) do not."""
     groups = [
         {"params": [s.value for s in shards if len(s.global_shape) > 1], "weight_decay": optim.weight_decay},
         {"params": [s.value for s in shards if len(s.global_shape) <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2),
-                             eps=optim.eps, fused=True)
+    optimizer = AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+                      fused=True)
+    optimizer.moments_dtype = moments_dtype
+    return optimizer
 
 
-def moments(optimizer: torch.optim.AdamW, shard: Shard) -> dict[str, Tensor]:
+def moments(optimizer: AdamW, shard: Shard) -> dict[str, Tensor]:
     """First and second moment of a shard, made (zero) if no step has been taken yet."""
-    state = optimizer.state[shard.value]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=shard.value.device)
-        state.update({name: torch.zeros_like(shard.value) for name in MOMENTS})
+    state = _state_of(optimizer, shard.value)
     return {name: state[name] for name in MOMENTS}
 
 
-def set_steps_taken(optimizer: torch.optim.AdamW, shards: list[Shard], steps: int) -> None:
+def _state_of(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state.update({name: torch.zeros_like(parameter, dtype=optimizer.moments_dtype) for name in MOMENTS})
+    return state
+
+
+def set_steps_taken(optimizer: AdamW, shards: list[Shard], steps: int) -> None:
     """Restore Adam's step count, one number for all parameters."""
     for shard in shards:
         moments(optimizer, shard)
@@ -61,7 +90,7 @@ def squared_norm(shards: list[Shard]) -> Tensor:
     return norms.double().square().sum()
 
 
-def clip_and_step(optimizer: torch.optim.AdamW, shards: list[Shard], *, norm: float, optim: OptimConfig,
+def clip_and_step(optimizer: AdamW, shards: list[Shard], *, norm: float, optim: OptimConfig,
                   lr: float) -> None:
     """Scale the gradients so that their global norm is at most `clip_norm`, then take one step."""
     scale = min(1.0, optim.clip_norm / (norm + 1e-6)) if optim.clip_norm else 1.0
