@@ -20,6 +20,7 @@ Sparing trains mixture-of-experts language models and accounts for what that cos
 usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ...)
 
   train   [OVERRIDES]        train; `sparing train experiment=tiny` is a first run of about two minutes
+  launch  OVERRIDES          train on a cluster: launch=ray_job, slurm, kuberay, skypilot or torchrun
   plan    OVERRIDES          rank layouts for a model, GPUs and tokens: step time, memory, GPU-hours, dollars; predicted
   status  RUN                what a live run is doing: who hosts what, load, rate, cost so far
   report  RUN [RUN ...]      one self-contained HTML page (and Markdown) about finished runs; out=FILE.html
@@ -68,8 +69,8 @@ batch_ramp_steps, validate_every and validate_sequences.""",
               "DIR holds config.json and safetensors of a supported architecture.",
 }
 # Verbs that have a module of their own, with HELP and run(arguments) -> exit code; imported when called.
-MODULES = {"compare": "orchestrator.compare"}
-PLANNED = ("launch", "generate", "evaluate", "serve")
+MODULES = {"compare": "orchestrator.compare", "launch": "orchestrator.launch"}
+PLANNED = ("generate", "evaluate", "serve")
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 

@@ -58,3 +58,14 @@ class ClusterKind(Enum):
 class DataKind(Enum):
     text = "text"
     random = "random"
+
+
+class LaunchKind(Enum):
+    """Who gets a run from `sparing launch`; `local` is nobody, which is `sparing train`."""
+
+    local = "local"
+    ray_job = "ray_job"
+    slurm = "slurm"
+    kuberay = "kuberay"
+    skypilot = "skypilot"
+    torchrun = "torchrun"

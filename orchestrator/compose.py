@@ -146,6 +146,8 @@ def _mismatch(value: object, hint: object) -> str | None:
         return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
     if hint is float:
         return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if typing.get_origin(hint) is dict:
+        return None if isinstance(value, dict) else "names and numbers, as in {rack1:1}"
     if typing.get_origin(hint) is list:
         return None if isinstance(value, list) else "a list, as in [a,b]"
     if value is None:

@@ -16,6 +16,7 @@ from orchestrator.choices import (
     ClusterKind,
     ComputeDtype,
     DataKind,
+    LaunchKind,
     LRSchedule,
     OnSpike,
     Recompute,
@@ -208,6 +209,10 @@ class ClusterConfig:
     """Ranks of a node; 0 puts all on one node (local) or one per device (ray)."""
     threads_per_rank: int = 0
     """CPU threads of a rank; 0 shares the machine's cores out evenly."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Of Ray's custom resources, what every rank takes beside its device, as in {rack1: 1}."""
+    join_timeout_s: float = 0.0
+    """Longest wait for a Ray cluster's nodes to join before what is missing is said and the run ends."""
     start_timeout_s: float = 120.0
     """Longest wait for the ranks to be placed and connected."""
     step_timeout_s: float = 600.0
@@ -231,8 +236,22 @@ class BudgetConfig:
 
 @dataclass
 class LaunchConfig:
-    kind: str = "local"
-    """Where `sparing launch` hands the run to."""
+    kind: LaunchKind = LaunchKind.local
+    dry_run: bool = False
+    """Print the filled manifest and submit nothing."""
+    address: str | None = None
+    """ray_job: the cluster's dashboard, default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265. torchrun on several
+    nodes: the rendezvous, host:port of one of them."""
+    allow_insecure: bool = False
+    """Submit to a dashboard on another machine although it lets anyone in."""
+    install: bool = False
+    """ray_job: have Ray install the pinned packages for this job on every node."""
+    image: str | None = None
+    """kuberay: the container image that `deploy/Dockerfile` makes."""
+    hours: float = 24.0
+    """slurm, kuberay: the job's time limit; under slurm a run saves before it and is queued again."""
+    restarts: int = 3
+    """slurm, kuberay, skypilot: how often a run that failed in passing (exit code 33) is started again."""
 
 
 @dataclass

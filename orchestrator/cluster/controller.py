@@ -273,14 +273,20 @@ def _has_gpus(config: Config, progress: Progress, *, here: bool) -> bool:
 
 
 def _checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.Request:
-    request = placement.request_of(config, gpu=gpu, simulated=simulated)
-    alive = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    nodes = [placement.Node(name, resources.get("CPU", 0), resources.get("GPU", 0)) for name, resources in alive]
-    missing = placement.what_is_missing(request, nodes)
-    if missing:
-        raise NotFit(f"layout.pp={config.layout.pp} x layout.dp={config.layout.dp}: no room on the cluster: {missing}; "
-                     "add nodes or use a smaller layout")
-    return request
+    """What to ask of Ray; `NotFit`, with what is missing, where the nodes that joined in time can never give it."""
+    deadline = time.monotonic() + config.cluster.join_timeout_s
+    while True:
+        nodes = [placement.Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0),
+                                node["Resources"].get("GPU", 0), node["Resources"]) for node in ray.nodes()
+                 if node["Alive"]]
+        request = placement.request_for(config, nodes, gpu=gpu, simulated=simulated)
+        missing = placement.what_is_missing(request, nodes)
+        if missing is None:
+            return request
+        if time.monotonic() > deadline:
+            raise NotFit(f"layout.pp={config.layout.pp} x layout.dp={config.layout.dp}: no room on the cluster: "
+                         f"{missing}; add nodes or use a smaller layout")
+        time.sleep(1.0)
 
 
 def _check_data(config: Config, progress: Progress, *, here: bool) -> None:

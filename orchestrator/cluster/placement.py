@@ -1,7 +1,8 @@
 """Ranks onto nodes, as arithmetic over plain resource numbers: what to ask of Ray, what is missing, who is where."""
 
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from orchestrator.config import Config
 from orchestrator.parallel.mesh import RankInfo
@@ -9,11 +10,12 @@ from orchestrator.parallel.mesh import RankInfo
 
 @dataclass(frozen=True)
 class Node:
-    """Free resources of one node."""
+    """Resources of one node."""
 
     name: str
     cpus: float
     gpus: float
+    custom: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class Request:
     gpu: bool
     spread: bool
     """Each bundle on a node of its own."""
+    custom: dict[str, float] = field(default_factory=dict)
+    """Custom resources that every rank takes."""
+
+    def bundle(self, ranks: int) -> dict[str, float]:
+        """What so many ranks take, in Ray's names."""
+        each = {"CPU": 1.0, **({"GPU": 1.0} if self.gpu else {}), **self.custom}
+        return {name: number * ranks for name, number in each.items() if number}
 
     @property
     def ranks(self) -> int:
@@ -45,8 +54,17 @@ def request_of(config: Config, *, gpu: bool, simulated: bool) -> Request:
     ranks = config.layout.pp * config.layout.dp
     if (config.cluster.nodes or config.cluster.ranks_per_node) and not simulated:
         nodes, per_node = nodes_of(config)
-        return Request(nodes, per_node, gpu, spread=nodes > 1)
-    return Request(ranks, 1, gpu, spread=False)
+        return Request(nodes, per_node, gpu, nodes > 1, config.cluster.resources)
+    return Request(ranks, 1, gpu, False, {} if simulated else config.cluster.resources)
+
+
+def request_for(config: Config, nodes: list[Node], *, gpu: bool, simulated: bool) -> Request:
+    """What to ask of these nodes: if no shape is given, whole expert-parallel groups where they fit."""
+    request, ep = request_of(config, gpu=gpu, simulated=simulated), config.layout.ep
+    if simulated or request.ranks_per_bundle > 1 or request.spread:
+        return request
+    groups = replace(request, bundles=request.ranks // ep, ranks_per_bundle=ep)
+    return request if what_is_missing(groups, nodes) else groups
 
 
 def simulated_homes(config: Config) -> list[tuple[str, int]]:
@@ -57,24 +75,53 @@ def simulated_homes(config: Config) -> list[tuple[str, int]]:
 
 def what_is_missing(request: Request, nodes: list[Node]) -> str | None:
     """Why the request can never be met by these nodes; None if it can."""
-    kind = "GPU" if request.gpu else "CPU"
-    room = [int(min(node.cpus, node.gpus) if request.gpu else node.cpus) // request.ranks_per_bundle for node in nodes]
-    fitting = sum(min(1, fits) for fits in room) if request.spread else sum(room)
+    room = [min(int(_of(node, name) / number + 1e-9) for name, number in request.bundle(1).items()) for node in nodes]
+    bundles = [ranks // request.ranks_per_bundle for ranks in room]
+    fitting = sum(min(1, fits) for fits in bundles) if request.spread else sum(bundles)
     if fitting >= request.bundles:
         return None
-    have = ", ".join(f"{node.name}: {node.gpus:g} GPUs, {node.cpus:g} CPUs" if request.gpu
-                     else f"{node.name}: {node.cpus:g} CPUs" for node in nodes) or "no nodes"
+    wanted = " and ".join(_amount(name, number, request.ranks_per_bundle) for name, number in request.bundle(1).items()
+                          if name != "CPU" or not request.gpu)
+    have = ", ".join(f"{node.name}: " + ", ".join(f"{_of(node, name):g} {_unit(name)}" for name in request.bundle(1))
+                     for node in nodes) or "no nodes"
     if request.spread:
-        return (f"{request.bundles} nodes with {request.ranks_per_bundle} free {kind}s each are wanted, "
-                f"{fitting} such are there ({have})")
-    return f"{request.ranks} ranks want one free {kind} each, {fitting * request.ranks_per_bundle} are there ({have})"
+        return f"{request.bundles} nodes with {wanted} each are wanted, {fitting} such are there ({have})"
+    return (f"{request.ranks} ranks want {wanted} each, {fitting * request.ranks_per_bundle} "
+            f"can have that ({have})")
 
 
-def order_ranks(homes: list[tuple[str, int]]) -> list[int]:
-    """The workers in rank order, by (node, device) of each: node by node, fullest first, so that expert groups, which
-    are consecutive ranks, stay inside a node where one can hold them. Stable: the same homes give the same order."""
-    sizes = Counter(node for node, _ in homes)
-    return sorted(range(len(homes)), key=lambda i: (-sizes[homes[i][0]], homes[i][0], homes[i][1], i))
+def order_ranks(homes: list[tuple[str, int]], ep: int) -> list[int]:
+    """The workers in rank order, by (node, device) of each. Ranks go node by node in the order of the nodes' names, so
+    that pipeline neighbours are on the same or the next node; a node first takes as many whole expert-parallel groups,
+    which are `ep` consecutive ranks, as it can hold, and what is left over makes up groups across nodes at the end.
+    Stable: the same homes give the same order."""
+    in_order = sorted(range(len(homes)), key=lambda i: (_natural(homes[i][0]), homes[i][1], i))
+    sizes, seen = Counter(node for node, _ in homes), Counter()
+    whole, rest = [], []
+    for i in in_order:
+        node = homes[i][0]
+        seen[node] += 1
+        (whole if seen[node] <= sizes[node] // ep * ep else rest).append(i)
+    return whole + rest
+
+
+def _natural(name: str) -> list:
+    """A key by which node2 comes before node10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _of(node: Node, name: str) -> float:
+    return {"CPU": node.cpus, "GPU": node.gpus}.get(name, node.custom.get(name, 0.0))
+
+
+def _unit(name: str) -> str:
+    return f"{name}s" if name in ("CPU", "GPU") else name
+
+
+def _amount(name: str, number: float, ranks: int) -> str:
+    if name not in ("CPU", "GPU"):
+        return f"{number * ranks:g} {name}"
+    return f"{number * ranks:g} free {name}" + ("s" if ranks > 1 else "")
 
 
 def rank_infos(homes: list[tuple[str, int]], master_addr: str, master_port: int) -> list[RankInfo]:

@@ -31,8 +31,7 @@ class Ranks:
 def place(config: Config, request: placement.Request) -> Ranks:
     """A placement group and one actor per rank, in rank order; `Transient` if the room is not free in time."""
     each, spares = request.ranks_per_bundle, config.cluster.spares
-    kinds = ["CPU", "GPU"] if request.gpu else ["CPU"]
-    bundles = [dict.fromkeys(kinds, each)] * request.bundles + [dict.fromkeys(kinds, 1)] * spares
+    bundles = [request.bundle(each)] * request.bundles + [request.bundle(1)] * spares
     began, limit = time.time(), config.cluster.start_timeout_s
     group = placement_group(bundles, strategy="STRICT_SPREAD" if request.spread else "PACK")
     try:
@@ -42,12 +41,17 @@ def place(config: Config, request: placement.Request) -> Ranks:
         homes = ray.get([worker.home.remote() for worker in workers], timeout=max(10.0, limit - (placed_at - began)))
     except GetTimeoutError:
         remove_placement_group(group)
+        free = ray.available_resources()
+        have = ", ".join(f"{free.get(name, 0):g} of {number * request.ranks:g} {name}"
+                         for name, number in request.bundle(1).items())
         raise Transient(f"cluster.start_timeout_s={limit:g}: {request.ranks} ranks could not be placed in that time; "
-                        "the cluster is busy: wait, free its actors, or raise cluster.start_timeout_s") from None
+                        f"the cluster is busy (free: {have}): wait, free its actors, or raise cluster.start_timeout_s"
+                        ) from None
     except RayError as error:
         remove_placement_group(group)
         raise Transient(f"the ranks could not be started: {str(error).splitlines()[-1]}") from None
-    order = placement.order_ranks([(home["node"], home["gpu"]) for home in homes])
+    order = placement.order_ranks([(f"{home['address']} {home['node']}", home["gpu"]) for home in homes],
+                                  config.layout.ep)
     ranks = Ranks(group, [workers[i] for i in order], [homes[i] for i in order], [i // each for i in order], placed_at,
                   wanted_spares=spares)
     for i in range(spares):
@@ -105,6 +109,7 @@ def _start(request: placement.Request, group: PlacementGroup, bundle: int):
     if not request.gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return ray.remote(Worker).options(
-        num_cpus=1, num_gpus=1 if request.gpu else 0, max_concurrency=THREADS, max_restarts=0,
+        num_cpus=1, num_gpus=1 if request.gpu else 0, resources=request.custom, max_concurrency=THREADS,
+        max_restarts=0,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         runtime_env={"env_vars": environment}).remote()

@@ -150,7 +150,8 @@ def _check_numbers(config: Config) -> None:
         ("optim.clip_norm", optim.clip_norm, 0),
         ("cluster.nodes", config.cluster.nodes, 0), ("cluster.ranks_per_node", config.cluster.ranks_per_node, 0),
         ("cluster.threads_per_rank", config.cluster.threads_per_rank, 0),
-        ("cluster.spares", config.cluster.spares, 0),
+        ("cluster.spares", config.cluster.spares, 0), ("cluster.join_timeout_s", config.cluster.join_timeout_s, 0),
+        *((f"cluster.resources.{name}", number, 0) for name, number in config.cluster.resources.items()),
         ("checkpoint.memory_every", config.checkpoint.memory_every, 0),
     ]:
         require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")

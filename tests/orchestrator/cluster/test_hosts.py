@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster_harness import BIN, ROOT, hosts, why_no_hosts
+from tests.cluster_harness import ROOT, hosts, why_no_hosts
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))]
 RUN = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
@@ -42,9 +42,9 @@ def test_a_job_from_outside_runs_across_the_nodes_with_the_local_losses(cluster,
     here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     local = subprocess.Popen([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
                              cwd=ROOT, env=here, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    command = ["-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/hosts"]
-    job = subprocess.run([BIN / "ray", "job", "submit", "--working-dir", ROOT, "--", "python", *command],
-                         cwd=tmp_path, env=cluster.client, text=True, capture_output=True, timeout=240)
+    job = subprocess.run([sys.executable, "-m", "orchestrator", "launch", "launch=ray_job", *run,
+                          f"run.dir={tmp_path}/hosts"], cwd=tmp_path, text=True, capture_output=True, timeout=240,
+                         env=cluster.client | {"PYTHONPATH": str(ROOT)})
     assert job.returncode == 0 and "completed: 6 steps" in job.stdout, job.stdout + job.stderr
     assert local.wait(240) == 0, local.stdout.read()
     ranks = json.loads((tmp_path / "hosts" / "status.json").read_text())["ranks"]

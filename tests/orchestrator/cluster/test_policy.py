@@ -2,7 +2,16 @@
 
 import pytest
 
-from orchestrator.cluster.placement import Node, Request, nodes_of, order_ranks, rank_infos, request_of, what_is_missing
+from orchestrator.cluster.placement import (
+    Node,
+    Request,
+    nodes_of,
+    order_ranks,
+    rank_infos,
+    request_for,
+    request_of,
+    what_is_missing,
+)
 from orchestrator.cluster.policy import Action, Fault, Limits, Phase, RankState, decide, respond
 from orchestrator.config import Config
 
@@ -73,22 +82,44 @@ def test_the_same_error_twice_at_one_step_is_a_bug_and_some_errors_are_final():
 
 
 def test_what_is_missing_is_said():
-    nodes = [Node("a", 8, 8), Node("b", 8, 4)]
+    nodes = [Node("a", 8, 8), Node("b", 8, 4, {"rack1": 2})]
     assert what_is_missing(Request(12, 1, True, False), nodes) is None
     assert what_is_missing(Request(13, 1, True, False), nodes) == (
-        "13 ranks want one free GPU each, 12 are there (a: 8 GPUs, 8 CPUs, b: 4 GPUs, 8 CPUs)")
+        "13 ranks want 1 free GPU each, 12 can have that (a: 8 CPUs, 8 GPUs, b: 8 CPUs, 4 GPUs)")
     assert what_is_missing(Request(2, 4, True, True), nodes) is None
     missing = what_is_missing(Request(2, 8, True, True), nodes)
     assert missing.startswith("2 nodes with 8 free GPUs each are wanted, 1 such are there")
     assert "no nodes" in what_is_missing(Request(1, 1, False, False), [])
+    rack = {"rack1": 0.5}
+    assert what_is_missing(Request(4, 1, True, False, rack), nodes) is None
+    assert what_is_missing(Request(5, 1, True, False, rack), nodes) == (
+        "5 ranks want 1 free GPU and 0.5 rack1 each, 4 can have that (a: 8 CPUs, 8 GPUs, 0 rack1, b: 8 CPUs, 4 GPUs, "
+        "2 rack1)")
+    assert Request(1, 4, True, False, rack).bundle(4) == {"CPU": 4, "GPU": 4, "rack1": 2}
 
 
-def test_ranks_of_a_node_are_consecutive_in_device_order_and_the_order_is_stable():
-    homes = [("b", 1), ("a", 0), ("b", 0), ("a", 1), ("b", 2)]
-    order = order_ranks(homes)
-    assert [homes[i] for i in order] == [("b", 0), ("b", 1), ("b", 2), ("a", 0), ("a", 1)]
+def test_expert_groups_are_asked_for_whole_where_they_fit():
+    config = Config()
+    config.layout.pp, config.layout.dp, config.layout.ep = 2, 4, 4
+    whole = request_for(config, [Node("a", 5, 0), Node("b", 4, 0)], gpu=False, simulated=False)
+    assert (whole.bundles, whole.ranks_per_bundle) == (2, 4)
+    split = request_for(config, [Node("a", 6, 0), Node("b", 3, 0)], gpu=False, simulated=False)
+    assert (split.bundles, split.ranks_per_bundle) == (8, 1)
+
+
+def test_ranks_go_node_by_node_in_device_order_and_the_order_is_stable():
+    homes = [("n10", 1), ("n2", 0), ("n10", 0), ("n2", 1), ("n10", 2)]
+    order = order_ranks(homes, ep=1)
+    assert [homes[i] for i in order] == [("n2", 0), ("n2", 1), ("n10", 0), ("n10", 1), ("n10", 2)]
     shuffled = [homes[i] for i in (4, 3, 2, 1, 0)]
-    assert [shuffled[i] for i in order_ranks(shuffled)] == [homes[i] for i in order]
+    assert [shuffled[i] for i in order_ranks(shuffled, ep=1)] == [homes[i] for i in order]
+
+
+def test_nodes_of_odd_sizes_split_no_more_expert_groups_than_they_must():
+    homes = [(name, device) for name, size in (("a", 3), ("b", 2), ("c", 2), ("d", 1)) for device in range(size)]
+    nodes = [homes[i][0] for i in order_ranks(homes, ep=2)]
+    groups = [set(nodes[i : i + 2]) for i in range(0, 8, 2)]
+    assert groups == [{"a"}, {"b"}, {"c"}, {"a", "d"}]
 
 
 def test_ranks_get_torchruns_numbers():

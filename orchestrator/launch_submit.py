@@ -1,0 +1,139 @@
+"""Filled manifests handed over: each launcher's own command line, its log on our stdout, the run's exit code back.
+
+A job that is submitted goes on when we are interrupted; we say how it is ended.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.choices import LaunchKind
+from orchestrator.errors import NotFit, Preempted, Transient
+from orchestrator.launch import Job
+from orchestrator.launch_dashboard import authentication, job_outcome
+
+POLL_S = 2.0
+SLURM_ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+
+
+def submit(job: Job, folder: Path) -> int:
+    """Keep the manifest in the folder, submit it, follow it to its end; the run's exit code."""
+    tool, launcher = {
+        LaunchKind.ray_job: ("ray", _ray_job), LaunchKind.slurm: ("sbatch", _slurm),
+        LaunchKind.kuberay: ("kubectl", _kuberay), LaunchKind.skypilot: ("sky", _skypilot),
+        LaunchKind.torchrun: ("torchrun", _torchrun)}[job.kind]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if shutil.which(tool, path=path) is None:
+        raise NotFit(f"launch={job.kind.name}: needs the command {tool}, which is not here; install it, or see what "
+                     "would be submitted with launch.dry_run=true")
+    folder.mkdir(exist_ok=True)
+    file = folder / job.file
+    file.write_text(job.manifest)
+    print(f"manifest  {file}", flush=True)
+    return launcher(job, file, os.environ | {"PATH": path})
+
+
+def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
+    environment |= authentication(job.address, allow_insecure=job.allow_insecure)
+    returned = _follow(["sh", str(file)], environment, stop=f"ray job stop --address {job.address} {job.name}")
+    outcome = job_outcome(job.address, job.name, returned)
+    if outcome is None:
+        raise Transient(f"{job.name}: the connection to {job.address} ended before the job; it goes on, follow it with "
+                        f"ray job logs --address {job.address} --follow {job.name}")
+    return outcome
+
+
+def _torchrun(job: Job, file: Path, environment: dict[str, str]) -> int:
+    return subprocess.run(["sh", str(file)], env=environment).returncode
+
+
+def _slurm(job: Job, file: Path, environment: dict[str, str]) -> int:
+    number = _output(["sbatch", "--parsable", str(file)], environment).split(";")[0]
+    print(f"job       {number}", flush=True)
+    log, position, said = file.with_suffix(".log"), 0, ""
+
+    def tail() -> None:
+        nonlocal position
+        if log.exists():
+            with log.open("rb") as lines:
+                lines.seek(position)
+                text = lines.read()
+            position += len(text)
+            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.flush()
+
+    def outcome() -> int | None:
+        nonlocal said
+        shown = _output(["scontrol", "show", "job", number, "--oneliner"], environment)
+        fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        state = fields.get("JobState", "")
+        tail()
+        if state != said:
+            print(f"[{state.lower()}{', restart ' + fields['Restarts'] if fields.get('Restarts', '0') != '0' else ''}]",
+                  flush=True)
+            said = state
+        if state not in SLURM_ENDS:
+            return None
+        code = int(fields.get("ExitCode", "1:0").split(":")[0])
+        return code if state == "COMPLETED" or code else Preempted.exit_code if state != "FAILED" else 1
+
+    return _poll(outcome, stop=f"scancel {number}")
+
+
+def _kuberay(job: Job, file: Path, environment: dict[str, str]) -> int:
+    print(_output(["kubectl", "apply", "-f", str(file)], environment), flush=True)
+    pods = f"app.kubernetes.io/instance={job.name},ray.io/node-type=head"
+    stop = f"kubectl delete rayjob {job.name}"
+
+    def outcome() -> int | None:
+        shown = _output(["kubectl", "get", "rayjob", job.name, "-o", "json"], environment)
+        status = json.loads(shown).get("status", {})
+        state = status.get("jobDeploymentStatus", "")
+        if state == "Running":
+            _follow(["kubectl", "logs", "--follow", "--selector", pods, "--container", "ray-job-submitter", "--tail",
+                     "-1"], environment, stop=stop)
+        if state == "Complete":
+            return 0 if status.get("jobStatus") == "SUCCEEDED" else Preempted.exit_code
+        if state in ("Failed", "ValidationFailed"):
+            code = re.search(r"exit code (\d+)", status.get("message", ""))
+            print(f"{state}: {status.get('reason', '')} {status.get('message', '').splitlines()[:1]}", file=sys.stderr)
+            return int(code[1]) if code else 1
+        return None
+
+    return _poll(outcome, stop=stop)
+
+
+def _skypilot(job: Job, file: Path, environment: dict[str, str]) -> int:
+    environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    given = [f"--secret={name}" for name in ("RAY_AUTH_TOKEN", "WANDB_API_KEY") if name in environment]
+    return _follow(["sky", "jobs", "launch", "--yes", *given, str(file)], environment,
+                   stop=f"sky jobs cancel --name {job.name}")
+
+
+def _poll(outcome: Callable[[], int | None], *, stop: str) -> int:
+    try:
+        while (code := outcome()) is None:
+            time.sleep(POLL_S)
+        return code
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; end it with: {stop}", file=sys.stderr)
+        raise
+
+
+def _follow(command: list[str], environment: dict[str, str], *, stop: str) -> int:
+    """A command that shows its own output."""
+    return _poll(lambda: subprocess.run(command, env=environment).returncode, stop=stop)
+
+
+def _output(command: list[str], environment: dict[str, str]) -> str:
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    if done.returncode != 0:
+        raise NotFit(f"{' '.join(command[:2])}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip()

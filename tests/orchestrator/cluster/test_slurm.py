@@ -1,0 +1,76 @@
+"""The filled batch file under a real Slurm: Ray over two nodes, preempted, queued again, gone on with, to the end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster_harness import ROOT, wait_until
+from tests.orchestrator.cluster.test_hosts import RUN, losses
+from tests.slurm_harness import slurm, why_no_slurm
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))]
+
+
+@pytest.fixture(scope="module")
+def environment():
+    with slurm(nodes=2, cpus=1) as variables:
+        yield variables | {"PYTHONPATH": str(ROOT)}
+
+
+def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(environment, tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
+    run = [*RUN, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache", "layout.pp=2", "layout.dp=1",
+           "layout.ep=1", "train.steps=40", "train.validate_every=0", "hardware=cpu"]
+    launch = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", "launch", "launch=slurm", "cluster.nodes=2", *run,
+         f"run.dir={tmp_path}/slurm"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+
+    def control(*words: str) -> None:
+        subprocess.run(words, env=environment, check=True, capture_output=True)
+
+    def job() -> dict[str, str]:
+        done = subprocess.run(["scontrol", "show", "job", "1", "--oneliner"], env=environment, text=True,
+                              capture_output=True)
+        return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+
+    def log() -> str:
+        return "\n".join(file.read_text() for file in tmp_path.glob("runs/*.log")) + f"\n{job()}"
+
+    metrics = tmp_path / "slurm" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 240, log, every_s=0.05)
+    control("scancel", "--batch", "--signal=TERM", "1")  # what --signal=B:TERM@300 sends before the time limit
+    wait_until(lambda: job().get("Restarts") == "1", 120, log, every_s=0.2)
+    saved = len(losses(tmp_path / "slurm"))
+    assert 3 <= saved < 40
+    control("scontrol", "update", "JobId=1", "StartTime=now")  # Slurm holds a job that is queued again for two minutes
+    out, _ = launch.communicate(timeout=240)
+    assert launch.returncode == 0 and "completed: 40 steps" in out and "[running, restart 1]" in out, out
+    local = subprocess.run([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
+                           cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=240)
+    assert local.returncode == 0, local.stderr
+    assert trained(tmp_path / "slurm") == trained(tmp_path / "local")
+    ranks = json.loads((tmp_path / "slurm" / "status.json").read_text())["ranks"]
+    assert [rank["node_rank"] for rank in ranks] == [0, 1]
+    assert not list(tmp_path.glob("runs/.token-*")) and not left_over("/tmp/ray-1/")
+
+
+def trained(run_dir: Path) -> list[tuple]:
+    """Without the validations: a run that is stopped makes one of its own."""
+    return [row[:3] for row in losses(run_dir)]
+
+
+def left_over(word: str) -> list[Path]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if word in (folder / "cmdline").read_text() and int(folder.name) != os.getpid():
+                found.append(folder)
+        except OSError:
+            continue
+    return found

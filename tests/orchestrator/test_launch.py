@@ -1,0 +1,253 @@
+"""Manifests as they are filled, against golden files and the schemas of their readers; what is refused, and why."""
+
+import http.server
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator import launch_submit
+from orchestrator.compose import compose_config
+from orchestrator.errors import BadRequest, NotFit
+from orchestrator.launch import Job, LaunchKind, fill, pinned
+from orchestrator.launch_dashboard import authentication, job_outcome
+from orchestrator.launch_submit import submit
+from orchestrator.plan.layout import check_run
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "launch"
+TWO_NODES = ["experiment=tiny", "cluster.ranks_per_node=2", "data.path='/corpus/a b.txt'"]
+GPUS = [*TWO_NODES, "hardware=h100", "run.dir=s3://bucket/runs/mine"]
+FILLED = {
+    "ray_job.sh": ["launch=ray_job", "launch.address=http://head:8265", "launch.install=true", *TWO_NODES,
+                   "run.dir=/shared/runs/mine"],
+    "slurm.sbatch": ["launch=slurm", "launch.hours=36.5", *TWO_NODES, "hardware=h100"],
+    "kuberay.yaml": ["launch=kuberay", "launch.image=registry/sparing:1", *GPUS],
+    "skypilot.yaml": ["launch=skypilot", *GPUS],
+    "torchrun.sh": ["launch=torchrun", "launch.address=node1:29400", *TWO_NODES],
+}
+
+
+def filled(*arguments: str) -> Job:
+    config = compose_config(list(arguments))
+    check_run(config)
+    return fill(config, list(arguments), stamp="20261125-120000", python="/env/bin/python", cwd=Path("/work"))
+
+
+@pytest.mark.parametrize("file, arguments", FILLED.items(), ids=FILLED.keys())
+def test_a_filled_manifest_is_the_golden_one(file, arguments):
+    """REWRITE_GOLDEN=1 writes them anew; read the difference."""
+    manifest = filled(*arguments).manifest.replace(str(ROOT), "/checkout")
+    if os.environ.get("REWRITE_GOLDEN"):
+        (GOLDEN / file).write_text(manifest)
+    assert manifest == (GOLDEN / file).read_text()
+    if not file.endswith(".yaml"):
+        assert subprocess.run(["bash", "-n", GOLDEN / file]).returncode == 0
+
+
+def test_the_command_in_a_manifest_composes_to_the_run_that_was_asked_for():
+    line = next(line for line in filled(*FILLED["slurm.sbatch"]).manifest.splitlines() if "orchestrator train" in line)
+    words = shlex.split(line.removesuffix(" &"))
+    assert words[:4] == ["python", "-m", "orchestrator", "train"]
+    config = compose_config(words[4:])
+    assert config.data.path == "/corpus/a b.txt" and config.layout.pp == 2 and config.hardware.name == "h100"
+    assert config.resume == "auto" and config.run.dir == "/work/runs/tiny-20261125-120000"
+
+
+@pytest.mark.parametrize("hardware", ["h100", "cpu"])
+def test_kuberays_rayjob_passes_its_published_schema(hardware):
+    import jsonschema
+
+    schema = strict(json.loads((GOLDEN / "kuberay_rayjob_v1.json").read_text()))
+    policy, job = yaml.safe_load_all(filled(*FILLED["kuberay.yaml"], f"hardware={hardware}").manifest)
+    jsonschema.validate(job, schema)
+    assert len(job["metadata"]["name"]) <= 47, "longer names are refused by the operator"
+    assert policy["kind"] == "NetworkPolicy"
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParam"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="rayStartParam"):
+        jsonschema.validate(job, schema)
+
+
+def strict(node):
+    """A Kubernetes structural schema as the API server reads it: an unknown field is an error."""
+    if isinstance(node, list):
+        return [strict(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    closed = {"additionalProperties": False} if isinstance(node.get("properties"), dict) and "type" in node else {}
+    return {key: strict(value) for key, value in node.items()} | closed
+
+
+def test_skypilots_task_passes_its_own_loader(tmp_path):
+    """SKYPILOT_PYTHON names an interpreter that has skypilot, which is heavy and is none of our dependencies."""
+    python = os.environ.get("SKYPILOT_PYTHON") or (sys.executable if importlib.util.find_spec("sky") else None)
+    if python is None:
+        pytest.skip("skypilot is not installed; SKYPILOT_PYTHON may name an interpreter that has it")
+    (tmp_path / "task.yaml").write_text(filled(*FILLED["skypilot.yaml"]).manifest)
+    program = ("import sky; task = sky.Task.from_yaml('task.yaml'); r = list(task.resources)[0]; "
+               "print(task.num_nodes, r.accelerators, r.job_recovery['recover_on_exit_codes'])")
+    done = subprocess.run([python, "-c", program], cwd=tmp_path, text=True, capture_output=True, timeout=120,
+                          env=os.environ | {"HOME": str(tmp_path)})
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 {'H100': 2} [33, 34]", done.stderr
+
+
+def test_clusters_that_manifests_start_ask_for_a_token_and_open_no_dashboard():
+    for file in ("slurm.sbatch", "skypilot.yaml"):
+        text = filled(*FILLED[file]).manifest
+        assert "RAY_AUTH_MODE=token" in text and "--include-dashboard=false" in text and "dashboard-host" not in text
+    policy, job = yaml.safe_load_all(filled(*FILLED["kuberay.yaml"]).manifest)
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"} and cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    callers = policy["spec"]["ingress"][0]["from"]
+    assert [list(caller["podSelector"]["matchLabels"].values()) for caller in callers] == [["sparing"],
+                                                                                          ["kuberay-operator"]]
+
+
+BAD = {
+    "no launcher": (["launch=local"], r"launch=local: hands the run to nobody; use launch=ray_job, slurm"),
+    "an unknown launcher": (["launch=slrum"], r"launch=slrum: no such option; did you mean slurm\?"),
+    "devices not named": (["launch=slurm"], r"hardware=auto: launch=slurm asks for devices .*; name them"),
+    "a relative run directory": (["launch=ray_job", "run.dir=runs/x"], r"run\.dir=runs/x: must be a URL or .*use"),
+    "no run directory": (["launch=skypilot", "hardware=h100"], r"run\.dir=None: must be a URL"),
+    "no image": (["launch=kuberay", *GPUS], r"launch\.image=null: .* needs a container image; build one"),
+    "one machine": (["launch=ray_job", "cluster=local"], r"cluster=local: would keep the run on one machine.*leave"),
+    "no rendezvous": (["launch=torchrun", *TWO_NODES], r"launch\.address=None: 2 nodes must find each other.*use"),
+    "no time": (["launch=slurm", "hardware=cpu", "launch.hours=0"], r"launch\.hours=0: must be at least 0\.02; use"),
+    "less than none": (["launch=slurm", "hardware=cpu", "launch.restarts=-1"], r"launch\.restarts=-1: must be at"),
+    "no URL": (["launch=ray_job", "launch.address=head:8265", "run.dir=/x"], r"launch\.address=.*must be the .*use"),
+    "an unknown key": (["launch=slurm", "launch.partition=x"], r"launch\.partition: unknown key"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
+def test_a_bad_request_is_explained(arguments, message):
+    with pytest.raises(BadRequest, match=message):
+        filled(*arguments)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated():
+    with pytest.raises(BadRequest, match=r"without a user or password") as caught:
+        filled("launch=ray_job", "launch.address=http://me:hunter2@head:8265", "run.dir=/x")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_dry_run_prints_the_manifest_alone_and_leaves_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "orchestrator", "launch", "launch=torchrun", "launch.dry_run=true"],
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith("#!/bin/sh\n") and done.stderr == ""
+    assert "launch" not in done.stdout.split("orchestrator train")[1] and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def dashboard():
+    """A stand-in for Ray's dashboard; `answers` maps (path, token) to a status and a body."""
+    answers: dict[tuple[str, str], tuple[int, str]] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            status, body = answers.get((self.path, token), (401, ""))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield answers, server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_open_dashboard_on_another_machine_is_refused_unless_told_to(dashboard, monkeypatch):
+    answers, port = dashboard
+    answers["/api/jobs/", ""] = (200, "[]")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: [(2, 1, 6, "", ("192.0.2.7", port))])
+    monkeypatch.setattr(socket, "create_connection", lambda address, *_, **__: connect(address))
+
+    def connect(address):
+        connection = socket.socket()
+        connection.connect(("127.0.0.1", address[1]))
+        return connection
+
+    with pytest.raises(NotFit, match=r"lets anyone .* run code.*RAY_AUTH_MODE=token.*launch\.allow_insecure=true"):
+        authentication(f"http://head:{port}", allow_insecure=False)
+    assert authentication(f"http://head:{port}", allow_insecure=True) == {"RAY_AUTH_MODE": "disabled"}
+    monkeypatch.undo()
+    assert authentication(f"http://127.0.0.1:{port}", allow_insecure=False) == {"RAY_AUTH_MODE": "disabled"}
+
+
+def test_a_dashboard_that_asks_gets_the_token_and_says_how_the_job_ended(dashboard, monkeypatch, tmp_path):
+    answers, port = dashboard
+    address = f"http://127.0.0.1:{port}"
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(NotFit, match=r"asks for a token, and there is none here; put"):
+        authentication(address, allow_insecure=True)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("right\n")
+    with pytest.raises(NotFit, match=r"refuses the token that is here"):
+        authentication(address, allow_insecure=True)
+    answers["/api/jobs/", "right"] = (200, "[]")
+    assert authentication(address, allow_insecure=False) == {"RAY_AUTH_MODE": "token"}
+    for status, code, outcome in [("SUCCEEDED", 0, 0), ("FAILED", 93, 93), ("FAILED", None, 1), ("STOPPED", None, 34),
+                                  ("RUNNING", None, None)]:
+        answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": status, "driver_exit_code": code}))
+        assert job_outcome(address, "mine", 1) == outcome
+
+
+FAKES = {
+    "kubectl": """case "$1" in
+apply) echo "rayjob created" ;;
+logs) echo "step 1" ;;
+get) n=$(cat count 2> /dev/null || echo 0); echo $((n + 1)) > count
+     [ "$n" = 0 ] && echo '{"status": {"jobDeploymentStatus": "Running"}}' || echo '{"status": {"jobDeploymentStatus":
+     "Failed", "message": "Job entrypoint command failed with exit code 93, last available logs: ..."}}' ;;
+esac""",
+    "sky": '[ ${#RAY_AUTH_TOKEN} = 64 ] && [ "$4" = --secret=RAY_AUTH_TOKEN ] && echo "step 1" && exit 93',
+    "torchrun": 'echo "step 1"; exit 93',
+}
+
+
+@pytest.mark.parametrize("kind, tool", [("kuberay", "kubectl"), ("skypilot", "sky"), ("torchrun", "torchrun")])
+def test_a_job_is_followed_and_its_exit_code_returned(kind, tool, tmp_path, monkeypatch, capfd):
+    """The launchers' own programs are stand-ins here: what is checked is what we make of their answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(launch_submit, "POLL_S", 0.01)
+    with pytest.raises(NotFit, match=f"launch={kind}: needs the command {tool}, which is not here; install it"):
+        monkeypatch.setenv("PATH", "/nowhere")
+        submit(Job(LaunchKind[kind], "name", "exit 1\n"), tmp_path / "runs")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / tool).write_text(f"#!/bin/bash\n{FAKES[tool]}\n")
+    (tmp_path / tool).chmod(0o755)
+    manifest = f"{tool}\n"
+    assert submit(Job(LaunchKind[kind], "name", manifest), tmp_path / "runs") == 93
+    assert "step 1" in capfd.readouterr().out
+    assert [file.read_text() for file in (tmp_path / "runs").iterdir()] == [manifest]
+
+
+def test_the_images_lock_is_hashed_and_holds_what_is_tested():
+    lock = (ROOT / "deploy" / "requirements.lock").read_text()
+    entries = [line for line in lock.replace("\\\n", " ").splitlines() if line and not line.lstrip().startswith("#")]
+    versions = {}
+    for entry in entries:
+        requirement, *rest = entry.split()
+        assert any(word.startswith("--hash=sha256:") for word in rest), entry
+        versions.update([requirement.split("==")])
+    tested = pinned(ROOT)
+    assert {name: versions[name] for name in tested if name in versions} == {name: version for name, version in
+                                                                             tested.items() if name in versions}
+    assert {"torch", "ray", "hydra-core", "wandb", "fsspec", "s3fs", "grain", "safetensors", "jinja2"} <= set(versions)
+    assert "://" not in lock, "no index of anybody's"
