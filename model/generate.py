@@ -105,7 +105,7 @@ class Decoder:
 
 @dataclass
 class Counts:
-    """What a generation did. `drafted` and `accepted` are of speculation."""
+    """What a batch did. `drafted` and `accepted` are of speculation."""
 
     tokens: int = 0
     steps: int = 0
@@ -113,55 +113,81 @@ class Counts:
     accepted: int = 0
 
 
-def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = Sampling(),
-             seed: int = 0, speculative: bool = False, stops: Callable[[int, int], bool] = lambda row, token: False,
-             counts: Counts | None = None) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) as tokens are found, up to `max_tokens` a row or a token for which `stops(row, token)`.
+class Batch:
+    """Sequences that are continued together and join and leave at any step (continuous batching).
 
-    Each row has a generator of its own, seeded by (seed, row), so its tokens do not depend on its neighbours' (but for
-    the last bits of a batched product). `speculative` drafts one token a step with the first MTP module and checks it
-    in the next forward: the same distribution (Leviathan et al. 2023), greedy the same tokens.
+    `speculative` drafts one token a step with the first MTP module and checks it in the next forward: the same
+    distribution (Leviathan et al. 2023), greedy the same tokens. The caller ends a row: `remove` it.
     """
-    counts = counts if counts is not None else Counts()
-    rows = [_Row(i, torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in range(len(prompts))]
-    hidden = decoder.hidden([row.slot for row in rows], prompts)
-    counts.steps += 1
-    for row, prompt, states in zip(rows, prompts, hidden, strict=True):
-        row.states, row.fresh = states[: len(prompt)], list(prompt[1:])
-        row.logits = decoder.head(row.states[-1:])
-    while rows:
-        for row in rows:
-            for token in row.settle(decoder.cache, sampling, counts):
-                row.length += 1
-                counts.tokens += 1
-                yield row.slot, token
-                row.done = row.length == max_tokens or stops(row.slot, token)
-                if row.done:
-                    break
-        for row in rows:
-            if row.done:
-                decoder.free(row.slot)
-        rows = [row for row in rows if not row.done]
-        if rows:
-            _advance(decoder, rows, sampling, speculative, counts)
+
+    def __init__(self, decoder: Decoder, *, speculative: bool = False):
+        assert not speculative or decoder.drafts is not None, "a model without MTP modules cannot draft"
+        self.decoder, self.speculative, self.counts = decoder, speculative, Counts()
+        self.rows: dict[int, _Row] = {}
+
+    def add(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling],
+            seeds: Sequence[int]) -> None:
+        """Read prompts of one token or more into free slots. A row's tokens depend on its own seed alone (but for the
+        last bits of a batched product)."""
+        hidden = self.decoder.hidden(slots, prompts)
+        self.counts.steps += 1
+        for slot, prompt, states, sampling, seed in zip(slots, prompts, hidden, samplings, seeds, strict=True):
+            row = _Row(slot, sampling, torch.Generator().manual_seed(seed))
+            row.states, row.fresh = states[: len(prompt)], list(prompt[1:])
+            row.logits = self.decoder.head(row.states[-1:])
+            self.rows[slot] = row
+
+    def step(self) -> list[tuple[int, int]]:
+        """(slot, token) of what is found next: one token of each row, or two where a draft was accepted."""
+        going = [row for row in self.rows.values() if row.logits is None]
+        if going:
+            self._advance(going)
+        found = [(slot, token) for slot, row in self.rows.items()
+                 for token in row.settle(self.decoder.cache, self.counts)]
+        self.counts.tokens += len(found)
+        return found
+
+    def remove(self, slot: int) -> None:
+        """The row is over, its slot free."""
+        del self.rows[slot]
+        self.decoder.free(slot)
+
+    def _advance(self, rows: list["_Row"]) -> None:
+        """One forward of the model for all rows, after one of the MTP module where tokens are drafted."""
+        decoder, slots = self.decoder, [row.slot for row in rows]
+        new = [[row.fresh[-1]] for row in rows]
+        if self.speculative:
+            logits = decoder.draft(slots, [row.states for row in rows], [row.fresh for row in rows]).cpu()
+            for row, tokens, scores in zip(rows, new, logits, strict=True):
+                # A row at the end of its slot has no room for a draft.
+                if decoder.cache.lengths[row.slot] + 2 <= decoder.cache.capacity:
+                    q = row.sampling.probabilities(scores)
+                    row.proposed = (row.draw(q), q)
+                    tokens.append(row.proposed[0])
+        hidden = decoder.hidden(slots, new)
+        logits = decoder.head(hidden)
+        self.counts.steps += 1
+        for row, tokens, states, scores in zip(rows, new, hidden, logits, strict=True):
+            row.states, row.logits, row.fresh = states[: len(tokens)], scores[: len(tokens)], []
 
 
 class _Row:
-    """One sequence between steps. `fresh`: its settled tokens that the MTP module has not read, the states before
-    them in `states`; `proposed`: the draft under test and the distribution it was drawn from."""
+    """One sequence between steps. `logits`: of the tokens to settle next; `fresh`: settled tokens that the MTP module
+    has not read, with the states before them in `states`; `proposed`: the draft under test and its distribution."""
 
-    def __init__(self, slot: int, generator: torch.Generator):
-        self.slot, self.generator = slot, generator
-        self.length, self.done = 0, False
+    def __init__(self, slot: int, sampling: Sampling, generator: torch.Generator):
+        self.slot, self.sampling, self.generator = slot, sampling, generator
         self.proposed: tuple[int, Tensor] | None = None
 
-    def settle(self, cache: Cache, sampling: Sampling, counts: Counts) -> list[int]:
+    def draw(self, p: Tensor) -> int:
+        return int(p.argmax() if self.sampling.temperature == 0 else torch.multinomial(p, 1, generator=self.generator))
+
+    def settle(self, cache: Cache, counts: Counts) -> list[int]:
         """The tokens that this step's logits [1 or 2, V] decide; a rejected draft is forgotten."""
-        p = sampling.probabilities(self.logits.cpu())
-        tokens = []
+        p, tokens = self.sampling.probabilities(self.logits.cpu()), []
+        self.logits = None
         if self.proposed is not None:
-            token, q = self.proposed
-            self.proposed = None
+            (token, q), self.proposed = self.proposed, None
             counts.drafted += 1
             if torch.rand((), generator=self.generator) * q[token] < p[0, token]:
                 counts.accepted += 1
@@ -171,23 +197,36 @@ class _Row:
                 self.states = self.states[:-1]
                 cache.cut(self.slot, cache.lengths[self.slot] - 1)
                 p = (p[:1] - q).clamp(min=0)
-        tokens.append(int(torch.multinomial(p[0], 1, generator=self.generator)))
+        tokens.append(self.draw(p[0]))
         self.fresh += tokens
         return tokens
 
 
-def _advance(decoder: Decoder, rows: list[_Row], sampling: Sampling, speculative: bool, counts: Counts) -> None:
-    """One forward of the model for all rows, after one of the MTP module where tokens are drafted."""
-    slots, counts.steps = [row.slot for row in rows], counts.steps + 1
-    new = [[row.fresh[-1]] for row in rows]
-    if speculative:
-        logits = decoder.draft(slots, [row.states for row in rows], [row.fresh for row in rows])
-        for row, tokens, q in zip(rows, new, sampling.probabilities(logits.cpu()), strict=True):
-            # A row at the end of its slot has no room for a draft.
-            if decoder.cache.lengths[row.slot] + 2 <= decoder.cache.capacity:
-                row.proposed = (int(torch.multinomial(q, 1, generator=row.generator)), q)
-                tokens.append(row.proposed[0])
-    hidden = decoder.hidden(slots, new)
-    logits = decoder.head(hidden)
-    for row, tokens, states, scores in zip(rows, new, hidden, logits, strict=True):
-        row.states, row.logits, row.fresh = states[: len(tokens)], scores[: len(tokens)], []
+def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = Sampling(),
+             seed: int = 0, speculative: bool = False, stops: Callable[[int, int], bool] = lambda row, token: False,
+             counts: Counts | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as they are found, up to `max_tokens` of a row or a token for which `stops(row, token)`.
+
+    More prompts than the decoder has slots wait for one. Row i is seeded by (seed, i). `counts` is filled on the way.
+    """
+    batch = Batch(decoder, speculative=speculative)
+    batch.counts = counts if counts is not None else batch.counts
+    waiting, free, rows = list(range(len(prompts)))[::-1], list(range(len(decoder.cache.lengths)))[::-1], {}
+    lengths = [0] * len(prompts)
+    while waiting or rows:
+        joining = {free.pop(): waiting.pop() for _ in range(min(len(free), len(waiting)))}
+        if joining:
+            batch.add(list(joining), [prompts[row] for row in joining.values()], [sampling] * len(joining),
+                      [seed * 1_000_003 + row for row in joining.values()])
+            rows |= joining
+        for slot, token in batch.step():
+            if slot not in rows:  # what was accepted behind the row's last token
+                batch.counts.tokens -= 1
+                continue
+            row = rows[slot]
+            lengths[row] += 1
+            yield row, token
+            if lengths[row] == max_tokens or stops(row, token):
+                batch.remove(slot)
+                free.append(slot)
+                del rows[slot]

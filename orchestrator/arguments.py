@@ -1,5 +1,8 @@
 """Words of the command line that are no Hydra overrides: a verb's own arguments and options, checked."""
 
+import difflib
+import math
+
 from orchestrator.errors import BadRequest
 
 
@@ -16,6 +19,31 @@ def options(verb: str, arguments: list[str], known: tuple[str, ...], help: str) 
         key, equals, value = argument.partition("=")
         if equals and key.isidentifier():
             if key not in known:
-                raise BadRequest(f"{argument}: {verb} has no option {key}; {help.splitlines()[0]}")
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else help.splitlines()[0]
+                raise BadRequest(f"{argument}: {verb} has no option {key}; {hint}")
             named[key] = value
     return named, [argument for argument in arguments if argument.partition("=")[0] not in named]
+
+
+def number(named: dict[str, str], key: str, default: float, low: float, high: float = math.inf, *,
+           whole: bool = True) -> float:
+    """The option `key` as a number in [low, high]."""
+    text = named.get(key, str(default))
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        bounds = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise BadRequest(f"{key}={text}: must be {kind} {bounds}; use {key}={default}")
+    return value
+
+
+def choice(named: dict[str, str], key: str, known: tuple[str, ...]) -> str:
+    """The option `key` as one of a few words, the first by default."""
+    value = named.get(key, known[0])
+    if value not in known:
+        raise BadRequest(f"{key}={value}: must be one of {', '.join(known)}; use {key}={known[0]}")
+    return value

@@ -291,7 +291,7 @@ def _checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement
 
 def _check_data(config: Config, progress: Progress, *, here: bool) -> None:
     """Find out that the data cannot be used before a device is paid for; on this machine also tokenise it."""
-    from orchestrator.train import data, tokens
+    from orchestrator.train import data, tokenizer, tokens
 
     if config.data.kind is not DataKind.text:
         return
@@ -300,4 +300,4 @@ def _check_data(config: Config, progress: Progress, *, here: bool) -> None:
                      n_extra=1 + config.model.n_mtp_layers, on_progress=progress.tokenising)
     else:
         tokens.find_files(config.data.path)
-        tokens.load_tokenizer(config.data.tokenizer)
+        tokenizer.load_tokenizer(config.data.tokenizer)

@@ -19,7 +19,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +26,12 @@ import numpy as np
 from orchestrator.config import DataConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
 from orchestrator.train import storage
+from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1
 SHARD_TOKENS = 1 << 28
 LOCK_TIMEOUT_S = 3600.0
-BYTE_EOS = 256
 SPLITS = ("train", "validation")
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Text to ids. `identity` changes with anything that would change the ids."""
-
-    identity: str
-    vocab_size: int
-    eos: int
-    encode: Callable[[str], np.ndarray]
 
 
 def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | None = None) -> Path:
@@ -70,9 +59,12 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
 
 
 def find_files(path: str) -> list[str]:
-    """Files that `data.path` means, sorted: globs, comma separated, or `stdlib`."""
-    if path == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
+    """Files that `data.path` means, sorted: globs, comma separated, `stdlib`, or one folder of it: `stdlib:encodings`.
+    """
+    if path.split(":")[0] == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"], path.removeprefix("stdlib").removeprefix(":"))
+        if not root.is_dir():
+            raise BadRequest(f"data.path={path}: the library has no folder of that name; use stdlib")
         left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
         return sorted(str(file) for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
     found = set()
@@ -85,31 +77,6 @@ def find_files(path: str) -> list[str]:
     if not found:
         raise BadRequest(f"data.path={path!r}: names no file; give a glob, or stdlib")
     return sorted(found)
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """`byte`: ids are bytes, 256 ends a document. Else a Hugging Face tokenizer.json."""
-    if name == "byte":
-        return Tokenizer("byte", 257, BYTE_EOS, lambda text: np.frombuffer(text.encode(), dtype=np.uint8))
-    if not os.path.isfile(name):
-        raise BadRequest(f"data.tokenizer={name}: no such file; give a tokenizer.json, or byte")
-    try:
-        from tokenizers import Tokenizer as HFTokenizer
-    except ImportError:
-        raise NotFit(f"data.tokenizer={name}: needs the package tokenizers; pip install tokenizers") from None
-    text = Path(name).read_text(encoding="utf-8")
-    try:
-        loaded = HFTokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise BadRequest(f"data.tokenizer={name}: cannot be read ({error}); give a Hugging Face "
-                         "tokenizer.json") from None
-    names = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-    eos = next((loaded.token_to_id(n) for n in names if loaded.token_to_id(n) is not None), None)
-    vocab_size = loaded.get_vocab_size()
-    if eos is None:
-        eos, vocab_size = vocab_size, vocab_size + 1
-    return Tokenizer(hashlib.sha256(text.encode()).hexdigest(), vocab_size, eos,
-                     lambda text: np.asarray(loaded.encode(text, add_special_tokens=False).ids, dtype=np.uint32))
 
 
 def documents(file: str, text_key: str) -> Iterator[str]:

@@ -28,9 +28,9 @@ def build(config) -> Transformer:
     return model.eval()
 
 
-def tokens_of(model, prompts, n, **options) -> list[list[int]]:
+def tokens_of(model, prompts, n, slots=None, **options) -> list[list[int]]:
     rows = [[] for _ in prompts]
-    decoder = Decoder(model, slots=len(prompts), capacity=64)
+    decoder = Decoder(model, slots=slots or len(prompts), capacity=64)
     for row, token in generate(decoder, prompts, max_tokens=n, **options):
         rows[row].append(token)
     return rows
@@ -112,8 +112,8 @@ def test_rows_are_seeded_and_stop_by_themselves():
     assert rows == tokens_of(model, PROMPTS, 12, sampling=sampling, seed=3)
     assert rows != tokens_of(model, PROMPTS, 12, sampling=sampling, seed=4)
     assert rows[0] == tokens_of(model, PROMPTS[:1], 12, sampling=sampling, seed=3)[0]
-    stopped = tokens_of(model, PROMPTS, 12, sampling=sampling, seed=3, stops=lambda row, token: row == 1)
-    assert stopped[1] == rows[1][:1] and stopped[0] == rows[0]
+    stopped = tokens_of(model, PROMPTS, 12, slots=2, sampling=sampling, seed=3, stops=lambda row, token: row == 1)
+    assert stopped == [rows[0], rows[1][:1], rows[2]], "the third waits for the second's slot"
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():

@@ -16,9 +16,10 @@ from model.config import ModelConfig
 from orchestrator.config import DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.train import data, storage, tokens
+from orchestrator.train.tokenizer import BYTE_EOS
 
 ROOT = Path(__file__).parents[3]
-EOS = tokens.BYTE_EOS
+EOS = BYTE_EOS
 
 
 def make_texts(number: int = 40) -> list[str]:

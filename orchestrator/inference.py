@@ -1,0 +1,148 @@
+"""From a path to a model that decodes, and from its tokens to text: what generate, evaluate and serve stand on.
+
+    loaded = load_for_inference("runs/mine")
+    decoder = Decoder(loaded.model, slots=1, capacity=loaded.window)
+
+A path is a run directory or a directory of checkpoints (the newest counts), a checkpoint, or a Hugging Face directory.
+`open_weights` is the seam for those who place weights themselves: shape and tensors, none of them read yet.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import hf
+from model.config import ModelConfig
+from model.transformer import Transformer
+from orchestrator.config import DataConfig, from_dict
+from orchestrator.errors import BadRequest
+from orchestrator.train import storage
+from orchestrator.train.checkpoint import newest_under
+from orchestrator.train.export import StateDict
+from orchestrator.train.shards import Loader
+from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What `path` holds: `tensors` by the model's names, each read when it is reached."""
+
+    path: str
+    config: ModelConfig
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+    tokenizer: str
+    """`byte`, or the path of a tokenizer.json; as it was in training, or beside a Hugging Face model."""
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        return self.tensors.items() if isinstance(self.tensors, Mapping) else self.tensors
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A whole model in memory, in eval mode, with its tokenizer. `window`: the most tokens a sequence may have."""
+
+    path: str
+    model: Transformer
+    tokenizer: Tokenizer
+
+    @property
+    def window(self) -> int:
+        return self.model.config.max_seq_len
+
+
+@contextlib.contextmanager
+def open_weights(path: str) -> Iterator[Weights]:
+    """The weights under `path`; BadRequest where there are none."""
+    if storage.local_path(path) and os.path.isfile(os.path.join(path, "config.json")):
+        with _plain_errors():
+            config, tensors = hf.load(path)
+        beside = os.path.join(path, "tokenizer.json")
+        yield Weights(path, config, tensors, beside if os.path.isfile(beside) else "")
+        return
+    checkpoint = newest_under(path)
+    if checkpoint is None:
+        raise BadRequest(f"{path}: no whole checkpoint there; name a run directory, a checkpoint in it, or a Hugging "
+                         "Face directory")
+    with contextlib.closing(Loader(checkpoint)) as loader:
+        with _plain_errors():
+            config = from_dict(ModelConfig, loader.state["config"]["model"])
+            data = from_dict(DataConfig, loader.state["config"]["data"])
+        yield Weights(checkpoint, config, StateDict(loader, config), data.tokenizer)
+
+
+def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = torch.float32,
+                       device: torch.device | str = "cpu") -> Loaded:
+    """Read a model into memory. `tokenizer` overrides the one that the weights name."""
+    with open_weights(path) as weights, _plain_errors():
+        text = read_tokenizer(weights, tokenizer)
+        with torch.device("meta"):
+            model = Transformer(weights.config)
+        tensors = {name: tensor.to(device, _kept(name, dtype)) for name, tensor in weights.items()}
+        model.load_state_dict(tensors, strict=False, assign=True)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:  # counts of training, which no checkpoint holds
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not missing, missing
+    return Loaded(weights.path, model.eval().requires_grad_(False), text)
+
+
+def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:
+    name = override or weights.tokenizer
+    if not name:
+        raise BadRequest(f"{weights.path}: has no tokenizer.json; add tokenizer=FILE, or tokenizer=byte for a model of "
+                         "bytes")
+    tokenizer = load_tokenizer(name, "tokenizer")
+    if tokenizer.vocab_size > weights.config.vocab_size:
+        raise BadRequest(f"tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {weights.config.vocab_size}; "
+                         "give the one it was trained with")
+    return tokenizer
+
+
+class TextStream:
+    """One sequence's tokens as text: whole characters only, and nothing that a stop string may yet swallow.
+
+    `stopped` tells that a stop string or the end of the document came; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self.read, self.eos, self.stops = tokenizer.stream(), tokenizer.eos, list(stops)
+        self.held, self.stopped = "", False
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain."""
+        if self.stopped:
+            return ""
+        if token == self.eos:
+            self.stopped = True
+            return self.finish()
+        self.held += self.read(token)
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.stopped, text, self.held = True, self.held[: min(found)], ""
+            return text
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        text, self.held = self.held, ""
+        return text
+
+
+def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith(".expert_bias") else dtype
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise error if isinstance(error, BadRequest) else BadRequest(str(error)) from error

@@ -1,0 +1,105 @@
+"""The verb on checkpoints of random weights: same text from each kind of path, stops, batches, and refusals."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+
+from model import hf
+from model.transformer import Transformer
+from orchestrator.__main__ import main
+from orchestrator.inference import TextStream, load_for_inference
+from orchestrator.train.export import export_checkpoint, import_hf
+from orchestrator.train.tokenizer import load_tokenizer
+from tests.model.test_hf import TINY
+
+BYTES = dataclasses.replace(TINY, vocab_size=264, n_mtp_layers=1, max_seq_len=96)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("generate"), Transformer(BYTES)
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+            if name == "lm_head.weight":  # letters only, so that the text can be read
+                parameter[:97], parameter[123:] = 0, 0
+    hf.export(folder / "hf", BYTES, model.state_dict())
+    import_hf(str(folder / "hf"), str(folder / "checkpoints"))
+    return folder
+
+
+def generate(capsys, *arguments, code=0) -> tuple[str, str]:
+    assert main(["generate", *map(str, arguments)]) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_a_run_a_checkpoint_and_a_hugging_face_directory_say_the_same(checkpoint, tmp_path, capsys):
+    path = export_checkpoint(str(checkpoint), str(tmp_path / "hf"))
+    texts = {generate(capsys, where, "prompt=def ", "max_tokens=20", *more)[0]
+             for where, more in [(checkpoint, ()), (path, ()), (tmp_path / "hf", ("tokenizer=byte",))]}
+    assert len(texts) == 1 and len(texts.pop()) == 21, "20 letters and the line's end"
+
+
+def test_prompts_come_from_stdin_and_from_files_in_their_order(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("def "))
+    alone, _ = generate(capsys, checkpoint, "max_tokens=12")
+    (tmp_path / "p.txt").write_text("def ")
+    assert generate(capsys, checkpoint, "max_tokens=12", f"file={tmp_path / 'p.txt'}")[0] == alone
+    (tmp_path / "p.jsonl").write_text('{"prompt": "class A"}\n{"prompt": "def "}\n')
+    rows = [json.loads(line) for line in
+            generate(capsys, checkpoint, "max_tokens=12", f"file={tmp_path / 'p.jsonl'}")[0].splitlines()]
+    assert [row["prompt"] for row in rows] == ["class A", "def "] and rows[1]["text"] + "\n" == alone
+
+
+def test_speculation_is_compared_with_plain_decoding_in_one_run(checkpoint, capsys):
+    plain, _ = generate(capsys, checkpoint, "prompt=def ", "max_tokens=24")
+    text, report = generate(capsys, checkpoint, "prompt=def ", "max_tokens=24", "speculative=compare")
+    assert text == plain and "text         the same for 1 of 1" in report
+    assert "acceptance" in report and "24 tokens in 24 steps" in report and "gain" in report
+
+
+def test_a_stop_text_is_never_shown_in_part(checkpoint, capsys):
+    text = generate(capsys, checkpoint, "prompt=def ", "max_tokens=24")[0][:-1]
+    stop = json.dumps([text[9:12], "not there"])
+    assert generate(capsys, checkpoint, "prompt=def ", "max_tokens=24", f"stop={stop}")[0] == text[:text.index(
+        text[9:12])] + "\n"
+    stream = TextStream(load_tokenizer("byte"), ["</end>"])
+    assert [stream.push(token) for token in "a\u00e9</en</end>b".encode()] == [
+        "a", "", "\u00e9", "", "", "", "", "</en", "", "", "", "", "", ""] and stream.stopped
+
+
+def test_bf16_weights_keep_their_router_bias_in_fp32(checkpoint):
+    model = load_for_inference(str(checkpoint), dtype=torch.bfloat16).model
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.layers["1"].moe.router.expert_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["tempersture=1"], "did you mean temperature?"),
+    (["temperature=hot"], "temperature=hot: must be a number between 0 and 100; use temperature=0"),
+    (["top_p=1.5", "temperature=1"], "top_p=1.5: must be a number between"),
+    (["top_p=0.5"], "add temperature=1"),
+    (["max_tokens=0"], "max_tokens=0: must be a whole number of at least 1"),
+    (["seed=-1"], "seed=-1: must be"),
+    (["speculative=maybe"], "must be one of false, true, compare"),
+    (["stop=[1"], "stop=[1: must be"),
+    (["file=nowhere"], "file=nowhere: "),
+    (["file=x", "prompt=x"], "give one of them"),
+    (["prompt="], "is empty; give at least one character"),
+    (["prompt=" + "x" * 90], "90 tokens and max_tokens=200 must not exceed model.max_seq_len=96; use max_tokens=6"),
+    (["prompt=x", "tokenizer=nowhere"], "tokenizer=nowhere: no such file"),
+])
+def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):
+    prompt = [] if any(word.startswith(("prompt", "file")) for word in arguments) else ["prompt=def "]
+    out, err = generate(capsys, checkpoint, *prompt, *arguments, code=2)
+    assert not out and words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_path_without_a_model_is_one_line(tmp_path, capsys):
+    assert "no whole checkpoint there" in generate(capsys, tmp_path, "prompt=x", code=2)[1]
+    (tmp_path / "config.json").write_text("{}")
+    assert generate(capsys, tmp_path, "prompt=x", code=2)[1].count("\n") == 1
