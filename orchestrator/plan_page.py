@@ -9,7 +9,7 @@ from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
-from orchestrator.plan_table import dollars, reasons
+from orchestrator.plan_table import dollars, price_words
 from orchestrator.report_plots import format_number, stacked_bar
 from orchestrator.report_style import STYLE, details, figure, table
 
@@ -20,9 +20,14 @@ def page(plan: Plan, data: dict) -> str:
     """The whole document, of a plan in which at least one layout fits."""
     request, work = plan.request, plan.candidates[0].work
     title = f"{request.model.name} on {request.devices:,} {request.hardware.name}"
-    body = [_header(data, title), _tiles(data), *_timelines(data, work), '<section class="grid">',
-            _memory(data), _memory_over_time(data, work), "</section>", _layouts(data), _bills(data["bill"]),
-            _dense(data), _cost(data), _published(data), _refused(data), _assumptions(data), _footer()]
+    return document(title, [
+        _header(data, title), _tiles(data), *_timelines(data, work), '<section class="grid">',
+        _memory(data), _memory_over_time(data, work), "</section>", _layouts(data), _bills(data["bill"]), _dense(data),
+        _cost(data), _published(data), _refused(data), _assumptions(data), _footer()])
+
+
+def document(title: str, body: list[str]) -> str:
+    """A whole file, style sheet included."""
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{escape(title)} - Sparing plan</title>'
             f"<style>{STYLE}{PLOT_STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part)
@@ -94,8 +99,9 @@ def _memory_over_time(data: dict, work: Workload) -> str:
 
 def _layouts(data: dict) -> str:
     rows = []
-    for row, why in list(zip(data["candidates"], reasons(data["candidates"]), strict=True))[:SHOWN]:
-        rows.append([escape(layout_words(row["layout"])) + f"<small>{escape(why)}</small>", f"{row['step_time_s']:.2f}",
+    for row in data["candidates"][:SHOWN]:
+        rows.append([f"{escape(layout_words(row['layout']))}<small>{escape(row['why'])}</small>",
+                     f"{row['step_time_s']:.2f}",
                      f"{row['bubble_fraction']:.0%}", f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}",
                      f"{row['days']:.1f}", dollars(row["usd_total"])])
     return figure("The best layouts", "fastest first, steady bill", table(
@@ -113,13 +119,9 @@ def _bills(bill: dict) -> str:
         side = bill[name]
         rows.append([f"<b>{name} bill</b>", "", "", f"{side['days']:.1f} days", f"<b>{side['gpu_hours']:,.0f}</b>",
                      f"<b>{dollars(side['usd'])}</b>"])
-    price = bill["price"]
-    market = price["market"].replace("_", " ")
-    at = "price unknown" if price["usd_per_h"] is None else (
-        f"${price['usd_per_h']:.2f} a GPU-hour, {market}: {price['source']}, {price['date']}")
     energy = "" if bill["energy_kwh"] is None else (f"; {bill['energy_kwh'] / 1e3:,.0f} MWh at "
                                                     f"{bill['power_kw'] / 1e3:,.2f} MW ({bill['energy_equation']})")
-    return figure("Two bills, never one", f"{at}{energy}", table(
+    return figure("Two bills, never one", f"at {price_words(bill['price'])}{energy}", table(
         ["term", "bill", "equation", "source", "GPU-hours", "USD"], rows, numeric_from=4), wide=True)
 
 
@@ -191,4 +193,4 @@ def _assumptions(data: dict) -> str:
 
 
 def _footer() -> str:
-    return f"<footer><p>MFU: {escape(MFU_CONVENTION)}.</p><p>Made by sparing plan html=FILE.</p></footer>"
+    return f"<footer><p>MFU: {escape(MFU_CONVENTION)}.</p></footer>"

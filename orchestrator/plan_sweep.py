@@ -1,15 +1,23 @@
 """`sparing plan -m ...`: what-if over every combination of the values that are separated by commas, in one table."""
 
 import json
+from html import escape
 from pathlib import Path
 
 from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest
+from orchestrator.plan_page import document
+from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_table import dollars
+from orchestrator.report_style import figure, table
+
+HEAD = ("best layout", "step s", "MFU", "days", "steady", "expected", "dense, equal loss")
+NOTE = "All figures are predicted. Equal loss: range of two scaling laws, steady; * is outside their fits."
 
 
 def plan_sweep(arguments: list[str]) -> None:
-    """Print one row a combination; `out` keeps all plans, a JSON list. Bad words are told before any is planned."""
+    """Print one row a combination. `out` keeps all plans, a JSON list; `html` is the table with cost against days. Bad
+    words are told before anything is planned."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -17,11 +25,10 @@ def plan_sweep(arguments: list[str]) -> None:
     from orchestrator.show_plan import split_words
 
     fixed, _ = split_words(arguments)
-    for key in ("html", "explain"):
-        if key in fixed:
-            raise BadRequest(f"{key}={fixed[key]}: goes with one plan, not with -m; leave it out, or plan one of them")
-    out = fixed.get("out")
-    jobs = combinations([word for word in arguments if not word.startswith("out=")])
+    if "explain" in fixed:
+        raise BadRequest(f"explain={fixed['explain']}: goes with one plan, not with -m; leave it out, or plan one of "
+                         "them")
+    jobs = combinations([word for word in arguments if not word.startswith(("out=", "html="))])
     for words in jobs:
         compose_config(split_words(words)[1])
     varied = [[word for word in words if any(word not in other for other in jobs)] for words in jobs]
@@ -30,18 +37,36 @@ def plan_sweep(arguments: list[str]) -> None:
     results = [_one(words) for words in shown]
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(150, console.width) if console.is_terminal else 150
-    table = Table(*[word.split("=", 1)[0] for word in varied[0]], "best layout", "step s", "MFU", "days", "steady",
-                  "expected", "dense, equal loss", box=None, pad_edge=False)
-    for column in table.columns[len(varied[0]) + 1 :]:
+    head = [*(word.split("=", 1)[0] for word in varied[0]), *HEAD]
+    rows = [[*(word.split("=", 1)[1] for word in words), *_cells(result)]
+            for words, result in zip(varied, results, strict=True)]
+    printed = Table(*head, box=None, pad_edge=False)
+    for column in printed.columns[len(varied[0]) + 1 :]:
         column.justify = "right"
-    for words, result in zip(varied, results, strict=True):
-        table.add_row(*[word.split("=", 1)[1] for word in words], *_cells(result))
-    console.print(table)
-    console.print("All figures are predicted. Equal loss: range of two scaling laws, steady; * is outside their fits.")
-    if out:
+    for row in rows:
+        printed.add_row(*row)
+    console.print(printed)
+    console.print(NOTE)
+    if fixed.get("out"):
         kept = [{"words": words, **result} for words, result in zip(jobs, results, strict=True)]
-        Path(out).write_text(json.dumps(kept, indent=1) + "\n")
-        print(f"wrote     {out}")
+        Path(fixed["out"]).write_text(json.dumps(kept, indent=1) + "\n")
+    if fixed.get("html"):
+        Path(fixed["html"]).write_text(sweep_page(head, rows, results))
+    for key in ("out", "html"):
+        if fixed.get(key):
+            print(f"wrote     {fixed[key]}")
+
+
+def sweep_page(head: list[str], rows: list[list[str]], results: list[dict]) -> str:
+    """Cost against days, a line for each model on each kind of GPU, above the table."""
+    points = [(f"{each['model']}, {each['hardware']['name']}", each["bill"]["expected"]["days"],
+               each["bill"]["expected"]["usd"]) for each in results if each.get("best")]
+    cells = [[*map(escape, row), *[""] * (len(head) - len(row))] for row in rows]
+    return document("What if", [
+        '<header><h1>What if</h1><p class="sub"><span class="status">predicted</span></p></header>',
+        figure("Cost against days", "expected bill of every combination",
+               cost_chart([point for point in points if point[2] is not None]), wide=True),
+        figure("Every combination", NOTE, table(head, cells, numeric_from=len(head) - len(HEAD) + 1), wide=True)])
 
 
 def _one(words: list[str]) -> dict:

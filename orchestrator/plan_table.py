@@ -1,5 +1,7 @@
 """A plan as it is printed: the best layouts and why each is there, memory, both bills, what dense models would take."""
 
+from datetime import date
+
 from orchestrator.plan.planner import Plan
 from orchestrator.report_plots import format_number
 
@@ -7,6 +9,7 @@ SHOWN = 8
 BUDGETS_SHOWN = ("GPT-4", "Llama 3.1 405B", "DeepSeek-V3")
 BAR = 36
 WIDTH = 150
+OLD_DAYS = 365
 
 
 def print_plan(plan: Plan, data: dict) -> None:
@@ -19,16 +22,14 @@ def print_plan(plan: Plan, data: dict) -> None:
                   f"[bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
     if plan.candidates:
-        rows = data["candidates"]
-        why = reasons(rows)
         table = _grid("pp", "dp", "ep", "<schedule", "micro", "<recompute", "step s", "bubble", "GiB", "MFU", "days",
                       "USD", "<why it is here")
-        for row, reason in list(zip(rows, why, strict=True))[:SHOWN]:
+        for row in data["candidates"][:SHOWN]:
             layout = row["layout"]
             table.add_row(*(str(layout[key]) for key in ("pp", "dp", "ep", "schedule", "microbatches", "recompute")),
                           f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
                           f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", f"{row['days']:.1f}",
-                          dollars(row["usd_total"]), reason)
+                          dollars(row["usd_total"]), row["why"])
         console.print(table)
         _print_step(console, data)
         _print_bills(console, data["bill"])
@@ -62,6 +63,19 @@ def dollars(usd: float | None) -> str:
     return "unknown" if usd is None else f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}"
 
 
+def price_words(price: dict) -> str:
+    """Price, market, source and date; one older than a year says how old it is."""
+    if price["usd_per_h"] is None:
+        return "a price that is unknown; set hardware.usd_per_h to see dollars"
+    try:
+        days = (date.today() - date.fromisoformat(price["date"])).days
+    except ValueError:  # no date, or a user's own words
+        days = 0
+    old = f"; OLD: {days:,} days" if days > OLD_DAYS else ""
+    market = price["market"].replace("_", " ")
+    return f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}, {price['date'] or 'no date'}{old})"
+
+
 def _print_step(console, data: dict) -> None:
     best, have = data["best"], data["hardware"]["memory_gib"]
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in best["parts_s"].items())
@@ -78,11 +92,7 @@ def _print_step(console, data: dict) -> None:
 
 def _print_bills(console, bill: dict) -> None:
     price, steady, expected = bill["price"], bill["steady"], bill["expected"]
-    at = "a price that is unknown; set hardware.usd_per_h"
-    if price["usd_per_h"] is not None:
-        market = price["market"].replace("_", " ")
-        at = f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}, {price['date']})"
-    console.print(f"\nat {at}")
+    console.print(f"\nat {price_words(price)}")
     table = _grid("<bill", "GPU-hours", "days", "USD", "<what it counts")
     own = {term["name"]: term for term in expected["terms"]}
     table.add_row("steady", *_sums(steady), "step time x steps; DeepSeek's published bill is of this kind")

@@ -12,7 +12,7 @@ from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, Request, default_batch, make_plan, to_json
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
-from orchestrator.plan_table import print_plan
+from orchestrator.plan_table import print_plan, reasons
 
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
 OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", *TERMS)
@@ -78,6 +78,8 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
             if "train.validate_sequences" not in given:  # as the printed command for `train` has it
                 terms = terms_of({"validate_sequences": str(best.work.dp * best.work.microbatches)}, terms)
             data |= money(request, best, terms, compared)
+            for row, why in zip(data["candidates"], reasons(data["candidates"]), strict=True):
+                row["why"] = why
     except ValueError as error:
         raise BadRequest(str(error)) from None
     return found, data

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from datetime import date
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -21,7 +22,7 @@ from orchestrator.plan_diff import by_cause, difference
 from orchestrator.plan_explain import explained
 from orchestrator.plan_page import page
 from orchestrator.plan_plots import timeline_chart
-from orchestrator.plan_table import print_plan
+from orchestrator.plan_table import price_words, print_plan, reasons
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,8 @@ def small() -> tuple[Plan, dict]:
     plan = make_plan(request)
     plan.candidates.sort(key=lambda candidate: candidate.work.pp == 1)
     data = json.loads(to_json(plan))
+    for row, why in zip(data["candidates"], reasons(data["candidates"]), strict=True):
+        row["why"] = why
     return plan, data | money(request, plan.candidates[0], Terms(extension=((10, 8, 8192),)))
 
 
@@ -108,6 +111,12 @@ def test_the_table_shows_bars_bills_and_dense_lines(small, capsys):
         assert words in text
 
 
+def test_a_price_older_than_a_year_is_marked():
+    price = {"usd_per_h": 2.0, "market": "spot", "source": "an offer", "date": "2024-01-01"}
+    assert "OLD: " in price_words(price) and "OLD" not in price_words(price | {"date": str(date.today())})
+    assert "set hardware.usd_per_h" in price_words(price | {"usd_per_h": None})
+
+
 def test_commas_make_every_combination():
     assert combinations(["model=a,b", "gpus=8", "market=spot,reserved"]) == [
         ["model=a", "gpus=8", "market=spot"], ["model=a", "gpus=8", "market=reserved"],
@@ -117,8 +126,9 @@ def test_commas_make_every_combination():
 def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys, tmp_path):
     out = tmp_path / "plans.json"
     words = ["plan", "-m", "model=olmoe_1b_7b", "hardware=h100", "gpus=2", "tokens=1e9,1e2", "train.batch_size=4",
-             f"out={out}"]
+             f"out={out}", f"html={tmp_path / 'plans.html'}"]
     assert main(words) == 0
+    assert "Cost against days" in (tmp_path / "plans.html").read_text()
     text, plans = capsys.readouterr().out, json.loads(out.read_text())
     assert text.splitlines()[0].split()[0] == "tokens" and "must be at least one step" in text
     assert plans[0]["bill"]["steady"]["usd"] > 0 and "tokens=100" in plans[1]["error"]
@@ -126,7 +136,8 @@ def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys,
 
 @pytest.mark.parametrize("words, said", [
     (["diff", "a.json"], "takes two files"), (["diff", "a.json", "b.json"], "a.json: is no plan.json"),
-    (["-m", "model=tiny", "html=x"], "goes with one plan"), (["-m", "model=tinny", "gpus=8,16"], "no such option"),
+    (["-m", "model=tiny", "explain=true"], "goes with one plan"),
+    (["-m", "model=tinny", "gpus=8,16"], "no such option"),
     (["model=tiny", "explain=maybe"], "explain=maybe: must be true or false"),
     (["model=olmoe_1b_7b", "hardware=h100", "gpus=8", "tokens=1e9", "multiplier_from=none.json"], "no readable JSON"),
     (["model=olmoe_1b_7b", "hardware=v100", "gpus=8", "tokens=1e9", "market=spot"], "market=spot: no such price")])
