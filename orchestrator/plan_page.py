@@ -22,8 +22,8 @@ def page(plan: Plan, data: dict) -> str:
     title = f"{request.model.name} on {request.devices:,} {request.hardware.name}"
     return document(title, [
         _header(data, title), _tiles(data), *_timelines(data, work), '<section class="grid">',
-        _memory(data), _memory_over_time(data, work), "</section>", _layouts(data), _bills(data["bill"]), _dense(data),
-        _cost(data), _published(data), _refused(data), _assumptions(data), _footer()])
+        _memory(data), _memory_over_time(data, work), _cost(data), "</section>", _layouts(data), _bills(data["bill"]),
+        _dense(data), _published(data), _refused(data), _assumptions(data), _footer()])
 
 
 def document(title: str, body: list[str]) -> str:
@@ -162,7 +162,7 @@ def _cost(data: dict) -> str:
     if not points:
         return ""
     return figure("Cost against days", "layouts that no other beats in both; a line for each kind of GPU",
-                  cost_chart(points), wide=True)
+                  cost_chart(points))
 
 
 def _published(data: dict) -> str:

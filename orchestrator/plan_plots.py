@@ -81,14 +81,14 @@ def memory_chart(held: list[list[tuple[float, float]]], state_gib: float, levels
                       levels=levels)
 
 
-def cost_chart(points: list[tuple[str, float, float]]) -> str:
+def cost_chart(points: list[tuple[str, float, float]], *, x_label: str = "days") -> str:
     """Dollars over days; points: (group, days, USD), a line for each group."""
     groups = list(dict.fromkeys(name for name, _, _ in points))
     series = []
     for colour, group in enumerate(groups):
         pairs = sorted((days, usd) for name, days, usd in points if name == group)
         series.append(Series(group, [days for days, _ in pairs], [usd for _, usd in pairs], colour % 8, "points"))
-    return line_chart(series, x_label="days", y_label="USD", y_format=format_number)
+    return line_chart(series, x_label=x_label, y_label="USD", y_format=format_number)
 
 
 def _title(span: Span) -> str:

@@ -58,14 +58,18 @@ def plan_sweep(arguments: list[str]) -> None:
 
 
 def sweep_page(head: list[str], rows: list[list[str]], results: list[dict]) -> str:
-    """Cost against days, a line for each model on each kind of GPU, above the table."""
-    points = [(f"{each['model']}, {each['hardware']['name']}", each["bill"]["expected"]["days"],
-               each["bill"]["expected"]["usd"]) for each in results if each.get("best")]
+    """Cost against days and against GPUs, a line for each model on each kind of GPU, above the table."""
+    priced = [each for each in results if each.get("best") and each["bill"]["expected"]["usd"] is not None]
+    points, by_devices = ([(f"{each['model']}, {each['hardware']['name']}", x, each["bill"]["expected"]["usd"])
+                           for each, x in zip(priced, xs, strict=True)]
+                          for xs in ([each["bill"]["expected"]["days"] for each in priced],
+                                     [each["devices"] for each in priced]))
     cells = [[*map(escape, row), *[""] * (len(head) - len(row))] for row in rows]
     return document("What if", [
         '<header><h1>What if</h1><p class="sub"><span class="status">predicted</span></p></header>',
-        figure("Cost against days", "expected bill of every combination",
-               cost_chart([point for point in points if point[2] is not None]), wide=True),
+        '<section class="grid">', figure("Cost against days", "expected bill of every combination", cost_chart(points)),
+        figure("Cost against GPUs", "expected bill of every combination", cost_chart(by_devices, x_label="GPUs")),
+        "</section>",
         figure("Every combination", NOTE, table(head, cells, numeric_from=len(head) - len(HEAD) + 1), wide=True)])
 
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from orchestrator.plan.interval import expected_losses, optimal_interval
+
 LLAMA_3 = "Llama 3 report: 419 unexpected interruptions of 2,048 nodes in 54 days"
 
 
@@ -54,23 +56,6 @@ class Term:
     source: str
 
 
-def interval_s(stall_s: float, mtbf_s: float) -> float:
-    """Work between checkpoints that loses least: Young's sqrt(2 x stall x MTBF) with Daly's next terms (2006)."""
-    if stall_s >= 2 * mtbf_s:
-        return mtbf_s
-    ratio = math.sqrt(stall_s / (2 * mtbf_s))
-    return math.sqrt(2 * stall_s * mtbf_s) * (1 + ratio / 3 + ratio**2 / 9) - stall_s
-
-
-def lost_share(stall_s: float, recovery_s: float, mtbf_s: float) -> dict[str, float]:
-    """Shares of time lost at that interval, first order: `checkpoint`, `lost_work` (half an interval), `restart`."""
-    if math.isinf(mtbf_s):
-        return {"checkpoint": 0.0, "lost_work": 0.0, "restart": 0.0}
-    every = interval_s(stall_s, mtbf_s)
-    return {"checkpoint": stall_s / every if every else 0.0, "lost_work": every / 2 / mtbf_s,
-            "restart": recovery_s / mtbf_s}
-
-
 def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, step_time_s: float, terms: Terms,
               usd_per_h: float | None, watts: float | None = None,
               step_at: Callable[[int], float] | None = None,
@@ -87,10 +72,10 @@ def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, ste
     base = sum(term.gpu_hours for term in steady)
     rate = (terms.failures + terms.preemptions) / 1000 * nodes / 86400
     mtbf = 1 / rate if rate else math.inf
-    lost = lost_share(terms.checkpoint_stall_s, terms.recovery_s, mtbf)
-    if sum(lost.values()) >= 1:
+    if terms.recovery_s + terms.checkpoint_stall_s > 20 * mtbf:
         raise ValueError(f"failures={terms.failures:g}: leave no time to work on {nodes:,} nodes; lower failures, "
                          "recovery_s or gpus")
+    every, lost = _losses(terms, mtbf)
     added = [Term("start_up", terms.start_up_s * devices / 3600, "start-up time x devices", "assumption: start_up_s")]
     if terms.validate_every:
         share = (terms.validate_sequences or batch_size) / batch_size
@@ -101,9 +86,9 @@ def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, ste
     rated = f"failures={terms.failures:g} per 1,000 node-days ({LLAMA_3})" if terms.failures == Terms.failures else (
         f"failures={terms.failures:g} per 1,000 node-days")
     rated += f", preemptions={terms.preemptions:g}" if terms.preemptions else ""
-    why = {"checkpoint": ("stall / interval of Young and Daly", "assumption: checkpoint_stall_s"),
-           "lost_work": ("half an interval / MTBF", rated),
-           "restart": ("recovery / MTBF", "assumption: recovery_s, as often as lost_work")}
+    why = {"checkpoint": ("a stall every interval of Young and Daly", "assumption: checkpoint_stall_s"),
+           "lost_work": ("work since the last checkpoint at a failure, exact mean (Daly 2006)", rated),
+           "restart": ("a recovery every failure", "assumption: recovery_s, as often as lost_work")}
     added += [Term(name, gross * share, *why[name]) for name, share in lost.items()]
     expected = base + sum(term.gpu_hours for term in added)
     power = None if watts is None else devices * watts * terms.server_factor * terms.power_share * terms.pue / 1e3
@@ -112,11 +97,19 @@ def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, ste
         "expected": _total([*steady, *added], expected, usd_per_h, devices),
         "production_factor": expected / base, "goodput": base / expected,
         "mtbf_h": None if math.isinf(mtbf) else mtbf / 3600,
-        "checkpoint_every_s": None if math.isinf(mtbf) else interval_s(terms.checkpoint_stall_s, mtbf),
+        "checkpoint_every_s": every,
         "power_kw": power, "energy_kwh": None if power is None else power * expected / devices,
         "energy_equation": "devices x data-sheet watts x server_factor x power_share x pue x hours (Epoch AI's method)",
         "terms": asdict(terms),
     }
+
+
+def _losses(terms: Terms, mtbf: float) -> tuple[float | None, dict[str, float]]:
+    """Seconds between checkpoints, and shares of the wall time lost; none without failures."""
+    if math.isinf(mtbf):
+        return None, dict.fromkeys(("checkpoint", "lost_work", "restart"), 0.0)
+    every = max(1.0, optimal_interval(terms.checkpoint_stall_s, mtbf))
+    return every, expected_losses(every, terms.checkpoint_stall_s, mtbf, terms.recovery_s)
 
 
 def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, terms: Terms,
