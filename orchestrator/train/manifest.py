@@ -1,16 +1,19 @@
 """What a checkpoint says about itself: `manifest.json`, written last, read strictly.
 
-    {"format": "sparing-checkpoint", "version": 1, "step": 100, "attempt": 3, "fence": "...", "state": {...},
+    {"format": "sparing-checkpoint", "version": 2, "step": 100, "attempt": 3, "fence": "...", "state": {...},
      "files":   {"rank-00000.safetensors": {"bytes": 4096, "sha256": "..."}},
      "experts": {"layers.1": 16, "mtp.0.block": 16},
      "tensors": {"model.layers.1.moe.experts.7.w13": {"dtype": "F32", "shape": [64, 32],
-                                                      "pieces": [["rank-00000.safetensors", 0, 64]]}}}
+                                                      "pieces": [["rank-00000.safetensors", 0, 64]]}},
+     "sha256": "..."}
 
 A piece is rows [start, stop) of dimension 0; a scalar has one row. The pieces of a key tile its rows exactly, and the
 experts are a census: each of these blocks has this many routed experts, each exactly once, in every tree of keys
-(`model`, `optim.exp_avg`, ...) that holds experts. A manifest that says anything else is refused, by writer and reader.
+(`model`, `optim.exp_avg`, ...) that holds experts. The last entry is the hash of all bytes before it (version 1 had
+none). A manifest that says anything else is refused, by writer and reader.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -21,10 +24,12 @@ from dataclasses import dataclass
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.train import storage
 
-FORMAT, VERSION = "sparing-checkpoint", 1
+FORMAT, VERSION = "sparing-checkpoint", 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_DIMS = 8
+DIGEST_BYTES = 77
+_DIGEST = re.compile(rb',"sha256":"([0-9a-f]{64})"}')
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
                "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Element types by the names of the safetensors format."""
@@ -161,13 +166,17 @@ def dump(manifest: Manifest) -> bytes:
                      "pieces": [[span.file, span.start, span.stop] for span in entry.pieces]}
                for key, entry in sorted(manifest.tensors.items())}
     files = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(manifest.files.items())}
-    return json.dumps({"format": FORMAT, "version": VERSION, "step": manifest.step, "attempt": manifest.attempt,
+    data = json.dumps({"format": FORMAT, "version": VERSION, "step": manifest.step, "attempt": manifest.attempt,
                        "fence": manifest.fence, "state": manifest.state, "files": files, "experts": manifest.experts,
-                       "tensors": tensors}, allow_nan=False, separators=(",", ":")).encode()
+                       "tensors": tensors}, allow_nan=False, separators=(",", ":")).encode()[:-1]
+    return data + f',"sha256":"{hashlib.sha256(data).hexdigest()}"}}'.encode()
 
 
 def parse(data: bytes) -> Manifest:
     """The manifest in `data` with every rule of the format checked, else ValueError saying which one is broken."""
+    trailer = _DIGEST.fullmatch(data[-DIGEST_BYTES:])
+    if trailer and hashlib.sha256(data[:-DIGEST_BYTES]).hexdigest() != trailer[1].decode():
+        raise ValueError("its sha256 is not the one that was saved")
     try:
         raw = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
@@ -176,7 +185,10 @@ def parse(data: bytes) -> Manifest:
         raise ValueError(f'no "format": "{FORMAT}"')
     if (version := _integer(raw.get("version"), "version")) > VERSION:
         raise FutureFormat(f"format version {version}; this program reads up to {VERSION}: upgrade it")
-    _exactly(raw, {"format", "version", "step", "attempt", "fence", "state", "files", "experts", "tensors"}, "manifest")
+    keys = {"format", "version", "step", "attempt", "fence", "state", "files", "experts", "tensors"}
+    _exactly(raw, keys | {"sha256"} if version > 1 else keys, "manifest")
+    if version > 1 and not trailer:
+        raise ValueError("its sha256 is not at its end")
     if not isinstance(raw["fence"], str) or not isinstance(raw["state"], dict):
         raise ValueError("fence is not a string, or state is not an object")
     files = {name: _file(name, value) for name, value in _items(raw["files"], "files")}

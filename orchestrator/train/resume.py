@@ -18,6 +18,7 @@ from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.train import checkpoint
 from orchestrator.train.control import Recovery
+from orchestrator.train.manifest import CorruptManifest
 from orchestrator.train.replica import Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
 from orchestrator.train.state import pieces_of, restore
@@ -228,6 +229,8 @@ class Checkpoints:
                 self._check_same_order(loader.state, path)
             restore(self.pipeline, self.optimizer, loader, weights_only=weights_only)
             return loader, None
+        except (KeyError, TypeError, AttributeError) as error:  # a state that no run has written
+            return None, CorruptManifest(f"{path}: the state in its manifest cannot be gone on from ({error!r})")
         except (SparingError, OSError) as error:
             return None, error if isinstance(error, SparingError) else NotFit(f"{path}: {error}")
 

@@ -155,12 +155,14 @@ class Loader:
         if not 0 <= start <= stop <= entry.num_rows:
             raise MissingTensor(f"{self.path}: {key} has {entry.num_rows} rows, not [{start}, {stop}); "
                                 "use the model it was saved with")
+        spans = [(span, max(start, span.start), min(stop, span.stop)) for span in entry.pieces]
+        spans = [(span, first, last) for span, first, last in spans if first < last]
+        for span, _, _ in spans:
+            self._shard(span.file)  # verified before memory is taken on the manifest's word
         out = torch.empty((stop - start, *entry.shape[1:]) if entry.shape else (), dtype=DTYPES[entry.dtype])
-        for span in entry.pieces:
-            first, last = max(start, span.start), min(stop, span.stop)
-            if first < last:
-                rows = self._rows(key, entry, span, first, last)
-                (out[first - start : last - start] if entry.shape else out).copy_(rows)
+        for span, first, last in spans:
+            rows = self._rows(key, entry, span, first, last)
+            (out[first - start : last - start] if entry.shape else out).copy_(rows)
         return out
 
     def check(self, *, content: bool = True) -> None:

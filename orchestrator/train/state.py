@@ -9,6 +9,7 @@ from torch import Tensor
 from model.transformer import routers
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.parallel.shard import Shard
+from orchestrator.train.manifest import MissingTensor
 from orchestrator.train.optim import moments, set_steps_taken
 from orchestrator.train.shards import Loader, Piece
 
@@ -37,7 +38,7 @@ def restore(pipeline: Pipeline, optimizer: torch.optim.AdamW, loader: Loader, *,
         for name, moment in moments(optimizer, shard).items() if not weights_only else ():
             _read_into(f"optim.{name}", shard, moment, loader)
     for key, bias in _biases(pipeline):
-        bias.copy_(loader.read(f"model.{key}"))
+        _copy(bias, f"model.{key}", loader.read(f"model.{key}"))
     if not weights_only:
         set_steps_taken(optimizer, pipeline.shards, loader.state["progress"]["optimizer_steps"])
 
@@ -52,10 +53,20 @@ def _shard_pieces(prefix: str, shard: Shard, rows: Tensor) -> list[Piece]:
 def _read_into(prefix: str, shard: Shard, rows: Tensor, loader: Loader) -> None:
     if not shard.is_expert:
         if len(rows):
-            rows.copy_(loader.read(f"{prefix}.{shard.name}", shard.start, shard.start + len(rows)))
+            key = f"{prefix}.{shard.name}"
+            _copy(rows, key, loader.read(key, shard.start, shard.start + len(rows)))
         return
     for i, row in enumerate(rows):
-        row.copy_(loader.read(_expert_key(prefix, shard, i), 0, row.shape[0]))
+        key = _expert_key(prefix, shard, i)
+        _copy(row, key, loader.read(key, 0, row.shape[0]))
+
+
+def _copy(target: Tensor, key: str, saved: Tensor) -> None:
+    """Never by broadcasting: a tensor of another shape is another tensor."""
+    if saved.shape != target.shape:
+        raise MissingTensor(f"{key}: saved as {list(saved.shape)}, wanted as {list(target.shape)}; use the model it "
+                            "was saved with")
+    target.copy_(saved)
 
 
 def _expert_key(prefix: str, shard: Shard, row: int) -> str:

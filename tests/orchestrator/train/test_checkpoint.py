@@ -161,17 +161,6 @@ def test_rows_are_read_across_pieces(saved, tensors):
         loader.read("model.layers.9.w")
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_flipped_bit_anywhere_is_refused_by_the_shards_name(saved, seed):
-    chance = random.Random(seed)
-    shard = f"rank-{chance.randrange(4):05d}.safetensors"
-    flip_bit(f"{saved}/{shard}", chance)
-    with pytest.raises(manifest.CorruptShard, match=shard):
-        loader = Loader(saved)
-        for key in loader.keys():
-            loader.read(key)
-
-
 def flip_bit(path, chance):
     with open(path, "r+b") as file:
         data = bytearray(file.read())

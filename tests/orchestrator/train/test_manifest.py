@@ -87,7 +87,9 @@ def test_what_is_not_strict_json_is_refused(data, rule):
 
 @pytest.mark.parametrize("raw, rule", [
     (changed("format", to="other"), "format"), (changed("version", to="1"), "version"),
-    (changed("version", to=True), "version"), (changed("version", to=2), "upgrade"),
+    (changed("version", to=True), "version"), (changed("version", to=3), "upgrade"),
+    (changed("version", to=2), "exactly"),
+    (changed("version", to=2) | {"sha256": "0" * 64}, "not at its end"),
     (changed("extra", to=1), "exactly"), (lacking("state"), "exactly"), (lacking("experts"), "exactly"),
     (changed("step", to=-1), "step"), (changed("step", to=4.0), "step"), (changed("step", to=1 << 70), "step"),
     (changed("state", to=[]), "state"), (changed("fence", to=None), "fence"), (changed("files", to=[]), "files"),
@@ -112,15 +114,15 @@ def test_what_is_not_strict_json_is_refused(data, rule):
     (changed("tensors", "model.layers.0.moe.experts.01.w2", to=NORM), "plain number"),
     (changed("tensors", "model.layers.0.moe.experts.9.w2", to=NORM), "present"),
     (changed("tensors", "optim.layers.0.moe.experts.0.w2", to=NORM), "1 of 2 experts present")],
-    ids=map(str, range(46)))
+    ids=map(str, range(48)))
 def test_a_broken_rule_is_named(raw, rule):
     with pytest.raises(ValueError, match=rule):
         manifest.parse(text(raw))
 
 
 def test_a_newer_version_is_told_apart_from_damage(tmp_path):
-    (tmp_path / "manifest.json").write_bytes(text(changed("version", to=2)))
-    with pytest.raises(manifest.FutureFormat, match="manifest.json: format version 2.*upgrade"):
+    (tmp_path / "manifest.json").write_bytes(text(changed("version", to=3)))
+    with pytest.raises(manifest.FutureFormat, match="manifest.json: format version 3.*upgrade"):
         manifest.read_manifest(str(tmp_path))
     (tmp_path / "manifest.json").write_bytes(text(changed("step", to=-1)))
     with pytest.raises(manifest.CorruptManifest, match="manifest.json: step: .*use an older checkpoint"):
