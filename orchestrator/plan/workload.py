@@ -1,10 +1,12 @@
 """What is to be predicted: a model, its layout, a device, and the shares of its data sheet that kernels reach."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from model import count
 from model.config import ModelConfig
 from orchestrator.config import HardwareConfig, Recompute, Schedule
+from orchestrator.plan.keeping import PLANNED, Keeping
 from orchestrator.plan.layout import split_stages, stages_per_rank
 from orchestrator.plan.schedule import Action, actions, dualpipe
 
@@ -35,8 +37,8 @@ class Assumptions:
     """An overlapped pair against the longer of its computation and its communication: 32.25 of 29.5 ms in PROFILE."""
     latency_s: float = 10e-6
     """Of one collective between devices, as aiconfigurator's tables have for a send."""
-    usable_memory: float = 0.92
-    """Of a device's memory; the rest is context, fragmentation and communication buffers."""
+    usable_memory: float = 0.96
+    """Of a device's memory; the rest is fragmentation of the allocator. An assumption."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Workload:
     """ZeRO stage: 1 shards optimizer state over the data-parallel ranks, 2 gradients too, 3 weights too."""
     dtype: str = "bf16"
     """`bf16` or `fp8`: of the layers' products; attention core, head and router are bf16 always."""
+    keeping: Keeping = PLANNED
+    """What the training program keeps in memory."""
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     @property
@@ -109,15 +113,50 @@ def is_first(work: Workload, stage: int) -> bool:
 
 def rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[float, float]:
     """Parameters on one rank: its share of those outside the routed experts, and of the experts."""
-    model, dense, experts = work.model, 0.0, 0.0
-    for stage in {action.stage for slot in row for action in slot}:
-        parts = [count.layer_parameters(model, layer) for layer in ranges[stage]]
-        last = is_last(work, stage, len(ranges))
-        if last:
-            parts.append(count.mtp_parameters(model))
-            dense += model.vocab_size * model.dim
-        if is_first(work, stage) or (last and model.n_mtp_layers):
-            dense += model.vocab_size * model.dim
-        routed = sum(part.routed_experts for part in parts)
-        dense, experts = dense + sum(part.total for part in parts) - routed, experts + routed / work.ep
-    return dense / work.tp, experts
+    stages = {action.stage for slot in row for action in slot}
+    sizes = [stage_parameters(work, stage, ranges) for stage in stages]
+    return sum(dense for dense, _ in sizes), sum(experts for _, experts in sizes)
+
+
+def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[float, float]:
+    """The same of one stage. Its last one has the head and the MTP modules, and copies of the embedding for these
+    where the first stage is another one."""
+    model, first, last = work.model, is_first(work, stage), is_last(work, stage, len(ranges))
+    sizes = _sizes(tuple(vars(model).items()))
+    moe = sum(model.is_moe(layer) for layer in ranges[stage])
+    dense = moe * sizes.moe + (len(ranges[stage]) - moe) * sizes.dense
+    routed, table = moe * sizes.routed, model.vocab_size * model.dim
+    if first:
+        dense += table
+    if last:
+        own = not (first and model.tie_embeddings)
+        dense += sizes.mtp + model.dim + (table if own else 0) + (0 if first else model.n_mtp_layers * table)
+        routed += sizes.mtp_routed
+    return dense / work.tp, routed / work.ep
+
+
+def largest_block(work: Workload) -> float:
+    """Parameters of the largest block outside its routed experts, on one rank."""
+    sizes = _sizes(tuple(vars(work.model).items()))
+    return max(sizes.moe if work.model.n_routed_experts else 0, sizes.dense if work.model.n_dense_layers else 0) / work.tp
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters of a dense block, of an MoE block without and of its routed experts, of all MTP modules likewise."""
+
+    dense: int
+    moe: int
+    routed: int
+    mtp: int
+    mtp_routed: int
+
+
+@lru_cache(maxsize=64)
+def _sizes(shape: tuple) -> _Sizes:
+    model = ModelConfig(**dict(shape))
+    blocks = {model.is_moe(layer): count.layer_parameters(model, layer) for layer in range(model.n_layers)}
+    mtp = count.mtp_parameters(model)
+    dense, moe = (blocks.get(kind, count.Parameters()) for kind in (False, True))
+    return _Sizes(dense.total, moe.total - moe.routed_experts, moe.routed_experts, mtp.total - mtp.routed_experts,
+                  mtp.routed_experts)

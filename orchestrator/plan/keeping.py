@@ -1,0 +1,63 @@
+"""What a training program keeps in a device's memory, in bytes per element: this one, and those that others run.
+
+Nothing about time. `PLANNED` is what a layout is priced with; `SPARING` is what `train` does (FSDP2 without resharding,
+autocast), and decides whether it can run it; `MEGATRON` is Megatron-Core with Transformer Engine, whose published peaks
+`benchmarks/validate_memory.py` holds the model against.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Bytes per parameter, per element of an activation, per logit; and what is kept at all."""
+
+    weight: float
+    """Of a parameter as the products read it, whole over the data-parallel ranks (sharded with ZeRO stage 3)."""
+    gradient: float = 4
+    """Whole until it is reduced; sharded from ZeRO stage 2 on."""
+    master: float = 4
+    """fp32, sharded from ZeRO stage 1 on."""
+    moments: float = 8
+    master_is_weight: bool = False
+    """Without replicas the working copy is the master, and there is no second one."""
+    element: float = 2
+    """Of an activation."""
+    logit: float = 6
+    """At the peak of the loss, by the first head."""
+    logit_kept: float = 4
+    """From a head's loss to its backward, for the log-probabilities."""
+    sequence_parallel: bool = True
+    """Tensor-parallel ranks share the residual stream too."""
+    experts_split: bool = False
+    """Tensor-parallel ranks split each routed expert too, and see all of their group's tokens (Megatron's default)."""
+    flash: bool = True
+    """The attention core keeps no score matrix."""
+    dropout: bool = False
+    """A mask of one byte at both residual branches, and over the score matrix."""
+    routed_output: bool = True
+    """The experts' outputs are kept for the gradient of the routing weights."""
+    fp8_more: bool = False
+    """With FP8 products, SwiGLU's inputs are kept in FP8 too, and attention's output in twelve bits."""
+    reduce_copy: bool = False
+    """Gradients of a block are copied to be reduced, not reduced where they are."""
+    padded_values: bool = False
+    """The attention kernel wants values as wide as keys (a CPU's does)."""
+    framework_gib: float = 3.6
+    """Device context and libraries 3.5 GB, and about 0.37 of collectives' own buffers (aiconfigurator's tables)."""
+
+
+PLANNED = Keeping(weight=2, moments=4, routed_output=False, fp8_more=True, logit_kept=0)
+"""What the V3 report keeps (section 3.3.3): bf16 weights and moments, fp32 gradients and masters, SwiGLU's inputs in FP8
+beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
+
+SPARING = Keeping(weight=6, master_is_weight=True, logit=12, reduce_copy=True)
+"""fp32 gathered over the replicas, and its bf16 cast of autocast's cache; the loss in fp32: log-probabilities, and two
+gradients of them."""
+
+SPARING_CPU = Keeping(weight=4, master_is_weight=True, element=4, logit=12, padded_values=True, reduce_copy=True,
+                      framework_gib=0.0)
+"""The same in fp32 on a CPU, where nothing but tensors is counted."""
+
+MEGATRON = Keeping(weight=2, routed_output=False, framework_gib=0.0)
+"""What torch's allocator sees of Megatron-Core: bf16 weights and logits, an fp32 copy of the logits."""
