@@ -30,6 +30,8 @@ NOT_MODELLED = {
     "cudagraph": "CUDA graphs' own pools", "op_fuser": "Transformer Engine's fused operators",
     "fp8_params": "parameters kept in FP8", "account_embedding": "a split of layers that counts the embedding as one",
     "uneven": "a hand-made split of layers", "rerun": "reruns that keep a second copy", "squared_relu": "squared ReLU",
+    "fused_loss": "a fused loss whose copies of the logits differ between releases",
+    "defer_wgrad": "gradients of the head's weight deferred", "instances": "optimizer state of groups of replicas",
     "a2a_overlap": "two microbatches' expert layers interleaved"}
 
 
@@ -50,7 +52,7 @@ def shape(row: dict) -> ModelConfig:
     dim, heads, layers = number(row, "hidden"), number(row, "heads"), number(row, "layers")
     head_dim = number(row, "kv_channels", dim // heads)
     gated, multiple = row["gated"] == "1", number(row, "vocab_multiple", 128) * number(row, "tp")
-    width = number(row, "ffn", 4 * dim)
+    width = number(row, "ffn", 4 * dim * 2 // 3 // 64 * 64 if gated else 4 * dim)
     expert = number(row, "moe_ffn", width) if row["experts"] else 0
     shared = number(row, "shared_ffn", 0)
     dense = _dense_layers(row, layers)
@@ -82,8 +84,6 @@ def workload(row: dict) -> Workload:
     tp, pp, cp = (number(row, key, 1) for key in ("tp", "pp", "cp"))
     etp = number(row, "etp", tp)
     model = shape(row)
-    if etp not in (1, tp) and model.n_routed_experts:
-        raise CannotModel(f"experts split over {etp} ranks where tensors are over {tp}")
     distributed = row["dist_optimizer"] == "True"
     if "release" in row["case"] and not row["num_gpus"]:
         raise CannotModel("the number of GPUs is unknown")
@@ -91,7 +91,6 @@ def workload(row: dict) -> Workload:
     dp, ep = devices // (tp * pp * cp), number(row, "ep", 1)
     if dp < 1:
         raise CannotModel("the layout has more ranks than GPUs")
-    split = bool(model.n_routed_experts) and etp == tp and tp > 1
     micro = number(row, "global_batch") // (dp * number(row, "micro_batch"))
     schedule, stages = "1f1b", 1
     if row["num_layers_per_vstage"] or row["stages"]:
@@ -103,17 +102,17 @@ def workload(row: dict) -> Workload:
         raise CannotModel("fewer layers than stages")
     recompute = Recompute[row["recompute_granularity"] or "none"]
     return Workload(model, catalogue()["h100"], number(row, "seq_len"), number(row, "global_batch"), pp, dp,
-                    ep * (tp if split else 1), schedule, micro, stages_per_rank=stages, recompute=recompute, tp=tp,
-                    cp=cp, zero=int(distributed), dtype="fp8" if row["fp8"] else "bf16",
-                    keeping=_keeping(row, split=split))
+                    ep, schedule, micro, stages_per_rank=stages, recompute=recompute, tp=tp, cp=cp,
+                    etp=etp if model.n_routed_experts else 1, zero=int(distributed), even_stages=True,
+                    dtype="fp8" if row["fp8"] else "bf16", keeping=_keeping(row))
 
 
-def _keeping(row: dict, *, split: bool) -> Keeping:
-    """The containers called lts have a Transformer Engine without a deterministic fused attention."""
-    unfused = row["attention"] in ("unfused", "local") or (row["attention"] == "" and "lts" in row["platform"]) \
-        or row["transformer_impl"] == "local"
+def _keeping(row: dict) -> Keeping:
+    """Until 2025 the containers called lts had a Transformer Engine without a deterministic fused attention."""
+    old = "lts" in row["platform"] and row["date"] < "2025-11" and row["deterministic"] == "1"
+    unfused = row["attention"] == "unfused" or (row["attention"] == "" and old) or row["transformer_impl"] == "local"
     return Keeping(**(vars(MEGATRON) | {
-        "flash": not unfused, "dropout": row["dropout"] == "1", "experts_split": split,
+        "flash": not unfused, "dropout": row["dropout"] == "1", "gathers_tokens": row["dispatcher"] == "allgather",
         "sequence_parallel": row["sequence_parallel"] == "True"}))
 
 

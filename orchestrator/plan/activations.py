@@ -88,13 +88,14 @@ def _gated(work: Workload, inner: float, cheap: bool) -> float:
 def _experts(work: Workload, cheap: bool) -> float:
     """Router, the rows that arrive (as many as leave, were routing even), their SwiGLU, their outputs, shared experts.
 
-    Indices and weights are of 8 and 4 bytes. Tensor-parallel ranks share tokens, not the experts' width, or the reverse.
+    Indices and weights are of 8 and 4 bytes. Ranks that split an expert see each other's rows.
     """
     model, keep = work.model, work.keeping
-    share = work.tp if keep.sequence_parallel or keep.experts_split else 1
-    rows, across = model.n_activated_experts / share, work.tp if keep.experts_split else 1
+    share = work.tp if keep.sequence_parallel else 1
+    rows = model.n_activated_experts / share
     router = 4 * model.n_routed_experts / share + 32 * rows
     outputs = model.dim * keep.element if keep.routed_output else 0
-    wide = across * (model.dim * _product(work) + outputs)
-    routed = rows * (wide + _gated(work, model.moe_inter_dim, cheap))
+    wide = work.etp * (model.dim * _product(work) + outputs)
+    gathered = work.ep * work.etp / share * model.dim * keep.element if keep.gathers_tokens else 0
+    routed = gathered + rows * (wide + _gated(work, model.moe_inter_dim, cheap))
     return router + routed + _gated(work, model.n_shared_experts * model.moe_inter_dim / work.tp, cheap)

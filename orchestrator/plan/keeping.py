@@ -29,8 +29,6 @@ class Keeping:
     """From a head's loss to its backward, for the log-probabilities."""
     sequence_parallel: bool = True
     """Tensor-parallel ranks share the residual stream too."""
-    experts_split: bool = False
-    """Tensor-parallel ranks split each routed expert too, and see all of their group's tokens (Megatron's default)."""
     flash: bool = True
     """The attention core keeps no score matrix."""
     dropout: bool = False
@@ -41,6 +39,8 @@ class Keeping:
     """With FP8 products, SwiGLU's inputs are kept in FP8 too, and attention's output in twelve bits."""
     reduce_copy: bool = False
     """Gradients of a block are copied to be reduced, not reduced where they are."""
+    gathers_tokens: bool = False
+    """Expert-parallel ranks gather each other's tokens whole, rather than exchange rows."""
     padded_values: bool = False
     """The attention kernel wants values as wide as keys (a CPU's does)."""
     framework_gib: float = 3.6

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 from orchestrator.config import Recompute, Schedule
 from orchestrator.plan.activations import backward_bytes, block_bytes, head_bytes, loss_bytes, stream
-from orchestrator.plan.layout import split_stages, stages_of, stages_per_rank
+from orchestrator.plan.layout import stages_of
 from orchestrator.plan.schedule import actions, dualpipe
-from orchestrator.plan.workload import Workload, is_last, largest_block, stage_parameters
+from orchestrator.plan.workload import Workload, is_last, largest_block, stage_layers, stage_parameters
 
 GIB = 2**30
 FULL = "needs {total:.0f} GiB of {have:.0f} usable, {most:.0f} of them {component}"
@@ -35,16 +35,6 @@ def too_large(work: Workload) -> str | None:
         return None
     component = max((name for name in need if name != "total"), key=need.get)
     return FULL.format(total=need["total"], have=have, most=need[component], component=component)
-
-
-def stage_layers(work: Workload) -> list[range]:
-    """Layers of every stage; DualPipe has every stage twice."""
-    if work.pp == 1:
-        return split_stages(work.model, 1, work.seq_len)
-    if work.schedule == "dualpipe":
-        return split_stages(work.model, work.pp, work.seq_len) * 2
-    stages = work.pp * stages_per_rank(Schedule[work.schedule], work.stages_per_rank)
-    return split_stages(work.model, stages, work.seq_len)
 
 
 def stages_on(work: Workload, rank: int) -> list[int]:

@@ -66,6 +66,10 @@ class Workload:
     """ZeRO stage: 1 shards optimizer state over the data-parallel ranks, 2 gradients too, 3 weights too."""
     dtype: str = "bf16"
     """`bf16` or `fp8`: of the layers' products; attention core, head and router are bf16 always."""
+    etp: int = 1
+    """Tensor parallelism inside an expert."""
+    even_stages: bool = False
+    """Stages have equally many layers, as others' runs do, rather than balanced costs."""
     keeping: Keeping = PLANNED
     """What the training program keeps in memory."""
     assumptions: Assumptions = field(default_factory=Assumptions)
@@ -82,7 +86,7 @@ class Workload:
     @property
     def expert_replicas(self) -> int:
         """The same for a routed expert's; expert parallelism spans data, context and tensor ranks."""
-        return max(1, self.dp * self.cp * self.tp // self.ep)
+        return max(1, self.dp * self.cp * self.tp // (self.ep * self.etp))
 
     @property
     def microbatch_tokens(self) -> int:
@@ -92,15 +96,26 @@ class Workload:
 
 def pipeline_of(work: Workload) -> tuple[list[range], list, int]:
     """Layers of every stage, the table, and how many copies of the pipeline it holds."""
+    ranges = stage_layers(work)
     if work.pp == 1:
-        table = [[(Action(kind, 0, micro),) for micro in range(work.microbatches) for kind in "FB"]]
-        return split_stages(work.model, 1, work.seq_len), table, 1
+        return ranges, [[(Action(kind, 0, micro),) for micro in range(work.microbatches) for kind in "FB"]], 1
     if work.schedule == "dualpipe":
-        return split_stages(work.model, work.pp, work.seq_len) * 2, dualpipe(work.pp, work.microbatches), 2
-    schedule = Schedule[work.schedule]
-    stages = work.pp * stages_per_rank(schedule, work.stages_per_rank)
-    table = actions(schedule, work.pp, work.microbatches, requested_stages=work.stages_per_rank)
-    return split_stages(work.model, stages, work.seq_len), table, 1
+        return ranges, dualpipe(work.pp, work.microbatches), 2
+    table = actions(Schedule[work.schedule], work.pp, work.microbatches, requested_stages=work.stages_per_rank)
+    return ranges, table, 1
+
+
+def stage_layers(work: Workload) -> list[range]:
+    """Layers of every stage; DualPipe has every stage twice."""
+    copies, stages = 1, work.pp
+    if work.schedule == "dualpipe" and work.pp > 1:
+        copies = 2
+    elif work.pp > 1:
+        stages *= stages_per_rank(Schedule[work.schedule], work.stages_per_rank)
+    if work.even_stages:
+        each = work.model.n_layers / stages
+        return [range(round(each * stage), round(each * (stage + 1))) for stage in range(stages)] * copies
+    return split_stages(work.model, stages, work.seq_len) * copies
 
 
 def is_last(work: Workload, stage: int, stages: int) -> bool:
@@ -132,7 +147,7 @@ def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[f
         own = not (first and model.tie_embeddings)
         dense += sizes.mtp + model.dim + (table if own else 0) + (0 if first else model.n_mtp_layers * table)
         routed += sizes.mtp_routed
-    return dense / work.tp, routed / work.ep
+    return dense / work.tp, routed / (work.ep * work.etp)
 
 
 def largest_block(work: Workload) -> float:
