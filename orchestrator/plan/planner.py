@@ -13,7 +13,7 @@ from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
 from orchestrator.plan.estimate import Estimate, estimate
 from orchestrator.plan.layout import SPLIT_BACKWARD, stages_per_rank
-from orchestrator.plan.memory import memory_gib
+from orchestrator.plan.memory import too_large
 from orchestrator.plan.workload import Assumptions, Workload
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
@@ -65,7 +65,7 @@ def make_plan(request: Request) -> Plan:
         considered += 1
         reason = illegal(work)
         if reason is None:
-            reason = _too_large(work)
+            reason = too_large(work)
         if reason is None:
             candidates.append(Candidate(work, estimate(work)))
             continue
@@ -115,15 +115,6 @@ def illegal(work: Workload) -> str | None:
     if stages > work.model.n_layers:
         return f"{stages} stages for {work.model.n_layers} layers"
     return None
-
-
-def _too_large(work: Workload) -> str | None:
-    have = work.hardware.memory_gib * work.assumptions.usable_memory
-    need = memory_gib(work)
-    if need["total"] <= have:
-        return None
-    largest = max((name for name in need if name != "total"), key=need.get)
-    return f"needs {need['total']:.0f} GiB of {have:.0f} usable, {need[largest]:.0f} of them {largest}"
 
 
 def layout_of(work: Workload) -> dict:

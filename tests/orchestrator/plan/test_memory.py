@@ -1,0 +1,126 @@
+"""Predicted memory against what torch's own allocator hands out, and against what others published."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from model import count
+from model.transformer import Transformer
+from orchestrator.compose import compose_config
+from orchestrator.config import Recompute
+from orchestrator.plan.activations import block_bytes
+from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.keeping import MEGATRON, SPARING_CPU
+from orchestrator.plan.memory import GIB, in_flight, memory_gib, rank_memory_gib, state_bytes, too_large
+from orchestrator.plan.simulate import held
+from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
+
+
+@pytest.fixture(scope="module")
+def v3() -> Workload:
+    model = compose_config(["model=deepseek_v3"]).model
+    return Workload(model, catalogue()["h800"], 4096, 15360, 16, 128, 64, "dualpipe", 120, dtype="fp8",
+                    recompute=Recompute.selective)
+
+
+def measured_peak(model, sequences: int, seq_len: int, microbatches: int, *, recompute: bool) -> int:
+    """Bytes of parameters and optimizer, and at most of what a second step allocates on top."""
+    network = Transformer(model).train()
+    network.recompute = recompute
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for buffer in network.buffers():
+        buffer.zero_()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    tokens = torch.randint(0, model.vocab_size, (sequences, seq_len + 1 + model.n_mtp_layers))
+
+    def step() -> None:
+        for part in tokens.chunk(microbatches):
+            network(part, part).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    now = most = sum(3 * p.numel() * p.element_size() for p in network.parameters())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("name, recompute", [("tiny", False), ("tiny", True), ("tiny_dense_active", False)])
+def test_torchs_measured_peak_is_met_within_five_percent(name, recompute):
+    torch.manual_seed(0)
+    model = compose_config([f"model={name}"]).model
+    work = Workload(model, catalogue()["cpu"], 128, 8, 1, 1, 1, "1f1b", 2, keeping=SPARING_CPU,
+                    recompute=Recompute.full if recompute else Recompute.none)
+    assert memory_gib(work)["total"] * GIB == pytest.approx(measured_peak(model, 8, 128, 2, recompute=recompute),
+                                                            rel=0.05)
+
+
+@pytest.mark.parametrize("schedule, pp, microbatches", [
+    ("gpipe", 4, 8), ("1f1b", 4, 40), ("interleaved_1f1b", 4, 32), ("interleaved_zero_bubble", 4, 32), ("zbv", 4, 40),
+    ("dualpipev", 4, 40), ("dualpipe", 4, 40)])
+def test_microbatches_in_flight_are_those_of_the_whole_table(v3, schedule, pp, microbatches):
+    """They are counted on a short table; `held` walks the whole one."""
+    work = replace(v3, pp=pp, microbatches=microbatches, schedule=schedule)
+    _, table, _ = pipeline_of(work)
+    peaks = held(table, [1.0] * 2 * max(2, pp) if schedule != "1f1b" else [1.0] * pp)[1]
+    found = [max(sum(number for _, number in counts) for _, counts in rank) for rank in in_flight(work)]
+    assert found == peaks
+
+
+def test_v3s_own_layout_fits_its_devices_by_what_its_report_recomputes(v3):
+    """Norms and MLA's up-projections again, DualPipe, FP8, 80 GB (V3 report, sections 3.2.3 and 3.3.3)."""
+    assert too_large(v3) is None
+    reason = too_large(replace(v3, recompute=Recompute.none))
+    assert reason.startswith("needs ") and reason.endswith("of them activations")
+
+
+def test_zero_stages_shard_one_component_after_the_other(v3):
+    """Rajbhandari et al. 2020, figure 1: optimizer state, then gradients, then parameters over the replicas."""
+    work = replace(v3, keeping=MEGATRON, ep=1)
+    whole, shared = state_bytes(replace(work, zero=0), 1e9, 0), [state_bytes(replace(work, zero=z), 1e9, 0)
+                                                                for z in (1, 2, 3)]
+    assert sum(whole.values()) == 18e9
+    for stage, names in enumerate((("masters", "moments"), ("gradients",), ("weights",))):
+        for name in names:
+            assert [found[name] for found in shared] == [whole[name]] * stage + [whole[name] / 128] * (3 - stage)
+
+
+def test_tensor_and_context_ranks_share_activations(v3):
+    for axis in ("tp", "cp"):
+        one, two = (rank_memory_gib(work)[3]["activations"] for work in (v3, replace(v3, **{axis: 2})))
+        assert two == pytest.approx(one / 2, rel=0.05)
+
+
+def test_a_gpt_layer_keeps_the_34_bytes_of_korthikanti_et_al(v3):
+    """Section 4.1: 34 bytes a token and hidden element with dropout, 5 a score of unfused attention."""
+    dim, heads, seq = 512, 8, 1024
+    model = replace(compose_config(["model=llama_2_7b"]).model, dim=dim, n_heads=heads, n_kv_heads=heads, n_layers=12,
+                    n_dense_layers=12, head_dim=dim // heads, inter_dim=8 * dim // 3, vocab_size=50304)
+    work = Workload(model, v3.hardware, seq, 4, 1, 1, 1, "1f1b", 1, keeping=replace(MEGATRON, dropout=True, flash=False))
+    assert block_bytes(work, False) == pytest.approx(4 * seq * (34 * dim + 5 * heads * seq), rel=0.001)
+    assert block_bytes(replace(work, recompute=Recompute.full), False) == 4 * seq * 2 * dim
+
+
+def test_a_megatron_tests_peak_on_the_last_rank_is_met(v3):
+    """gpt3_mcore_te_tp1_pp4_vp1 of Megatron-LM's tests (dev_dgx_h100, commit adc69dba2d): 3.875 GiB, of which about
+    0.11 are libraries' workspaces."""
+    model = replace(compose_config(["model=llama_2_7b"]).model, dim=512, n_heads=8, n_kv_heads=8, n_layers=12,
+                    n_dense_layers=12, head_dim=64, inter_dim=1365, vocab_size=50304, tie_embeddings=True)
+    work = Workload(model, v3.hardware, 1024, 32, 4, 2, 1, "interleaved_1f1b", 4, stages_per_rank=3, even_stages=True,
+                    zero=0, keeping=replace(MEGATRON, dropout=True, flash=False, sequence_parallel=False))
+    assert rank_memory_gib(work)[-1]["total"] + 0.11 == pytest.approx(3.875, rel=0.02)
+
+
+def test_a_tied_embedding_on_one_rank_is_held_once(v3):
+    model = compose_config(["model=tiny"]).model
+    work = replace(v3, model=replace(model, tie_embeddings=True), pp=1, dp=1, ep=1, schedule="1f1b")
+    ranges, table, _ = pipeline_of(work)
+    assert sum(rank_parameters(work, ranges, table[0])) == count.parameters(work.model, mtp=True).total
