@@ -61,8 +61,8 @@ def shape(row: dict) -> ModelConfig:
         vocab_size=-(-number(row, "tokenizer") // multiple) * multiple, dim=dim, n_layers=layers, n_dense_layers=dense,
         n_heads=heads, inter_dim=width if gated else width * 2 // 3, head_dim=head_dim,
         attention=Attention.mla if mla else Attention.gqa, n_kv_heads=number(row, "query_groups", heads),
-        q_lora_rank=number(row, "q_lora", 0), kv_lora_rank=number(row, "kv_lora", 0), qk_nope_head_dim=128 if mla else 0,
-        qk_rope_head_dim=number(row, "qk_rope", 64) if mla else 0, v_head_dim=128 if mla else 0,
+        q_lora_rank=number(row, "q_lora", 0), kv_lora_rank=number(row, "kv_lora", 0), qk_nope_head_dim=128 * mla,
+        qk_rope_head_dim=number(row, "qk_rope", 64) * mla, v_head_dim=128 * mla,
         n_routed_experts=number(row, "experts", 0), n_activated_experts=number(row, "topk", 0),
         n_shared_experts=1 if shared else 0, moe_inter_dim=expert if gated else expert * 2 // 3,
         tie_embeddings=row["untied"] != "1", n_mtp_layers=number(row, "mtp", 0))
@@ -110,7 +110,8 @@ def workload(row: dict) -> Workload:
 def _keeping(row: dict) -> Keeping:
     """Until 2025 the containers called lts had a Transformer Engine without a deterministic fused attention."""
     old = "lts" in row["platform"] and row["date"] < "2025-11" and row["deterministic"] == "1"
-    unfused = row["attention"] == "unfused" or (row["attention"] == "" and old) or row["transformer_impl"] == "local"
+    local = row["transformer_impl"] == "local"
+    unfused = row["attention"] == "unfused" or local or (row["attention"] == "" and old)
     return Keeping(**(vars(MEGATRON) | {
         "flash": not unfused, "dropout": row["dropout"] == "1", "gathers_tokens": row["dispatcher"] == "allgather",
         "sequence_parallel": row["sequence_parallel"] == "True"}))
@@ -163,8 +164,8 @@ def main() -> None:
                       row["recompute_granularity"] or "no recompute", "largest 30" if most > 5 else "below 5 GiB"):
             groups[row["set"], group].append(errors)
         if args.rows:
-            print(f"{row['set']:5s} {row['id']} {row['case'][:70]:70s} {row['platform'][:14]:14s} state {state + offset:7.3f} "
-                  f"of {held:7.3f} ({errors[0]:+6.1%})  peak {peak + offset:7.3f} of {most:7.3f} ({errors[1]:+6.1%})")
+            print(f"{row['set']:5s} {row['id']} {row['case'][:70]:70s} {row['platform'][:14]:14s} "
+                  f"state {state + offset:7.3f} of {held:7.3f} ({errors[0]:+6.1%})  peak {peak + offset:7.3f} of {most:7.3f} ({errors[1]:+6.1%})")
     print("offsets   " + ", ".join(f"{name} {value * 1024:.0f} MiB" for name, value in sorted(offsets.items())))
     print(f"{len(known)} of {len(rows)} rows modelled; mean absolute (and signed) error of the state and of the peak")
     for (which, group), errors in sorted(groups.items()):

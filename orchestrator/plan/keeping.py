@@ -48,8 +48,8 @@ class Keeping:
 
 
 PLANNED = Keeping(weight=2, moments=4, routed_output=False, fp8_more=True, logit_kept=0)
-"""What the V3 report keeps (section 3.3.3): bf16 weights and moments, fp32 gradients and masters, SwiGLU's inputs in FP8
-beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
+"""What the V3 report keeps (section 3.3.3): bf16 weights and moments, fp32 gradients and masters, SwiGLU's inputs in
+FP8 beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
 
 SPARING = Keeping(weight=6, master_is_weight=True, logit=12, reduce_copy=True)
 """fp32 gathered over the replicas, and its bf16 cast of autocast's cache; the loss in fp32: log-probabilities, and two

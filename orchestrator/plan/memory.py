@@ -6,7 +6,7 @@ flight is read off the schedule's table. The peak is the largest sum over a rank
 
 from functools import lru_cache
 
-from orchestrator.config import Recompute, Schedule
+from orchestrator.config import Schedule
 from orchestrator.plan.activations import backward_bytes, block_bytes, head_bytes, loss_bytes, stream
 from orchestrator.plan.layout import stages_of
 from orchestrator.plan.schedule import actions, dualpipe

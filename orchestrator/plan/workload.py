@@ -153,7 +153,7 @@ def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[f
 def largest_block(work: Workload) -> float:
     """Parameters of the largest block outside its routed experts, on one rank."""
     sizes = _sizes(tuple(vars(work.model).items()))
-    return max(sizes.moe if work.model.n_routed_experts else 0, sizes.dense if work.model.n_dense_layers else 0) / work.tp
+    return max(sizes.moe, sizes.dense) / work.tp
 
 
 @dataclass(frozen=True)

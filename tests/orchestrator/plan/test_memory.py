@@ -104,7 +104,8 @@ def test_a_gpt_layer_keeps_the_34_bytes_of_korthikanti_et_al(v3):
     dim, heads, seq = 512, 8, 1024
     model = replace(compose_config(["model=llama_2_7b"]).model, dim=dim, n_heads=heads, n_kv_heads=heads, n_layers=12,
                     n_dense_layers=12, head_dim=dim // heads, inter_dim=8 * dim // 3, vocab_size=50304)
-    work = Workload(model, v3.hardware, seq, 4, 1, 1, 1, "1f1b", 1, keeping=replace(MEGATRON, dropout=True, flash=False))
+    keeping = replace(MEGATRON, dropout=True, flash=False)
+    work = Workload(model, v3.hardware, seq, 4, 1, 1, 1, "1f1b", 1, keeping=keeping)
     assert block_bytes(work, False) == pytest.approx(4 * seq * (34 * dim + 5 * heads * seq), rel=0.001)
     assert block_bytes(replace(work, recompute=Recompute.full), False) == 4 * seq * 2 * dim
 
