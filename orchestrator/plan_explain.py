@@ -105,7 +105,9 @@ def _memory(data: dict) -> list[Line]:
                  "gradients": "parameters on the rank x bytes of a gradient",
                  "masters": "fp32 masters, sharded over the replicas", "moments": "two AdamW moments, sharded likewise",
                  "activations": "by tensor and layer x microbatches in flight, read off the schedule's table",
-                 "logits": "tokens of a microbatch x vocabulary", "total": "their sum"}
+                 "logits": "tokens of a microbatch x vocabulary, at the loss",
+                 "buffers": "rows of an all-to-all, sends between stages, a block in reduction",
+                 "framework": "device context, libraries, collectives (aiconfigurator's tables)", "total": "their sum"}
     return [(name, f"{size:.2f} GiB", equations.get(name, "")) for name, size in data["best"]["memory_gib"].items()]
 
 
