@@ -164,8 +164,9 @@ def main() -> None:
                       row["recompute_granularity"] or "no recompute", "largest 30" if most > 5 else "below 5 GiB"):
             groups[row["set"], group].append(errors)
         if args.rows:
-            print(f"{row['set']:5s} {row['id']} {row['case'][:70]:70s} {row['platform'][:14]:14s} "
-                  f"state {state + offset:7.3f} of {held:7.3f} ({errors[0]:+6.1%})  peak {peak + offset:7.3f} of {most:7.3f} ({errors[1]:+6.1%})")
+            print(f"{row['set']:5s} {row['id']} {row['case'][:70]:70s} {row['platform'][:14]:14s} state "
+                  f"{state + offset:7.3f} of {held:7.3f} ({errors[0]:+6.1%})  peak {peak + offset:7.3f} of {most:7.3f} "
+                  f"({errors[1]:+6.1%})")
     print("offsets   " + ", ".join(f"{name} {value * 1024:.0f} MiB" for name, value in sorted(offsets.items())))
     print(f"{len(known)} of {len(rows)} rows modelled; mean absolute (and signed) error of the state and of the peak")
     for (which, group), errors in sorted(groups.items()):
