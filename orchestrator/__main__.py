@@ -28,6 +28,7 @@ usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ..
   export  CHECKPOINT DIR     write a Hugging Face directory; dtype=fp32 or dtype=bf16
   import  DIR CHECKPOINT     read a Hugging Face directory; then train with resume=CHECKPOINT
   generate CHECKPOINT [..]   text from a prompt, streamed; speculative=compare says what drafts gain
+  serve   CHECKPOINT         an OpenAI-compatible server: completions and chat, continuous batching, its own bill
 
 `sparing VERB --help` says more."""
 
@@ -70,8 +71,9 @@ batch_ramp_steps, validate_every and validate_sequences.""",
               "DIR holds config.json and safetensors of a supported architecture.",
 }
 # Verbs that have a module of their own, with HELP and run(arguments) -> exit code; imported when called.
-MODULES = {"compare": "orchestrator.compare", "generate": "orchestrator.generate", "launch": "orchestrator.launch"}
-PLANNED = ("evaluate", "serve")
+MODULES = {"compare": "orchestrator.compare", "generate": "orchestrator.generate", "launch": "orchestrator.launch",
+           "serve": "orchestrator.serve"}
+PLANNED = ("evaluate",)
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 

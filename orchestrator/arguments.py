@@ -17,7 +17,7 @@ def options(verb: str, arguments: list[str], known: tuple[str, ...], help: str) 
     named = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key.isidentifier():
+        if equals and key.replace(".", "_").isidentifier():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else help.splitlines()[0]

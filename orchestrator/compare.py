@@ -24,16 +24,18 @@ from orchestrator.report_style import STYLE, figure, table
 from orchestrator.train import storage
 
 HELP = """\
-usage: sparing compare [KEY=VALUE ...] [seeds=0,1] [out=DIR]
+usage: sparing compare [KEY=VALUE ...] [seeds=0,1] [out=DIR] [at='PLAN']
 
   sparing compare experiment=tiny                     the mixture and its dense twins, two seeds: six short runs
   sparing compare experiment=tiny seeds=0,1,2 train.steps=400 out=runs/compare
+  sparing compare experiment=tiny at='model=deepseek_v3 cluster=h800_2048 tokens=14.8e12'
 
 Trains the model, a dense model of equal active and one of equal total parameters, on the same data in the same order,
 and reports what each loss cost in FLOPs, device-hours and dollars; writes compare.json and compare.html. The same
 command goes on with a comparison that was interrupted. Keys are those of train; the learning rate does not decay,
-so that each validation stands for a run of its length."""
-OPTIONS = ("seeds", "out")
+so that each validation stands for a run of its length.
+at= takes the words of a plan, and says what both would cost there: an extrapolation, far beyond what was measured."""
+OPTIONS = ("seeds", "out", "at")
 COSTS = {"flops": "FLOPs", "device_s": "device-seconds", "usd": "dollars"}
 TWINS = {"equal_active": count.dense_equal_active, "equal_total": count.dense_equal_total}
 
@@ -50,9 +52,12 @@ def run(arguments: list[str]) -> int:
     commands = {name: [*overrides, *changes] for name, changes in variants(config).items()}
     for words in commands.values():
         check_run(compose_config(words))
+    at = plan_at(named["at"]) if "at" in named else None
     out = named.get("out") or f"runs/compare-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     runs = _train_all(commands, seeds, out)
     result = compare(runs, compose_config(commands["moe"]), {k: compose_config(v) for k, v in commands.items()})
+    if at is not None:
+        result["extrapolated"] = at | extrapolate(named["at"], result)
     storage.write_bytes(storage.join(out, "compare.json"), (json.dumps(result, indent=1) + "\n").encode())
     storage.write_bytes(storage.join(out, "compare.html"), page(result).encode())
     print("\n" + "\n".join(lines(result)) + f"\nwrote     {storage.join(out, 'compare.json')}, compare.html")
@@ -114,6 +119,31 @@ def curve_of(one: Run, model: ModelConfig, seq_len: int, cost: str) -> Curve:
     return points
 
 
+def plan_at(words: str) -> dict:
+    """The mixture's own steady bill at a size that the user names; `BadRequest` before anything is trained."""
+    from orchestrator.show_plan import planned, split_words
+
+    found, data = planned(*split_words(words.split()))
+    if not found.candidates:
+        raise BadRequest(f"at={words}: no layout of it fits; name more devices")
+    request = found.request
+    return {"at": words, "model": request.model.name, "devices": request.devices, "hardware": request.hardware.name,
+            "tokens": request.tokens, "flops": model_flops(request.model, request.tokens, request.seq_len),
+            "usd": data["bill"]["steady"]["usd"], "device_hours": data["bill"]["steady"]["gpu_hours"]}
+
+
+def extrapolate(words: str, result: dict) -> dict:
+    """What a dense model of equal loss would cost there, were the multiplier that was measured here to hold."""
+    from orchestrator.plan.dense import measured_multiplier
+    from orchestrator.show_plan import planned, split_words
+
+    if measured_multiplier(result) is None:
+        return {"dense": None}
+    _, data = planned(*split_words(words.split()), compared=result)
+    ours = result["variants"]["moe"]["curves"]["flops"][0][-1][0]
+    return {"dense": data["dense"]["equal_loss"]["measured"], "measured_flops": ours}
+
+
 def lines(result: dict) -> list[str]:
     """What the command prints."""
     said = [f"{'':14}{'parameters':>12}{'active':>10}{'loss':>9}  lowest to highest of the seeds"]
@@ -127,7 +157,23 @@ def lines(result: dict) -> list[str]:
                 "the dense model is cheaper" if ratio["high"] < 1 else "no clear winner")
             said.append(f"{twin}: at equal loss the dense model takes {ratio['median']:.2f}x the mixture's "
                         f"{COSTS[cost]} ({ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['seeds']} seeds): {verdict}")
-    return said
+    return said + extrapolated(result.get("extrapolated"))
+
+
+def extrapolated(far: dict | None) -> list[str]:
+    if far is None:
+        return []
+    said = [f"{far['model']} on {far['devices']:,} x {far['hardware']}, {far['tokens']:.4g} tokens (predicted): "
+            f"{_usd(far['usd'])}"]
+    if far["dense"] is None:
+        return [*said, "          no multiplier was measured, so nothing is said of a dense model there"]
+    low, median, high = (_usd(far["dense"][key]["usd"]) for key in ("low", "median", "high"))
+    return [*said, f"          a dense model of equal loss: {median} ({low} to {high}), EXTRAPOLATED from runs of "
+                   f"{far['flops'] / far['measured_flops']:.0e} times fewer FLOPs: a multiplier seldom holds so far"]
+
+
+def _usd(value: float | None) -> str:
+    return "unknown" if value is None else f"${value:,.0f}"
 
 
 def page(result: dict) -> str:

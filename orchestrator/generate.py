@@ -28,9 +28,13 @@ CHECKPOINT is a run directory, a checkpoint in it, or a Hugging Face directory.
   stop=TEXT          end before this text; or a JSON list of several
   speculative=false  true or compare need a model with an MTP module
   tokenizer=FILE     a tokenizer.json or `byte`, where the checkpoint names none
+  memory.max_gib=N   most memory for weights, keys and values: experts stay on disk, the hottest in memory
+  weights=fp32       of experts on disk: fp32, bf16, fp8 or int4
 Text goes to stdout, what it took to stderr."""
 
-OPTIONS = ("prompt", "file", "max_tokens", "temperature", "top_p", "seed", "stop", "speculative", "tokenizer")
+OPTIONS = ("prompt", "file", "max_tokens", "temperature", "top_p", "seed", "stop", "speculative", "tokenizer",
+           "memory.max_gib", "weights")
+FORMATS = ("fp32", "bf16", "fp8", "int4")
 SLOTS = 16
 """Prompts of a file that are decoded at once."""
 TURNS = 3
@@ -49,6 +53,8 @@ class Request:
     stops: list[str]
     speculative: str
     tokenizer: str
+    max_gib: float | None
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,14 @@ def run(arguments: list[str]) -> int:
     request = read_request(named)
     from orchestrator.inference import load_for_inference
 
-    loaded = load_for_inference(path, tokenizer=request.tokenizer)
+    if request.max_gib is None:
+        loaded = load_for_inference(path, tokenizer=request.tokenizer)
+    else:
+        from orchestrator.cold_weights import load_within
+
+        longest = max(len(text.encode()) for text in request.prompts) + request.max_tokens
+        loaded = load_within(path, max_gib=request.max_gib, form=request.weights, tokenizer=request.tokenizer,
+                             cache_tokens=longest * min(SLOTS, len(request.prompts)))
     prompts = encode_prompts(loaded, request)
     if request.speculative != "false" and not loaded.model.config.n_mtp_layers:
         raise BadRequest(f"speculative={request.speculative}: {path} has no MTP module to draft with; "
@@ -94,10 +107,15 @@ def read_request(named: dict[str, str]) -> Request:
     top_p = number(named, "top_p", 1, 1e-6, 1, whole=False)
     if top_p < 1 and temperature == 0:
         raise BadRequest(f"top_p={named['top_p']}: chooses nothing where decoding is greedy; add temperature=1")
+    max_gib = number(named, "memory.max_gib", 4, 0, whole=False) if "memory.max_gib" in named else None
+    if max_gib is None and "weights" in named:
+        raise BadRequest(f"weights={named['weights']}: is of experts that stay on disk; add memory.max_gib=N, or leave "
+                         "it out")
     prompts, lines = _read_prompts(named)
     return Request(prompts, lines, int(number(named, "max_tokens", 200, 1)), temperature, top_p,
                    int(number(named, "seed", 0, 0, 2**40)), _read_stops(named.get("stop", "")),
-                   choice(named, "speculative", ("false", "true", "compare")), named.get("tokenizer", ""))
+                   choice(named, "speculative", ("false", "true", "compare")), named.get("tokenizer", ""),
+                   max_gib, choice(named, "weights", FORMATS))
 
 
 def encode_prompts(loaded, request: Request) -> list[list[int]]:

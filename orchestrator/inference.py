@@ -79,10 +79,17 @@ def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = t
     """Read a model into memory. `tokenizer` overrides the one that the weights name."""
     with open_weights(path) as weights, _plain_errors():
         text = read_tokenizer(weights, tokenizer)
+        _check_room(weights, dtype, device)
         with torch.device("meta"):
             model = Transformer(weights.config)
-        tensors = {name: tensor.to(device, _kept(name, dtype)) for name, tensor in weights.items()}
-        model.load_state_dict(tensors, strict=False, assign=True)
+        return finish_loading(weights, model, weights.items(), text, device=device, dtype=dtype)
+
+
+def finish_loading(weights: Weights, model: Transformer, items: Iterable[tuple[str, Tensor]], text: Tokenizer, *,
+                   device: torch.device | str, dtype: torch.dtype) -> Loaded:
+    """Put tensors into a model on the meta device, which must want no others."""
+    tensors = {name: tensor.to(device, _kept(name, dtype)) for name, tensor in items}
+    model.load_state_dict(tensors, strict=False, assign=True)
     for name, buffer in model.named_buffers():
         if buffer.is_meta:  # counts of training, which no checkpoint holds
             owner, _, key = name.rpartition(".")
@@ -90,6 +97,27 @@ def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = t
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not missing, missing
     return Loaded(weights.path, model.eval().requires_grad_(False), text)
+
+
+def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Refuse what would end in the kernel's killer."""
+    needed = sum(shape.numel() for shape in hf.tensor_shapes(weights.config).values()) * dtype.itemsize
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+        raise BadRequest(f"{weights.path}: {needed / 2**30:.1f} GiB in {name}, but {free / 2**30:.1f} are free here; "
+                         f"end other programs, or let experts stay on disk: add memory.max_gib={free / 2**30 / 2:.2g}")
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Memory that a new program may take; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:

@@ -63,12 +63,12 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
             print(f"wrote     {options[key]}")
 
 
-def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
-    """The plan and what plan.json says of it."""
+def planned(options: dict[str, str], overrides: list[str], compared: dict | None = None) -> tuple[Plan, dict]:
+    """The plan and what plan.json says of it. compared: the result of `sparing compare`, instead of its file."""
     config = compose_config(overrides)
     given = {text.lstrip("+").split("=", 1)[0] for text in overrides}
     request = read_request(options, config, given)
-    compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else None
+    compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else compared
     try:
         terms = _terms(options, config)
         found = make_plan(request)

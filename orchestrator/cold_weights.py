@@ -1,0 +1,147 @@
+"""Loading a model into less memory than it takes: its experts go into a store on disk once, and stay there.
+
+`load_within` is `load_for_inference` with a limit. Stores are kept by content under `cache_dir`, so a second start is
+quick; they may be deleted at any time.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model import count, hf
+from model.cold_experts import Ahead, ColdExperts, HotExperts, Store, write_store
+from model.packed import FORMATS, packed_bytes
+from model.transformer import Transformer
+from orchestrator.errors import BadRequest, NotFit
+from orchestrator.inference import Loaded, Weights, finish_loading, open_weights, read_tokenizer
+from orchestrator.train import storage
+from orchestrator.train.export import StateDict
+
+CACHE = "~/.cache/sparing/experts"
+GIB = 2**30
+EXPERTS = ".moe.experts."
+
+
+def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str = "", cache_tokens: int = 0,
+                read_ahead: bool = True, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                cache_dir: str = CACHE) -> Loaded:
+    """Read all but the experts into memory; hot experts fill what is left of `max_gib`.
+
+    form: of the experts (model/packed.py). cache_tokens: whose keys and values will be kept. BadRequest where the rest
+    alone is more than the limit.
+    """
+    if form not in FORMATS:
+        raise BadRequest(f"weights={form}: must be one of {', '.join(FORMATS)}; use weights=bf16")
+    with open_weights(path) as weights:
+        shapes = hf.tensor_shapes(weights.config)
+        if not any(EXPERTS in name for name in shapes):
+            raise BadRequest(f"memory.max_gib={max_gib:g}: {path} has no experts that could stay on disk; leave it out")
+        cache_bytes = int(cache_tokens * count.kv_bytes(weights.config, bytes_per_element=dtype.itemsize))
+        rest = sum(shape.numel() * dtype.itemsize for name, shape in shapes.items() if EXPERTS not in name)
+        each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items()
+                   if name.startswith(_first_layer(shapes)))
+        least = rest + cache_bytes + 2 * each
+        if max_gib * GIB < least:
+            raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3f}, what all but the "
+                             f"experts ({rest / GIB:.3f}), keys and values ({cache_bytes / GIB:.3f}) and two experts "
+                             f"take; use memory.max_gib={_up(least / GIB)}")
+        text = read_tokenizer(weights, tokenizer)
+        folder, kept = _prepare(weights, form, Path(cache_dir).expanduser())
+        tensors = kept or _all_but_experts(weights)
+        with torch.device("meta"):
+            model = Transformer(weights.config)
+        hot = HotExperts(int(max_gib * GIB) - rest - cache_bytes)
+        _place(model, folder, hot, read_ahead=read_ahead)
+        return finish_loading(weights, model, tensors.items(), text, device=device, dtype=dtype)
+
+
+def _place(model: Transformer, folder: Path, hot: HotExperts, *, read_ahead: bool) -> None:
+    """Cold experts instead of those on the meta device, each knowing the next layer's."""
+    before: ColdExperts | None = None
+    for layer, (name, module) in enumerate((name, module) for name, module in model.named_modules()
+                                           if hasattr(module, "experts") and hasattr(module, "router")):
+        stores = [Store(folder / f"{name}.experts.{matrix}.safetensors") for matrix in ("w13", "w2")]
+        module.experts = ColdExperts(layer, stores, hot)
+        if before is not None and read_ahead:
+            before.ahead = Ahead(module.experts, module.router)
+        before = module.experts
+
+
+def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The store's directory, written first if it is not there; then also all tensors but the experts, if at hand."""
+    target = cache / f"{_identity(weights)}-{form}"
+    if target.is_dir():
+        return target, {}
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+    except OSError as error:
+        raise NotFit(f"{cache}: {error.strerror}; make it writable") from error
+    kept: dict[str, Tensor] = {}
+    try:
+        for name, experts in _streamed(weights):
+            if EXPERTS not in name:
+                kept[name] = experts
+                continue
+            number, *shape = hf.tensor_shapes(weights.config)[name]
+            write_store(temporary / f"{name}.safetensors", experts, number=number, shape=tuple(shape), form=form)
+        os.replace(temporary, target)
+    except OSError as error:
+        if not target.is_dir():  # another process was quicker
+            raise NotFit(f"{target}: {error.strerror}; make room there") from error
+    except (ImportError, ValueError) as error:
+        raise BadRequest(str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target, kept
+
+
+def _streamed(weights: Weights) -> Iterator[tuple[str, Tensor | Iterator[Tensor]]]:
+    """Every tensor by name; of stacked experts, one after the other where the checkpoint keeps them apart."""
+    if not isinstance(weights.tensors, StateDict):
+        yield from weights.items()
+        return
+    loader = weights.tensors.loader
+    for name in weights.tensors:
+        if EXPERTS in name:
+            prefix, matrix = name.rsplit(".", 1)
+            yield name, (loader.read(f"model.{prefix}.{e}.{matrix}") for e in range(weights.config.n_routed_experts))
+        else:
+            yield name, weights.tensors[name]
+
+
+def _all_but_experts(weights: Weights) -> dict[str, Tensor]:
+    if isinstance(weights.tensors, StateDict):
+        return {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
+    return {name: tensor for name, tensor in weights.items() if EXPERTS not in name}
+
+
+def _identity(weights: Weights) -> str:
+    """Changes with the weights: of a checkpoint by its manifest, of a directory by its files' names, sizes, times."""
+    digest = hashlib.sha256(weights.path.encode())
+    if isinstance(weights.tensors, StateDict):
+        digest.update(repr(sorted(weights.tensors.loader.manifest.files.items())).encode())
+    else:
+        for file in sorted(Path(storage.local_path(weights.path)).glob("*.safetensors")):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:24]
+
+
+def _first_layer(shapes: dict[str, torch.Size]) -> str:
+    name = next(name for name in shapes if EXPERTS in name)
+    return name[: name.index(EXPERTS) + len(EXPERTS)]
+
+
+def _up(gib: float) -> str:
+    return f"{gib * 1.1:.2g}"
+
+
+def experts_of(model: nn.Module) -> list[ColdExperts]:
+    """All of a model's, in order; empty where its experts are in memory."""
+    return [module for module in model.modules() if isinstance(module, ColdExperts)]

@@ -1,0 +1,204 @@
+"""The OpenAI-compatible routes: completions and chat, whole or streamed, on an `Engine`.
+
+A client that goes away frees its slots.
+"""
+
+import asyncio
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from orchestrator.serve_engine import Engine, Full, Piece, Sequence
+from orchestrator.serve_request import Asked, Limits, Refused, read
+
+
+def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, usd_per_h: float | None) -> Starlette:
+    """The ASGI application. token: what clients must send as their API key."""
+    created = int(time.time())
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [
+            {"id": name, "object": "model", "created": created, "owned_by": "sparing"}]})
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", "model": name, **engine.load()})
+
+    async def usage(request: Request) -> Response:
+        return JSONResponse(engine.usage.report(usd_per_h))
+
+    async def complete(request: Request) -> Response:
+        chat = request.url.path.endswith("/chat/completions")
+        asked = read(await _body(request, limits), engine, limits, name, chat=chat)
+        return await answer(asked, request, engine, limits, name, chat=chat)
+
+    async def refused(request: Request, error: Refused) -> Response:
+        return JSONResponse(error.body, error.status, {"retry-after": "1"} if error.status == 429 else None)
+
+    async def not_found(request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 404)
+        message = f"{request.method} {request.url.path}: no such route; there are {', '.join(r.path for r in routes)}"
+        return JSONResponse(Refused(status, message).body, status)
+
+    routes = [Route("/v1/models", models), Route("/health", health), Route("/v1/usage", usage),
+              Route("/v1/completions", complete, methods=["POST"]),
+              Route("/v1/chat/completions", complete, methods=["POST"])]
+    middleware = [Middleware(_Bearer, token=token)] if token else []
+    return Starlette(routes=routes, middleware=middleware,
+                     exception_handlers={Refused: refused, 404: not_found, 405: not_found})
+
+
+async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits, name: str, *, chat: bool) -> Response:
+    """Queue the request's sequences and tell what comes of them."""
+    loop, news = asyncio.get_running_loop(), asyncio.Queue()
+
+    def hear(index: int):
+        def tell(piece: Piece) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(news.put_nowait, (index, piece))
+
+        return tell
+
+    deadline = time.monotonic() + limits.timeout_s
+    sequences = [Sequence(prompt, asked.sampling, asked.seed + index, asked.max_tokens, hear(index), asked.stops,
+                          deadline)
+                 for index, prompt in enumerate(prompt for prompt in asked.prompts for _ in range(asked.choices))]
+    try:
+        engine.submit(*sequences)
+    except Full:
+        raise Refused(429, f"{len(sequences)} more sequences than may wait; try again later",
+                      code="rate_limit") from None
+    form = _Form(name, chat, sum(map(len, asked.prompts)))
+    if asked.stream:
+        return StreamingResponse(_stream(asked, sequences, news, form), media_type="text/event-stream")
+    listener = asyncio.create_task(_until_gone(request, sequences))
+    texts, counts, ends = [""] * len(sequences), [0] * len(sequences), [None] * len(sequences)
+    try:
+        async for index, piece in _pieces(sequences, news):
+            texts[index] += piece.text
+            counts[index], ends[index] = piece.tokens, piece.finish
+            _raise_failure(piece, limits)
+    finally:
+        listener.cancel()
+        for sequence in sequences:
+            sequence.cancelled = True
+    return JSONResponse(form.whole(texts, ends, sum(counts)))
+
+
+async def _stream(asked: Asked, sequences: list[Sequence], news: asyncio.Queue, form: "_Form") -> AsyncIterator[str]:
+    try:
+        for index in range(len(sequences)) if form.chat else ():
+            yield form.event(index, "", None, opening=True)
+        async for index, piece in _pieces(sequences, news):
+            if piece.finish in ("timeout", "error"):
+                message = piece.error or "the time limit of a request is over"
+                yield f"data: {json.dumps(Refused(504, message, code=piece.finish).body)}\n\n"
+                return
+            yield form.event(index, piece.text, piece.finish)
+        if asked.with_usage:
+            yield form.closing(sum(sequence.tokens for sequence in sequences))
+        yield "data: [DONE]\n\n"
+    finally:  # also when the client has gone
+        for sequence in sequences:
+            sequence.cancelled = True
+
+
+async def _pieces(sequences: list[Sequence], news: asyncio.Queue) -> AsyncIterator[tuple[int, Piece]]:
+    """Until every sequence has ended."""
+    left = len(sequences)
+    while left:
+        index, piece = await news.get()
+        left -= piece.finish is not None
+        yield index, piece
+
+
+async def _until_gone(request: Request, sequences: list[Sequence]) -> None:
+    """Ends the sequences of a client that has closed its connection."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.05)
+    for sequence in sequences:
+        sequence.cancelled = True
+
+
+def _raise_failure(piece: Piece, limits: Limits) -> None:
+    if piece.finish == "timeout":
+        raise Refused(504, f"no answer within timeout_s={limits.timeout_s:g}; ask for fewer tokens", code="timeout")
+    if piece.finish == "error":
+        raise Refused(500, piece.error, code="error")
+    if piece.finish == "cancelled":
+        raise Refused(503, "the server is ending, or the client has gone", code="cancelled")
+
+
+class _Form:
+    """OpenAI's objects for one answer."""
+
+    def __init__(self, name: str, chat: bool, input_tokens: int):
+        self.chat, self.input_tokens = chat, input_tokens
+        self.head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
+                     "object": "chat.completion" if chat else "text_completion", "created": int(time.time()),
+                     "model": name}
+
+    def whole(self, texts: list[str], ends: list[str | None], tokens: int) -> dict:
+        choices = [{"index": index, "finish_reason": end, "logprobs": None,
+                    **({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text})}
+                   for index, (text, end) in enumerate(zip(texts, ends, strict=True))]
+        return self.head | {"choices": choices, "usage": self._usage(tokens)}
+
+    def event(self, index: int, text: str, end: str | None, *, opening: bool = False) -> str:
+        delta = ({"role": "assistant"} if opening else {}) | ({"content": text} if text or opening else {})
+        choice = {"index": index, "finish_reason": end, "logprobs": None,
+                  **({"delta": delta} if self.chat else {"text": text})}
+        return self._line({"choices": [choice]})
+
+    def closing(self, tokens: int) -> str:
+        return self._line({"choices": [], "usage": self._usage(tokens)})
+
+    def _line(self, fields: dict) -> str:
+        kind = {"object": "chat.completion.chunk"} if self.chat else {}
+        return f"data: {json.dumps(self.head | kind | fields)}\n\n"
+
+    def _usage(self, tokens: int) -> dict:
+        return {"prompt_tokens": self.input_tokens, "completion_tokens": tokens,
+                "total_tokens": self.input_tokens + tokens}
+
+
+class _Bearer:
+    """Lets in who sends the token; compared in constant time."""
+
+    def __init__(self, app, token: str):
+        self.app, self.expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope, receive, send) -> None:
+        given = dict(scope.get("headers") or []).get(b"authorization", b"")
+        if scope["type"] == "http" and scope["path"] != "/health" and not hmac.compare_digest(given, self.expected):
+            error = Refused(401, "this server wants its token as API key; send `Authorization: Bearer TOKEN`",
+                            code="invalid_api_key")
+            await JSONResponse(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+async def _body(request: Request, limits: Limits) -> dict:
+    """The request's JSON object, read up to the limit."""
+    data = b""
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > limits.max_bytes:
+                raise Refused(413, f"the request is larger than {limits.max_bytes} bytes; send less text")
+    except ClientDisconnect:
+        raise Refused(400, "the client has gone") from None
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the request is no JSON; send an object") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "the request must be a JSON object")
+    return body

@@ -1,0 +1,173 @@
+"""Continuous batching in one thread: sequences join and leave the batch at any step. Knows nothing of HTTP.
+
+    engine = Engine(loaded, slots=8, capacity=2048)
+    engine.submit(Sequence(prompt, Sampling(), seed=0, max_tokens=64, tell=print))
+
+`tell` is called from the engine's thread and must not block.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from model.generate import Batch, Decoder, Sampling
+from orchestrator.inference import Loaded, TextStream
+from orchestrator.plan.published import serving_cost
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of a sequence: text that became certain, tokens so far, and at its end why it ended."""
+
+    text: str
+    tokens: int
+    finish: str | None = None
+    """`stop`, `length`, `timeout`, `cancelled` or `error`; None while it goes on."""
+    error: str = ""
+
+
+@dataclass
+class Sequence:
+    """One sequence to be continued. prompt: token ids, one at least. deadline: of time.monotonic()."""
+
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    max_tokens: int
+    tell: Callable[[Piece], None]
+    stops: list[str] = field(default_factory=list)
+    deadline: float = float("inf")
+    cancelled: bool = False
+    """Set by whoever no longer listens; the slot is free within a step."""
+    tokens: int = 0
+    stream: TextStream | None = None
+
+
+@dataclass
+class Usage:
+    """Since the start: tokens, and the seconds that they took. What is neither prefill nor decode was idle."""
+
+    began: float = field(default_factory=time.monotonic)
+    input_tokens: int = 0
+    output_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    requests: int = 0
+
+    def report(self, usd_per_h: float | None) -> dict:
+        """Rates and dollars per million tokens, both of the seconds at work; `charged_usd` counts idle time, too."""
+        up = time.monotonic() - self.began
+        found = {"requests": self.requests, "input_tokens": self.input_tokens, "output_tokens": self.output_tokens,
+                 "prefill_s": self.prefill_s, "decode_s": self.decode_s, "up_s": up, "usd_per_h": usd_per_h}
+        if usd_per_h is None:
+            return found | {"charged_usd": None, "usd_per_million_input": None, "usd_per_million_output": None}
+        rates = {"input_tokens_per_s": self.input_tokens / self.prefill_s if self.prefill_s else 0.0,
+                 "output_tokens_per_s": self.output_tokens / self.decode_s if self.decode_s else 0.0}
+        cost = serving_cost(usd_per_h=usd_per_h, devices=1, **rates)
+        return found | rates | {"charged_usd": up / 3600 * usd_per_h, "usd_per_million_input": cost["input"],
+                                "usd_per_million_output": cost["output"]}
+
+
+class Full(Exception):
+    """As many sequences wait as may."""
+
+
+class Engine:
+    """Decodes on `slots` sequences at once; up to `max_waiting` more wait, in order."""
+
+    def __init__(self, loaded: Loaded, *, slots: int, capacity: int, max_waiting: int = 64, speculative: bool = False):
+        self.loaded, self.capacity, self.max_waiting, self.usage = loaded, capacity, max_waiting, Usage()
+        self.batch = Batch(Decoder(loaded.model, slots=slots, capacity=capacity), speculative=speculative)
+        self.free, self.going, self.waiting = list(range(slots))[::-1], {}, deque()
+        self.changed, self.closed = threading.Condition(), False
+        self.thread = threading.Thread(target=self._run, daemon=True, name="engine")
+        self.thread.start()
+
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue all of them or, if there is no room, none: `Full`."""
+        with self.changed:
+            if len(self.waiting) + len(sequences) > self.max_waiting + len(self.free):
+                raise Full
+            for sequence in sequences:
+                sequence.stream = TextStream(self.loaded.tokenizer, sequence.stops)
+                self.waiting.append(sequence)
+            self.usage.requests += 1
+            self.changed.notify()
+
+    def load(self) -> dict[str, int]:
+        return {"running": len(self.going), "waiting": len(self.waiting)}
+
+    def close(self) -> None:
+        """Every sequence ends as cancelled."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                while not (self.waiting or self.going or self.closed):
+                    self.changed.wait()
+                if self.closed:
+                    break
+                self._drop_the_late()
+                joining = {self.free.pop(): self.waiting.popleft()
+                           for _ in range(min(len(self.free), len(self.waiting)))}
+            try:
+                if joining:
+                    self._join(joining)
+                if self.going:
+                    self._step()
+            except Exception as error:  # of the model's arithmetic: these sequences are lost, the server is not
+                for slot in [*self.going, *(slot for slot in joining if slot not in self.going)]:
+                    self._end(slot, "error", sequence=joining.get(slot), error=f"{type(error).__name__}: {error}")
+        for sequence in [*self.going.values(), *self.waiting]:
+            sequence.tell(Piece("", sequence.tokens, "cancelled"))
+
+    def _drop_the_late(self) -> None:
+        now = time.monotonic()
+        for slot, sequence in list(self.going.items()):
+            if sequence.cancelled or sequence.deadline < now:
+                self._end(slot, "cancelled" if sequence.cancelled else "timeout")
+        for sequence in [one for one in self.waiting if one.cancelled or one.deadline < now]:
+            self.waiting.remove(sequence)
+            sequence.tell(Piece("", 0, "cancelled" if sequence.cancelled else "timeout"))
+
+    def _join(self, joining: dict[int, Sequence]) -> None:
+        began = time.perf_counter()
+        self.batch.add(list(joining), [one.prompt for one in joining.values()],
+                       [one.sampling for one in joining.values()], [one.seed for one in joining.values()])
+        self.going |= joining
+        self.usage.prefill_s += time.perf_counter() - began
+        self.usage.input_tokens += sum(len(one.prompt) for one in joining.values())
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        found = self.batch.step()
+        self.usage.decode_s += time.perf_counter() - began
+        for slot, token in found:
+            sequence = self.going.get(slot)
+            if sequence is None:  # what was accepted behind the sequence's last token
+                continue
+            sequence.tokens += 1
+            self.usage.output_tokens += 1
+            text = sequence.stream.push(token)
+            if sequence.stream.stopped:
+                self._end(slot, "stop", text)
+            elif sequence.tokens == sequence.max_tokens:
+                self._end(slot, "length", text + sequence.stream.finish())
+            elif text:
+                sequence.tell(Piece(text, sequence.tokens))
+
+    def _end(self, slot: int, finish: str, text: str = "", *, sequence: Sequence | None = None,
+             error: str = "") -> None:
+        sequence = self.going.pop(slot, sequence)
+        if slot in self.batch.rows:
+            self.batch.remove(slot)
+        else:
+            self.batch.decoder.free(slot)
+        self.free.append(slot)
+        sequence.tell(Piece(text, sequence.tokens, finish, error))

@@ -1,0 +1,91 @@
+"""A model within a limit of memory says what the whole one says; limits and formats that cannot be are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.generate import Decoder, generate
+from model.hf import export
+from model.transformer import Transformer
+from orchestrator.cold_weights import GIB, experts_of, load_within
+from orchestrator.errors import BadRequest
+from orchestrator.generate import run
+from orchestrator.inference import load_for_inference
+from tests.model.test_hf import TINY
+
+CONFIG = dataclasses.replace(TINY, vocab_size=260, n_mtp_layers=0)
+PROMPT = list(b"def walk(top):")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 1.0)
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    export(folder, CONFIG, model.state_dict())
+    return str(folder)
+
+
+def said(model) -> list[int]:
+    return [token for _, token in generate(Decoder(model, slots=1, capacity=48), [PROMPT], max_tokens=24)]
+
+
+def test_experts_on_disk_say_what_the_whole_model_says(path, tmp_path):
+    expected = said(load_for_inference(path, tokenizer="byte").model)
+    for share in (1.0, 0.0):
+        least = _least(path, tmp_path)
+        cold = load_within(path, max_gib=least + share, tokenizer="byte", cache_dir=str(tmp_path))
+        assert said(cold.model) == expected
+        hot = experts_of(cold.model)[0].hot
+        assert hot.bytes <= hot.max_bytes and (hot.misses <= 2 * CONFIG.n_routed_experts) == (share == 1.0)
+    assert len(list(tmp_path.iterdir())) == 1, "the second start found what the first had written"
+
+
+def _least(path, tmp_path) -> float:
+    with pytest.raises(BadRequest, match="memory.max_gib=1e-06: must be at least") as caught:
+        load_within(path, max_gib=1e-6, tokenizer="byte", cache_dir=str(tmp_path))
+    assert "use memory.max_gib=" in str(caught.value)
+    model = Transformer(CONFIG)
+    each = sum(p[0].numel() * 4 for n, p in model.named_parameters() if n.startswith("layers.1.moe.experts"))
+    rest = sum(p.numel() * 4 for n, p in model.named_parameters() if ".moe.experts." not in n)
+    return (rest + 2 * each + 4096) / GIB
+
+
+def test_a_store_that_was_not_finished_is_never_taken_for_one(path, tmp_path, monkeypatch):
+    import orchestrator.cold_weights as cold_weights
+
+    def fails(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cold_weights, "write_store", fails)
+        with pytest.raises(Exception, match="No space left on device; make room there"):
+            load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path)).model
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(path, monkeypatch):
+    monkeypatch.setattr("orchestrator.inference.free_bytes", lambda device: 1000)
+    with pytest.raises(BadRequest, match=r"GiB in fp32, .* are free here; .* add memory.max_gib="):
+        load_for_inference(path, tokenizer="byte")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["weights=int4"], "weights=int4: is of experts that stay on disk"),
+    (["memory.max_gib=1", "weights=int5"], "weights=int5: must be one of fp32"),
+    (["memory.max_gib=x"], "memory.max_gib=x: must be a number"), (["memory.max=1"], "did you mean memory.max_gib")])
+def test_bad_words_are_refused(path, words, message):
+    with pytest.raises(BadRequest, match=message):
+        run([path, "prompt=x", "tokenizer=byte", *words])
+
+
+def test_the_verb_runs_within_a_limit(path, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run([path, "prompt=def", "tokenizer=byte", "max_tokens=8"]) == 0
+    whole = capsys.readouterr().out
+    assert run([path, "prompt=def", "tokenizer=byte", "max_tokens=8", "memory.max_gib=0.5"]) == 0
+    assert capsys.readouterr().out == whole and list((tmp_path / ".cache/sparing/experts").iterdir())

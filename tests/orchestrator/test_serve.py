@@ -1,0 +1,228 @@
+"""`sparing serve` as its clients see it: OpenAI's own Python client against a server in this process."""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from model.config import ModelConfig
+from model.generate import Decoder, generate
+from model.transformer import Transformer
+from orchestrator import serve
+from orchestrator.errors import BadRequest
+from orchestrator.inference import Loaded
+from orchestrator.serve_api import build_app
+from orchestrator.serve_engine import Engine, Usage
+from orchestrator.serve_request import Limits
+from orchestrator.train.tokenizer import load_tokenizer
+
+CAPACITY = 96
+NAME = "small"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    config = ModelConfig(name=NAME, dim=32, n_layers=2, n_heads=2, vocab_size=260, max_seq_len=CAPACITY)
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return Loaded("", model.eval().requires_grad_(False), load_tokenizer("byte"))
+
+
+class Server:
+    """An engine and its HTTP server, in threads."""
+
+    def __init__(self, loaded: Loaded, *, token: str | None = None, slots: int = 3, waiting: int = 8,
+                 timeout_s: float = 60.0):
+        self.engine = Engine(loaded, slots=slots, capacity=CAPACITY, max_waiting=waiting)
+        app = build_app(self.engine, name=NAME, limits=Limits(64, timeout_s, max_bytes=4096), token=token,
+                        usd_per_h=3.6)
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        port = self.listener.getsockname()[1]
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.engine.close()
+        self.thread.join(20)
+        self.listener.close()
+
+
+def wait_until(condition, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def server(loaded):
+    found = Server(loaded)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def slow(loaded):
+    """A server with one slot and no queue, whose steps take 20 ms."""
+    found = Server(loaded, slots=1, waiting=0, timeout_s=0.5)
+    step = found.engine.batch.step
+    found.engine.batch.step = lambda: (time.sleep(0.02), step())[1]
+    yield found
+    found.close()
+
+
+def alone(loaded: Loaded, prompt: str, tokens: int) -> str:
+    """What greedy decoding says without a server."""
+    found = generate(Decoder(loaded.model, slots=1, capacity=CAPACITY), [loaded.tokenizer.encode(prompt).tolist()],
+                     max_tokens=tokens)
+    read = loaded.tokenizer.stream()
+    return "".join(read(token) for _, token in found)
+
+
+def test_concurrent_requests_get_what_each_would_get_alone(server, loaded):
+    prompts = [f"line {i} " * (i % 4 + 1) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda p: server.client().completions.create(
+            model=NAME, prompt=p, max_tokens=12, temperature=0), prompts))
+    assert [answer.choices[0].text for answer in answers] == [alone(loaded, prompt, 12) for prompt in prompts]
+    assert all(a.choices[0].finish_reason == "length" and a.usage.completion_tokens == 12 for a in answers)
+    assert server.engine.load() == {"running": 0, "waiting": 0}
+
+
+def test_a_stream_says_the_same_piece_by_piece(server):
+    ask = dict(model=NAME, messages=[{"role": "user", "content": "hello"}], max_tokens=10, seed=3, temperature=0.9)
+    whole = server.client().chat.completions.create(**ask)
+    events = list(server.client().chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
+    assert text == whole.choices[0].message.content
+    assert events[0].choices[0].delta.role == "assistant" and events[-2].choices[0].finish_reason == "length"
+    assert events[-1].usage == whole.usage and whole.usage.prompt_tokens == len("user: hello\nassistant:")
+
+
+def test_several_choices_and_stop_texts(server, loaded):
+    said = alone(loaded, "abc", 20)
+    stop = said[5:7]
+    answer = server.client().completions.create(model=NAME, prompt=["abc", "xyz"], n=2, max_tokens=20, temperature=0,
+                                                stop=[stop])
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.choices[0].text == answer.choices[1].text == said[: said.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("bad, said", [
+    (dict(prompt="x" * CAPACITY), "prompt: 96 tokens, must be 1 to 95"),
+    (dict(prompt=""), "prompt: 0 tokens"), (dict(prompt=[999]), "token ids below"),
+    (dict(max_tokens=65), "max_tokens=65: must be a whole number from 1 to 64"),
+    (dict(temperature=3), "temperature=3: must be a number from 0 to 2"),
+    (dict(logprobs=2), "logprobs=2: is not supported"), (dict(n=99), "n=99"), (dict(stop=[1]), "stop"),
+    (dict(extra_body={"tmperature": 1}), "tmperature: no such parameter")])
+def test_a_bad_request_names_the_parameter(server, bad, said):
+    with pytest.raises(openai.BadRequestError, match=said):
+        server.client().completions.create(**dict(model=NAME, prompt="x") | bad)
+
+
+def test_other_refusals_have_their_status(server):
+    with pytest.raises(openai.NotFoundError, match="use model=small"):
+        server.client().completions.create(model="gpt", prompt="x")
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.client().completions.create(model=NAME, prompt="x" * 5000)
+    assert caught.value.status_code == 413
+    with pytest.raises(openai.NotFoundError, match="no such route; there are /v1/models"):
+        server.client().embeddings.create(model=NAME, input="x")
+    assert [model.id for model in server.client().models.list()] == [NAME]
+
+
+def test_a_client_that_leaves_midway_frees_its_slot(slow):
+    events = slow.client().completions.create(model=NAME, prompt="x", max_tokens=64, stream=True)
+    next(iter(events))
+    assert slow.engine.load()["running"] == 1
+    events.close()
+    wait_until(lambda: slow.engine.load()["running"] == 0 and slow.engine.free == [0])
+    with pytest.raises(openai.APITimeoutError):  # not streamed: the connection is closed on the answer
+        slow.client().with_options(timeout=0.1).completions.create(model=NAME, prompt="x", max_tokens=64)
+    wait_until(lambda: slow.engine.load()["running"] == 0)
+
+
+def test_more_than_may_wait_are_sent_away_and_late_answers_end(slow):
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(lambda: slow.client().completions.create(model=NAME, prompt="x", max_tokens=64))
+        wait_until(lambda: slow.engine.load()["running"] == 1)
+        with pytest.raises(openai.RateLimitError):
+            slow.client().completions.create(model=NAME, prompt="y")
+        with pytest.raises(openai.APIStatusError, match="no answer within timeout_s=0.5") as caught:
+            first.result(30)
+    assert caught.value.status_code == 504
+
+
+def test_an_error_of_the_model_ends_its_requests_not_the_server(server, monkeypatch):
+    monkeypatch.setattr(server.engine.batch, "step", lambda: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+        server.client().completions.create(model=NAME, prompt="x", max_tokens=2)
+    monkeypatch.undo()
+    assert server.client().completions.create(model=NAME, prompt="x", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_token_is_asked_for_where_one_is_set(loaded):
+    server = Server(loaded, token="open sesame", slots=1)
+    try:
+        assert server.client("open sesame").completions.create(model=NAME, prompt="x", max_tokens=1)
+        for key in ("sesame", ""):
+            with pytest.raises(openai.OpenAIError):
+                server.client(key).completions.create(model=NAME, prompt="x", max_tokens=1)
+    finally:
+        server.close()
+
+
+def test_usage_prices_input_and_output_by_the_seconds_they_took(server):
+    usage = Usage(input_tokens=1000, output_tokens=100, prefill_s=2.0, decode_s=10.0)
+    report = usage.report(3.6)  # a tenth of a cent a second
+    assert report["usd_per_million_input"] == pytest.approx(0.001 * 2 / 1000 * 1e6)
+    assert report["usd_per_million_output"] == pytest.approx(0.001 * 10 / 100 * 1e6)
+    assert "$2.0000 per million input" in serve.summary(report, "cpu")
+    assert usage.report(None)["usd_per_million_input"] is None
+    with pytest.raises(openai.NotFoundError):
+        server.client().get("/nothing", cast_to=object)
+    told = json.loads(server.client().get("/usage", cast_to=str))
+    assert told["output_tokens"] == server.engine.usage.output_tokens > 0 and told["usd_per_million_output"] > 0
+
+
+@pytest.mark.parametrize("words, said", [
+    (["x", "host=0.0.0.0"], "host=0.0.0.0: others reach that address; set the environment variable SPARING_API_TOKEN"),
+    (["x", "host=here"], "host=here: must be an IP address"), (["x", "prot=1"], "did you mean port"),
+    (["x", "slots=0"], "slots=0: must be a whole number"), ([], "takes 1 arguments"),
+    (["/nowhere/run", "port=0"], "no whole checkpoint there")])
+def test_bad_words_are_refused_before_anything_listens(words, said, monkeypatch):
+    monkeypatch.delenv("SPARING_API_TOKEN", raising=False)
+    with pytest.raises(BadRequest, match=said):
+        serve.run(words)
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(BadRequest, match=f"port={port}: cannot be listened on"):
+            serve.run(["x", f"port={port}"])
+
+
+def test_sampling_is_by_seed(server):
+    ask = dict(model=NAME, prompt="x", max_tokens=16, temperature=1.0)
+    texts = [server.client().completions.create(**ask, seed=seed).choices[0].text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
