@@ -1,168 +1,211 @@
-"""The planner held against published training runs: predicted step time, published one, and the error, by group.
+"""The planner held against published training runs, against null models, and against what its peers reach.
 
-    python benchmarks/validate_planner.py throughput.csv [--rows] [--fit]
+    python benchmarks/validate_planner.py [--rows]
 
-The table has one run a row (columns: set, id, model, layers, hidden, ffn, heads, kv_heads, vocab, seq_len, experts,
-topk, gpu, num_gpus, tp, pp, vpp, ep, cp, dp, micro_batch, global_batch, precision, recompute, metric, value). Empty is
-unknown. One scalar per GPU type and software stack (the prefix of id) is taken from rows with set=fit, their median
-published over predicted; rows with set=check are only reported. A row the planner cannot express is listed with why.
+Prints, from benchmarks/data/throughput.csv (`published` says how its rows are read): coverage, and the reason for every
+row that is not predicted; error and bias of step time by group, set=fit apart from set=check; null models on the same
+rows; regret where the order of several layouts was published; the share of rows inside the band that each prediction
+carries; DeepSeek-V3's step and phases; each peer's own rows. Parameters are fitted by `fit_planner`, on set=fit alone.
 """
 
 import argparse
-import contextlib
-import csv
-import itertools
 import statistics
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
+
+import published
 
 from model import count
-from model.config import Attention, ModelConfig
-from orchestrator.compose import compose_config
-from orchestrator.config import Recompute
-from orchestrator.plan.cost import model_flops
-from orchestrator.plan.estimate import estimate
-from orchestrator.plan.hardware import catalogue
+from model.config import ModelConfig
+from orchestrator.plan.confidence import band, made
+from orchestrator.plan.estimate import phases_s, step_parts
 from orchestrator.plan.workload import Workload
 
-HARDWARE = {"H100-SXM": "h100", "A100-SXM": "a100", "A100-80GB-SXM": "a100", "A100-40GB-SXM": "a100",
-            "B200-SXM": "b200", "B200": "b200", "H800-SXM": "h800", "H200": "h200"}
-SHIPPED = {"DeepSeekV3": "deepseek_v3", "DeepSeek-V3": "deepseek_v3", "Qwen3_30B_a3B": "qwen3_30b_a3b",
-           "Qwen3_235B_a22B": "qwen3_235b_a22b", "Kimi_K2": "kimi_k2"}
+PEERS = [("vTrain, 109 multi-node rows", "vtrainm", 0.1473), ("SimuMax, 43 B200 rows", "simumax", 0.0562),
+         ("Calculon, 8 rows of Korthikanti et al.", "korth22", 0.0365), ("Primus, 4 rows", "primus", 0.074)]
+"""Their own error on these rows, as they publish it (SimuMax and Primus after calibration on the very machine)."""
+V3_PHASES = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
+"""Seconds of the 19.926 s step (ISCA paper, table 4)."""
 
 
-class CannotPredict(Exception):
-    pass
+@dataclass
+class Held:
+    """A row beside its prediction."""
+
+    row: dict
+    work: Workload
+    published_s: float
+    predicted_s: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.published_s - 1
+
+    @property
+    def moe(self) -> str:
+        return "MoE" if self.work.model.n_routed_experts else "dense"
+
+    @property
+    def precision(self) -> str:
+        return self.work.dtype
+
+    @cached_property
+    def mfu(self) -> float:
+        """Published: 6 N active + 6 L h s FLOPs a token, over the bf16 peak (the null models' convention)."""
+        model, work = self.work.model, self.work
+        flops = 6 * active(model) + 6 * model.n_layers * model.dim * work.seq_len
+        peak = work.hardware.bf16_tflops * 1e12 * work.devices
+        return flops * work.batch_size * work.seq_len / self.published_s / peak
 
 
-def number(row: dict, key: str, default: int | None = None) -> int:
-    if row[key] == "":
-        if default is None:
-            raise CannotPredict(f"{key} is unknown")
-        return default
-    return int(float(row[key]))
+def active(model: ModelConfig) -> float:
+    return count.active_parameters(model).including_both
 
 
-def shape(row: dict) -> ModelConfig:
-    name = SHIPPED.get(row["model"].split(" (")[0])
-    if name:
-        return compose_config([f"model={name}"]).model
-    if row["experts"]:
-        raise CannotPredict("a mixture of experts of unknown shape")
-    dim, heads, ffn = number(row, "hidden"), number(row, "heads"), number(row, "ffn")
-    layers = number(row, "layers")
-    gated = ffn != 4 * dim
-    return ModelConfig(
-        vocab_size=number(row, "vocab"), dim=dim, n_layers=layers, n_dense_layers=layers, n_heads=heads,
-        inter_dim=ffn if gated else ffn * 2 // 3, attention=Attention.gqa, n_kv_heads=number(row, "kv_heads", heads),
-        head_dim=dim // heads, n_routed_experts=0, n_shared_experts=0, n_activated_experts=0, moe_inter_dim=0)
-
-
-def workload(row: dict) -> Workload:
-    if row["gpu"] not in HARDWARE:
-        raise CannotPredict(f"no data sheet for {row['gpu']}")
-    tp, cp = number(row, "tp", 1), number(row, "cp", 1)
-    precision = row["precision"]
-    dtype = "fp8" if "fp8" in precision else "bf16"
-    if "nvfp4" in precision or not precision:
-        raise CannotPredict(f"precision {precision or 'is unknown'}")
-    pp, vpp, dp = number(row, "pp", 1), number(row, "vpp", 1), number(row, "dp")
-    microbatches = number(row, "global_batch") // (dp * number(row, "micro_batch"))
-    if microbatches < 1:
-        raise CannotPredict("batch is smaller than dp x microbatch")
-    schedule = "1f1b"
-    if vpp > 1 and pp > 1:
-        schedule = "interleaved_1f1b"
-        if microbatches < pp or microbatches % max(1, microbatches // pp):
-            raise CannotPredict("microbatches do not go in equal rounds")
-    model = shape(row)
-    if pp * vpp > model.n_layers or (pp > 1 and vpp == 1 and microbatches < pp):
-        raise CannotPredict("schedule that torch does not offer")
-    recompute = next((r for r in Recompute if row["recompute"].startswith(r.name)), Recompute.none)
-    return Workload(model, catalogue()[HARDWARE[row["gpu"]]], number(row, "seq_len"), number(row, "global_batch"), pp,
-                    dp, number(row, "ep", 1), schedule, microbatches, stages_per_rank=vpp, recompute=recompute,
-                    tp=tp, cp=cp,
-                    dtype=dtype)
-
-
-def published_s(row: dict, work: Workload) -> float:
-    """The row's figure as seconds a step."""
-    value, tokens = float(row["value"]), work.batch_size * work.seq_len
-    metric = row["metric"]
-    if metric == "iter_time_s":
-        return value
-    if metric == "tokens_per_s_per_gpu":
-        return tokens / (value * work.devices)
-    if metric == "model_tflops_per_gpu":
-        return model_flops(work.model, tokens, work.seq_len) / (value * 1e12 * work.devices)
-    if metric == "hw_tflops_per_gpu":
-        again = 4 / 3 if work.recompute is Recompute.full else 1
-        flops = tokens * count.training_flops(work.model, work.seq_len, causal=False) * again
-        return flops / (value * 1e12 * work.devices)
-    raise CannotPredict(f"metric {metric}")
-
-
-def fit(rows: list[dict]) -> None:
-    """The shares of each GPU type that meet its fit rows best, on a grid; the check rows take no part."""
-    known = defaultdict(list)
+def hold(rows: list[dict]) -> tuple[list[Held], list[tuple[dict, str]]]:
+    found, missing = [], []
     for row in rows:
-        with contextlib.suppress(CannotPredict, ValueError):
-            if row["set"] == "fit":
-                work = workload(row)
-                known[work.hardware.name].append((work, published_s(row, work)))
-    for name, runs in known.items():
-        found = []
-        shares = itertools.product((0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8), (0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
-        for gemm, attention in shares:
-            hardware = replace(runs[0][0].hardware, gemm_share=gemm, attention_share=attention)
-            errors = [abs(estimate(replace(work, hardware=hardware)).step_time_s / theirs - 1) for work, theirs in runs]
-            found.append((statistics.mean(errors), gemm, attention))
-        error, gemm, attention = min(found)
-        print(f"{name}: gemm_share {gemm}, attention_share {attention}: {error:.1%} on {len(runs)} rows")
+        try:
+            work = published.workload(row)
+            parts, _ = step_parts(work)
+            found.append(Held(row, work, published.published_s(row, work), sum(parts.values())))
+        except (published.CannotPredict, ValueError) as error:
+            missing.append((row, str(error)))
+    return found, missing
+
+
+def layout_class(work: Workload) -> str:
+    used = [name for name in ("tp", "pp", "cp", "ep") if getattr(work, name) > 1]
+    return "+".join(used) or ("zero 3" if work.zero == 3 else "dp")
+
+
+def by_group(held: list[Held]) -> dict[tuple[str, str], list[float]]:
+    groups = defaultdict(list)
+    for item in held:
+        for group in ("all", item.moe, item.row["gpu"], f"stack {item.work.stack.name}",
+                      f"layout {layout_class(item.work)}"):
+            groups[group, item.row["set"]].append(item.error)
+    return groups
+
+
+def null_errors(held: list[Held], key, *, leave_out: bool) -> list[tuple[float, float]]:
+    """Of every row that has peers: the null model's absolute error, and the planner's on the same row. The null model
+    is the median MFU of rows with the same `key`, those of its own source left out or not."""
+    peers = defaultdict(list)
+    for item in held:
+        peers[key(item)].append(item)
+    found = []
+    for item in held:
+        source = published.prefix(item.row)
+        known = [other.mfu for other in peers[key(item)] if not leave_out or published.prefix(other.row) != source]
+        if known:
+            found.append((abs(item.mfu / statistics.median(known) - 1), abs(item.error)))
+    return found
+
+
+def experiments(held: list[Held]) -> list[list[Held]]:
+    """Runs that differ in layout alone: same model, device and number of them, precision, tokens a step and stack."""
+    groups = defaultdict(list)
+    for item in held:
+        row = item.row
+        groups[row["model"], row["gpu"], row["num_gpus"], row["precision"], row["seq_len"], row["global_batch"],
+               published.prefix(row), item.work.stack.name].append(item)
+    return [group for group in groups.values() if len({_layout(item) for item in group}) > 1]
+
+
+def _layout(item: Held) -> tuple:
+    work = item.work
+    return work.tp, work.pp, work.stages_per_rank, work.cp, work.ep, work.microbatches, work.recompute, work.zero
+
+
+def regret(group: list[Held]) -> float:
+    """What the layout that is predicted fastest costs more than the one that was."""
+    chosen = min(group, key=lambda item: item.predicted_s)
+    return chosen.published_s / min(item.published_s for item in group) - 1
+
+
+def inside(item: Held) -> bool:
+    low, high = band(item.work)
+    return low <= item.published_s / item.predicted_s <= high
+
+
+def mean(values) -> float:
+    return statistics.mean(values)
+
+
+def report(held: list[Held], missing: list[tuple[dict, str]], rows: list[dict]) -> None:
+    whole = [row for row in rows if published.full_layout(row)]
+    reached = sum(published.full_layout(item.row) for item in held)
+    print(f"{len(rows)} rows; {len(whole)} give a full layout, of which {reached} predicted "
+          f"({reached / len(whole):.1%}). Not predicted:")
+    for reason, times in Counter(reason for _, reason in missing).most_common():
+        print(f"{times:5d}  {reason}")
+    print("\nstep time: rows, mean absolute error, signed bias\n"
+          f"{'':36s}{'fit':>24s}{'check':>24s}")
+    groups = by_group(held)
+    for group in sorted({group for group, _ in groups}, key=lambda name: (name.split()[0], name)):
+        cells = [groups.get((group, which), []) for which in ("fit", "check")]
+        line = "".join(f"{len(c):7d}{mean(map(abs, c)):8.1%}{mean(c):+8.1%} " if c else " " * 24 for c in cells)
+        over = any(len(c) >= 10 and mean(map(abs, c)) > 0.2 for c in cells)
+        print(f"{group:36s}{line}{'  above 20%' if over else ''}")
+    print("\nnull models on the same rows: theirs, ours")
+    def kind(item: Held) -> tuple:
+        return item.row["gpu"], item.moe, item.precision
+
+    for name, key, out in (("median MFU per device, source left out", lambda item: item.row["gpu"], True),
+                           ("per device, MoE or dense, precision, source left out", kind, True),
+                           ("per device, MoE or dense, precision, in sample", kind, False)):
+        pairs = null_errors(held, key, leave_out=out)
+        print(f"{name:56s}{len(pairs):5d} rows {mean(a for a, _ in pairs):7.1%}{mean(b for _, b in pairs):7.1%}")
+    print("\nMFU of mixtures of experts against dense models, published and predicted")
+    for gpu in sorted({item.row["gpu"] for item in held if item.moe == "MoE"}):
+        ours = {moe: [i for i in held if i.row["gpu"] == gpu and i.moe == moe and i.precision != "bf16"]
+                for moe in ("dense", "MoE")}
+        if all(ours.values()):
+            theirs = [statistics.median(i.mfu for i in ours[moe]) for moe in ("MoE", "dense")]
+            mine = [statistics.median(i.mfu / (1 + i.error) for i in ours[moe]) for moe in ("MoE", "dense")]
+            print(f"{gpu:20s}{theirs[0] / theirs[1]:6.2f}{mine[0] / mine[1]:6.2f}")
+    groups = experiments(held)
+    print(f"\n{len(groups)} natural experiments (layouts of one model on the same devices): mean regret "
+          f"{mean(map(regret, groups)):.1%}, worst {max(map(regret, groups)):.1%}")
+    for which in ("fit", "check"):
+        known = [item for item in held if item.row["set"] == which]
+        kinds = Counter(made(item.work) for item in known)
+        print(f"inside the P10-P90 band, {which}: {mean(map(inside, known)):.1%} ({dict(kinds)})")
+    print("\npeers on their own rows: theirs, ours")
+    for name, which, theirs in PEERS:
+        ours = [item.error for item in held if published.prefix(item.row) == which]
+        print(f"{name:44s}{theirs:8.2%}{mean(map(abs, ours)):8.2%}  bias {mean(ours):+.1%}, {len(ours)} rows")
+
+
+def deepseek(held: list[Held]) -> None:
+    item = next(item for item in held if item.row["id"] == "dsv3-001")
+    parts, timeline = step_parts(item.work)
+    hours = item.predicted_s * item.work.devices / 3600 / (item.work.batch_size * item.work.seq_len) * 1e12
+    print(f"\nDeepSeek-V3, nothing fitted to it but kernel times: step {item.predicted_s:.2f} s of 19.926 "
+          f"({item.error:+.1%}), {hours / 1e3:.1f} K GPU-hours per trillion tokens of 180")
+    ours = phases_s(timeline, 0) | {"optimizer": parts["reduce"] + parts["optimizer"]}
+    for name, theirs in V3_PHASES.items():
+        print(f"{name:12s}{ours[name]:8.2f}{theirs:8.2f}{ours[name] / theirs - 1:+8.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table")
     parser.add_argument("--rows", action="store_true", help="print every row")
-    parser.add_argument("--fit", action="store_true", help="search gemm_share and attention_share on rows with set=fit")
     args = parser.parse_args()
-    with open(args.table) as file:
-        rows = list(csv.DictReader(file))
-    if args.fit:
-        return fit(rows)
-    predicted, reasons = [], Counter()
-    for row in rows:
-        try:
-            work = workload(row)
-            predicted.append((row, work, estimate(work).step_time_s, published_s(row, work)))
-        except (CannotPredict, ValueError) as error:
-            reasons[str(error)] += 1
-    ratios = defaultdict(list)
-    for row, _, ours, theirs in predicted:
-        if row["set"] == "fit":
-            ratios[row["gpu"], row["id"].rsplit("-", 1)[0]].append(theirs / ours)
-    scalars = {key: statistics.median(values) for key, values in ratios.items()}
-    everywhere = statistics.median(value for values in ratios.values() for value in values)
-    groups = defaultdict(list)
-    for row, _, ours, theirs in predicted:
-        key = row["gpu"], row["id"].rsplit("-", 1)[0]
-        fitted = ours * scalars.get(key, everywhere)
-        raw_error, error = ours / theirs - 1, fitted / theirs - 1
-        kind = "MoE" if row["experts"] else "dense"
-        for group in ("all", kind, row["gpu"], f"stack {key[1]}", f"pp {'> 1' if row['pp'] not in ('', '1') else '1'}"):
-            groups[row["set"], group].append((abs(raw_error), abs(error)))
-        if args.rows:
-            print(f"{row['set']:5s} {row['id']:16s} {row['model'][:24]:24s} predicted {ours:9.3f} s  with scalar "
-                  f"{fitted:9.3f} s  published {theirs:9.3f} s  error {error:+7.1%}")
-    print(f"{len(predicted)} of {len(rows)} rows predicted; mean absolute error of step time, as it comes and with one "
-          "scalar per GPU type and stack")
-    for (which, group), errors in sorted(groups.items()):
-        raw, fitted = (statistics.mean(side) for side in zip(*errors, strict=True))
-        print(f"{which:5s} {group:18s} {len(errors):4d} rows  {raw:6.1%}  {fitted:6.1%}")
-    print("not predicted:")
-    for reason, times in reasons.most_common():
-        print(f"{times:5d} rows: {reason}")
+    rows = published.read()
+    held, missing = hold(rows)
+    if args.rows:
+        for item in held:
+            low, high = (share * item.predicted_s for share in band(item.work))
+            print(f"{item.row['set']:6s}{item.row['id']:14s}{item.row['model'][:24]:26s}{item.row['gpu']:22s}"
+                  f"published {item.published_s:9.3f} s  predicted {item.predicted_s:9.3f} s [{low:.3f}, {high:.3f}] "
+                  f"{item.error:+7.1%}  {made(item.work)}")
+        for row, reason in missing:
+            print(f"{row['set']:6s}{row['id']:14s}{row['model'][:24]:26s}not predicted: {reason}")
+    report(held, missing, rows)
+    deepseek(held)
 
 
 if __name__ == "__main__":

@@ -182,11 +182,16 @@ class HardwareConfig:
     """Of one device to its domain, one direction, 1e9 bytes/s."""
     scale_out_gb_per_s: float | None = None
     """Of one device to other nodes, one direction, 1e9 bytes/s."""
+    bf16_best_tflops: float | None = None
+    """Best matrix product that anyone measured."""
+    fp8_best_tflops: float | None = None
     gemm_share: float | None = None
-    """Share of the bf16 peak that a model's large products reach, fitted to published runs; none takes the planner's
+    """Share of the best product that a model's large ones reach, fitted to published runs; none takes the planner's
     assumption."""
     attention_share: float | None = None
-    """The same for the attention core's forward."""
+    """Share of the bf16 peak that the attention core's forward reaches, fitted likewise."""
+    multiprocessors: int | None = None
+    """SMs or compute units; a product's last wave fills only some of them."""
     watts: float | None = None
     usd_per_h: float | None = None
     """Price of one device for one hour; none is shown as unknown, never as 0."""

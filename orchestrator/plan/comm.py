@@ -14,7 +14,7 @@ def tensor_s(work: Workload) -> float:
     if work.tp == 1:
         return 0.0
     payload = work.microbatch_tokens * work.model.dim * 2 * (work.tp - 1) / work.tp
-    return 4 * (payload / _link(work, work.tp) + work.assumptions.latency_s)
+    return 4 * (payload / _ring(work, work.tp) + work.assumptions.latency_s)
 
 
 def context_s(work: Workload, core_s: float) -> float:
@@ -48,13 +48,27 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     alone = _link(work, ranks) / work.assumptions.network
     others = (work.replicas - 1) / work.replicas, (work.expert_replicas - 1) / work.expert_replicas
     per_byte = (dense * others[0] / together + experts * others[1] / alone) / work.assumptions.network
+    shown = 1 - work.stack.reduce_hidden
+    if work.zero == 0:
+        return 2 * work.stack.gradient_bytes * per_byte * shown
+    whole = (work.stack.gradient_bytes + 2) * per_byte
     if work.zero < 3:
-        return 6 * per_byte
-    return max(0.0, 6 * work.microbatches * per_byte - compute_s)
+        return whole * shown
+    whole = (work.stack.gradient_bytes + 4) * per_byte * work.microbatches
+    return max(0.0, whole - compute_s) + (1 - work.assumptions.behind) * min(whole, compute_s)
 
 
 def _link(work: Workload, ranks: int) -> float:
-    """Bytes/s that one of so many neighbouring ranks reaches."""
+    """Bytes/s that one of so many neighbouring ranks reaches alone."""
     hardware = work.hardware
     inside = ranks <= hardware.scale_up_devices
     return (hardware.scale_up_gb_per_s if inside else hardware.scale_out_gb_per_s) * 1e9 * work.assumptions.network
+
+
+def _ring(work: Workload, ranks: int) -> float:
+    """Bytes/s of a ring over so many neighbouring ranks: between nodes it uses the scale-out links of all of them."""
+    hardware = work.hardware
+    if ranks <= hardware.scale_up_devices:
+        return _link(work, ranks)
+    return min(hardware.scale_up_gb_per_s * 1e9 * work.assumptions.network,
+               hardware.scale_up_devices * _link(work, ranks))

@@ -9,6 +9,7 @@ from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.keeping import PLANNED, Keeping
 from orchestrator.plan.layout import split_stages, stages_per_rank
 from orchestrator.plan.schedule import Action, actions, dualpipe
+from orchestrator.plan.stack import Stack
 
 PROFILE = "DeepSeek's profile-data trace of V3 training (H800, EP64)"
 
@@ -17,24 +18,44 @@ PROFILE = "DeepSeek's profile-data trace of V3 training (H800, EP64)"
 class Assumptions:
     """Shares of a data-sheet figure that real kernels reach."""
 
-    gemm_bf16: float = 0.70
-    """Of the bf16 peak. Best matmuls reach 0.80 on H100 (stas00/ml-engineering), shapes of a model less."""
-    gemm_fp8: float = 0.48
-    """Of the FP8 peak, quantisation apart. MLP forward of PROFILE."""
-    attention_forward: float = 0.55
-    """Of the bf16 peak: FlashAttention forward of PROFILE, 1.24 ms a layer."""
+    gemm: float = 0.85
+    """Of the best product measured on the device: large products of a model. Fitted where published runs allow it."""
+    best_bf16: float = 0.80
+    """Best product against the bf16 peak where nobody measured it: as on H100 (stas00/ml-engineering)."""
+    best_fp8: float = 0.71
+    fp4_gain: float = 1.7
+    """FP4 products against FP8 ones, on devices whose peak doubles."""
+    attention_forward: float = 0.65
+    """Of the bf16 peak: FlashAttention forward of PROFILE, 1.24 ms a layer on 112 of 132 multiprocessors."""
     attention_backward: float = 0.84
     """Of the forward's share: 3.7 ms a layer for 2.5 times the FLOPs."""
     memory: float = 0.80
     """Of memory bandwidth."""
-    small_gemm_rows: float = 96.0
-    """Rows of an expert's product at which it reaches half of the achievable rate."""
+    inner: float = 256.0
+    """Inner size of a bf16 product at which half of the rate is lost; twice that at twice the rate."""
+    flash2: float = 0.5
+    """FlashAttention-2 against what Hopper and later devices reach with asynchronous products (its authors: 0.35 of
+    the peak against 0.75)."""
+    operators: float = 25.0
+    """Launches of one block's forward; backward has twice as many."""
+    operators_moe: float = 60.0
+    """Those that routing, permutation and dispatch add."""
+    moe_light: float = 2.0
+    """Bytes that permutation and expert activations move against the least possible: padding, indices, weights."""
+    gap_s: float = 1.5e-6
+    """Device idle between two operators."""
+    host_s: float = 5e-6
+    """Host time to launch one operator; the device waits where its operators are shorter."""
+    communication_sms: float = 20.0
+    """Multiprocessors that an overlapped all-to-all takes from computation (V3 report, section 3.2.2)."""
     network: float = 0.80
     """Of link bandwidth, alone: 160 of 200 and 40 of 50 GB/s (V3 report, section 3.2)."""
     network_overlapped: float = 0.45
     """Of link bandwidth while computing on the same device (dispatch and combine of PROFILE)."""
     overlap_cost: float = 1.09
     """An overlapped pair against the longer of its computation and its communication: 32.25 of 29.5 ms in PROFILE."""
+    behind: float = 0.9
+    """Share of weight gathering (ZeRO 3) that costs nothing while there is computation to hide it behind."""
     latency_s: float = 10e-6
     """Of one collective between devices, as aiconfigurator's tables have for a send."""
     usable_memory: float = 0.96
@@ -65,11 +86,15 @@ class Workload:
     zero: int = 1
     """ZeRO stage: 1 shards optimizer state over the data-parallel ranks, 2 gradients too, 3 weights too."""
     dtype: str = "bf16"
-    """`bf16` or `fp8`: of the layers' products; attention core, head and router are bf16 always."""
+    """`bf16`, `fp8` or `fp4`: of the layers' products; attention core, head and router are bf16 always."""
     etp: int = 1
     """Tensor parallelism inside an expert."""
     even_stages: bool = False
     """Stages have equally many layers, as others' runs do, rather than balanced costs."""
+    imbalance: float = 1.0
+    """Load of the fullest expert-parallel rank over the mean (`exchange.imbalance_of`); 1 is forced balance."""
+    stack: Stack = Stack()
+    """The software that trains."""
     keeping: Keeping = PLANNED
     """What the training program keeps in memory."""
     assumptions: Assumptions = field(default_factory=Assumptions)

@@ -13,11 +13,13 @@ from model import count
 from orchestrator.compose import compose_config
 from orchestrator.config import Recompute
 from orchestrator.errors import BadRequest
-from orchestrator.plan.estimate import estimate, layer_time
+from orchestrator.plan.block import layer_time
+from orchestrator.plan.estimate import estimate, phases_s
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.planner import Request, illegal, layout_of, layouts, make_plan, overrides_of, to_json
+from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +32,8 @@ def model(name: str):
 @pytest.fixture(scope="module")
 def v3() -> Workload:
     """DeepSeek-V3's own run: 2,048 H800, 128 pipelines of 16, 120 microbatches of one sequence of 4,096."""
-    return Workload(model("deepseek_v3"), catalogue()["h800"], 4096, 15360, 16, 128, 64, "dualpipe", 120, dtype="fp8")
+    return Workload(model("deepseek_v3"), catalogue()["h800"], 4096, 15360, 16, 128, 64, "dualpipe", 120,
+                    recompute=Recompute.selective, dtype="fp8", stack=stack_named("deepseek"))
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +41,26 @@ def small() -> Request:
     return Request(model("moonlight_16b"), catalogue()["h100"], 64, 1e12, 4096, 512)
 
 
-def test_v3s_published_step_is_met_without_a_fit(v3):
-    """19.93 s a step, 180K GPU-hours per trillion tokens (V3 report, ISCA Table 4). V3 recomputes norms and MLA's up
-    projections: it lies between keeping all and recomputing all."""
-    kept, again = (estimate(dataclasses.replace(v3, recompute=r)).step_time_s for r in (Recompute.none, Recompute.full))
-    assert kept < 19.93 < again * 1.05
-    assert kept == pytest.approx(19.93, rel=0.20) and again == pytest.approx(19.93, rel=0.20)
+def test_v3s_published_step_and_bill_are_met_without_a_fit(v3):
+    """19.926 s a step, 180K GPU-hours per trillion tokens, $5.576M (V3 report; ISCA paper, table 4); only kernel times
+    of profile-data are used. Phases within 15%, but for the bubble: 2.8 s where 2.06 was measured."""
+    found = estimate(v3)
+    assert found.step_time_s == pytest.approx(19.926, rel=0.05)
+    hours = found.step_time_s * 2048 / 3600 / (15360 * 4096)
+    assert hours * 1e12 == pytest.approx(180e3, rel=0.05)
+    assert hours * 14.8e12 * 2.788 / 2.664 * v3.hardware.usd_per_h == pytest.approx(5.576e6, rel=0.05)
+    phases = phases_s(found.timeline, 0) | {"opt": found.parts_s["reduce"] + found.parts_s["optimizer"]}
+    for name, theirs in {"1F": 1.13, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "opt": 0.29}.items():
+        assert phases[name] == pytest.approx(theirs, rel=0.15), name
+    assert phases["bubble"] > 2.06 * 1.15, "met: take it out of docs/planner.md and in here"
 
 
 def test_v3s_layer_takes_what_deepseeks_trace_shows(v3):
-    """Of profile-data: forward 8.97 ms, input gradients 14.65 ms, weight gradients 8.77 ms with its side stream."""
-    layer = layer_time(v3, True)
-    assert layer.forward == pytest.approx(8.97e-3, rel=0.1)
-    assert layer.forward + layer.backward + layer.weight == pytest.approx(29.5e-3, rel=0.2)
+    """Of profile-data: forward 8.97 ms, input gradients 14.65 ms, weight gradients 5.93 ms beside a side stream; its
+    products have 112 of 132 multiprocessors."""
+    layer, less = layer_time(v3, True), 132 / 112
+    assert layer.forward * less == pytest.approx(8.97e-3, rel=0.3)
+    assert (layer.forward + layer.backward + layer.weight) * less == pytest.approx(29.5e-3, rel=0.2)
     assert layer.sent_bytes == pytest.approx(3 * 4096 * 7168 * 4 * 7 / 8)
 
 
@@ -119,7 +129,7 @@ def test_v3_on_2048_gpus_is_searched_in_seconds(v3):
     began = time.process_time()
     plan = make_plan(request)
     assert plan.candidates and time.process_time() - began < 60
-    assert 150e3 < json.loads(to_json(plan))["best"]["gpu_hours_per_trillion_tokens"] < 220e3
+    assert 150e3 < json.loads(to_json(plan))["best"]["gpu_hours_per_trillion_tokens"] < 240e3
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

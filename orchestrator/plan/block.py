@@ -1,0 +1,151 @@
+"""How long one block, or head and MTP modules, takes for one microbatch on one rank: forward, input gradient, weight
+gradient apart. Operators' own seconds are `kernels`; what waits for other ranks inside a block is `comm`.
+
+The expert all-to-all is only counted here (bytes); the schedule decides what of it shows (`estimate`).
+"""
+
+from dataclasses import dataclass
+
+from model import count
+from model.config import Attention, ModelConfig
+from orchestrator.config import Recompute
+from orchestrator.plan.comm import context_s, tensor_s
+from orchestrator.plan.exchange import dispatch_bytes
+from orchestrator.plan.kernels import Rates, core_s, product_s, rates_of, unfused_core_s
+from orchestrator.plan.workload import Workload
+
+BACKWARD_LIGHT, WEIGHT_LIGHT = 1.5, 0.35
+"""Memory-bound work of backward against forward's, and what of it belongs to weight gradients (transposed copies)."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer, one microbatch, one rank; seconds, and bytes of its all-to-alls."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    weight: float = 0.0
+    sent_bytes: float = 0.0
+    """Scale-out bytes of forward; backward sends as many."""
+    up_bytes: float = 0.0
+
+    def __add__(self, other: "LayerTime") -> "LayerTime":
+        return LayerTime(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def layer_time(work: Workload, moe: bool) -> LayerTime:
+    """Seconds and all-to-all bytes of one block."""
+    model, tokens = work.model, work.microbatch_tokens
+    rates = rates_of(work.hardware, work.dtype, work.assumptions, work.stack.attention)
+    forward, inputs, weights = _products(work, rates, moe)
+    core = _core(work, rates, tokens)
+    hidden, heads, routed = _light_bytes(model, moe, low=work.dtype != "bf16")
+    split = work.tp if work.stack.sequence_parallel else 1
+    overhead, gap = work.stack.overhead, work.assumptions.gap_s
+    launches = work.assumptions.operators + (work.assumptions.operators_moe if moe else 0)
+    moved = hidden / split + (heads + work.assumptions.moe_light * routed) / work.tp
+    light = overhead * (tokens * moved / rates.bytes_per_s + launches * gap)
+    tensor, context = tensor_s(work) * (1 - work.stack.tensor_hidden), context_s(work, core)
+    host = 0.0 if work.stack.graphs else overhead * launches * work.assumptions.host_s
+    ahead = max(forward + core + light, host)
+    weights += WEIGHT_LIGHT * light
+    behind = inputs + 2.5 * core / work.assumptions.attention_backward + (BACKWARD_LIGHT - WEIGHT_LIGHT) * light
+    again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: ahead + tensor}[work.recompute]
+    if work.recompute is Recompute.selective and model.attention is Attention.mla:
+        again = _cheap_again(work, rates, tokens / work.tp)
+    behind = max(behind, 2 * host - weights)
+    sent, up = dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
+    return LayerTime(ahead + tensor + context, behind + again + tensor + context, weights, sent, up)
+
+
+def _products(work: Workload, rates: Rates, moe: bool) -> tuple[float, float, float]:
+    """Forward, input gradients, weight gradients of a block's matrix products."""
+    found = [0.0, 0.0, 0.0]
+    for rows, columns, inner, groups, low in shapes(work, moe):
+        found[0] += product_s(rates, rows, columns, inner, groups=groups, low=low)
+        found[1] += product_s(rates, rows, inner, columns, groups=groups, low=low)
+        found[2] += product_s(rates, columns, inner, rows, groups=groups, low=low)
+    return tuple(found)
+
+
+def shapes(work: Workload, moe: bool) -> list[tuple[float, float, float, float, bool]]:
+    """Rows, columns, inner size, equal groups, and whether in the layers' dtype, of a block's products in forward."""
+    model, tokens, tp, low = work.model, work.microbatch_tokens, work.tp, work.dtype != "bf16"
+    found = []
+    if model.attention is Attention.mla:
+        queries, latent = model.n_heads * model.qk_head_dim // tp, model.kv_lora_rank + model.qk_rope_head_dim
+        if model.q_lora_rank:
+            found += [(tokens / tp, model.q_lora_rank, model.dim, 1, low), (tokens, queries, model.q_lora_rank, 1, low)]
+        else:
+            found.append((tokens, queries, model.dim, 1, low))
+        wide = model.n_heads * (model.qk_nope_head_dim + model.v_head_dim) // tp
+        found += [(tokens / tp, latent, model.dim, 1, low), (tokens, wide, model.kv_lora_rank, 1, low)]
+    else:
+        found.append((tokens, (model.n_heads + 2 * model.n_kv_heads) * model.head_dim // tp, model.dim, 1, low))
+    found.append((tokens, model.dim, model.n_heads * count.v_head_dim(model) // tp, 1, low))
+    if not moe:
+        return found + [(tokens, 2 * model.inter_dim // tp, model.dim, 1, low),
+                        (tokens, model.dim, model.inter_dim // tp, 1, low)]
+    if model.n_shared_experts:
+        inner = model.n_shared_experts * model.moe_inter_dim // tp
+        found += [(tokens, 2 * inner, model.dim, 1, low), (tokens, model.dim, inner, 1, low)]
+    rows = expert_rows(work)
+    local, inner = model.n_routed_experts / work.ep, model.moe_inter_dim // work.etp
+    return found + [(tokens / tp, model.n_routed_experts, model.dim, 1, False),
+                    (rows, 2 * inner, model.dim, local, low), (rows, model.dim, inner, local, low)]
+
+
+def expert_rows(work: Workload) -> float:
+    """Tokens that reach one expert of the fullest rank with one microbatch."""
+    model = work.model
+    tokens = work.microbatch_tokens / work.tp * work.ep * work.etp
+    return tokens * model.n_activated_experts / model.n_routed_experts * work.imbalance
+
+
+def _core(work: Workload, rates: Rates, tokens: float) -> float:
+    model, heads = work.model, work.model.n_heads / work.tp
+    width = (model.qk_head_dim + count.v_head_dim(model)) // 2
+    if work.stack.attention == "unfused":
+        return unfused_core_s(rates, tokens, work.seq_len, heads, width)
+    return core_s(rates, tokens * count.attention_flops(model, work.seq_len) / work.tp, work.seq_len, width)
+
+
+def _cheap_again(work: Workload, rates: Rates, tokens: float) -> float:
+    """What V3 computes again (report, section 3.2.3): MLA's up-projections, and RMSNorms by bytes."""
+    model = work.model
+    low = work.dtype != "bf16"
+    up = product_s(rates, tokens, model.n_heads * model.qk_head_dim, max(1, model.q_lora_rank), low=low)
+    up += product_s(rates, tokens, model.n_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank,
+                    low=low)
+    return up + tokens * 2 * 4 * model.dim / rates.bytes_per_s
+
+
+def head_time(work: Workload) -> LayerTime:
+    """Head, and MTP modules, on the last stage."""
+    model, tokens = work.model, work.microbatch_tokens
+    rates = rates_of(work.hardware, work.dtype, work.assumptions, work.stack.attention)
+    columns, passes = model.vocab_size / work.tp, 1 + model.n_mtp_layers
+    logits = work.stack.overhead * tokens * columns * 6 / rates.bytes_per_s
+    parts = [product_s(rates, *shape) for shape in ((tokens, columns, model.dim), (tokens, model.dim, columns),
+                                                    (columns, model.dim, tokens))]
+    total = LayerTime(passes * (parts[0] + logits), passes * (parts[1] + logits), passes * parts[2])
+    for depth in range(model.n_mtp_layers):
+        projection = product_s(rates, tokens / work.tp, model.dim, 2 * model.dim)
+        total += layer_time(work, model.is_moe(model.n_layers + depth)) + LayerTime(projection, projection, projection)
+    return total
+
+
+def _light_bytes(model: ModelConfig, moe: bool, *, low: bool) -> tuple[float, float, float]:
+    """Bytes per token that memory-bound operators of one block move in forward: norms and residuals; rotary and the
+    feed-forward's activation; what routing adds (permutation there and back, experts' activations). About so many reads
+    and writes of each tensor in bf16, and of products' inputs once more where they are quantised."""
+    heads = model.n_heads * (2 * model.qk_head_dim + 2 * count.v_head_dim(model))
+    if model.attention is not Attention.mla:
+        heads = (model.n_heads + model.n_kv_heads) * 2 * model.head_dim
+    cast = 3.0 if low else 0.0
+    hidden, wide = (16 + 2 * cast) * model.dim, (8 + cast / 4) * heads
+    if not moe:
+        return hidden, wide + (12 + cast) * model.inter_dim, 0.0
+    wide += (12 + cast) * model.moe_inter_dim * model.n_shared_experts
+    routed = model.n_activated_experts * ((6 + cast) * model.dim + (12 + cast) * model.moe_inter_dim)
+    return hidden, wide, routed

@@ -1,0 +1,31 @@
+"""How a prediction was made, and the band that it carries: what eight of ten published runs of its kind lay within.
+
+`measured` is a run's own calibration; `calibrated` has the device's shares and the stack's scalar fitted to published
+runs; `formula` lacks the stack's; `extrapolated` lacks the device's: no published run with a layout exists for it.
+"""
+
+from functools import lru_cache
+
+import yaml
+
+from orchestrator.config import conf_dir
+from orchestrator.plan.workload import Workload
+
+
+def made(work: Workload) -> str:
+    if work.hardware.gemm_share is None:
+        return "extrapolated"
+    return "calibrated" if work.stack.rows else "formula"
+
+
+def band(work: Workload) -> tuple[float, float]:
+    """P10 and P90 of published over predicted time, so that both times a prediction are its band. From residuals of
+    the fitted rows (benchmarks/fit_planner.py): with the stack's scalar, without it, and without the device's shares
+    too; dense and mixture of experts apart."""
+    low, high = _bands()[f"{made(work)}_{'moe' if work.model.n_routed_experts else 'dense'}"]
+    return low, high
+
+
+@lru_cache
+def _bands() -> dict[str, tuple[float, float]]:
+    return yaml.safe_load((conf_dir() / "bands.yaml").read_text())

@@ -1,0 +1,51 @@
+"""The expert all-to-all: how many bytes leave a rank over which links, how long that takes alone and beside
+computation, and how uneven routing makes the fullest rank.
+
+Node-limited routing as in the V3 report, section 3.2.2: a token goes once to every node that holds one of its experts,
+over the scale-out link, and from there to its ranks over the scale-up link.
+"""
+
+from collections.abc import Sequence
+
+from orchestrator.plan.workload import Workload
+
+NAMED = {"balanced": 1.0, "bias": 1.15, "unbalanced": 2.0}
+"""Forced balance, as most benchmarks run; kept balanced by a bias (1.05 to 1.3 in print); no balancing (1.3 to 4)."""
+
+
+def imbalance_of(tokens_per_expert: Sequence[float] | str, ep: int) -> float:
+    """Load of the fullest of `ep` ranks over the mean, of a named distribution or of a run's own counts, whose
+    experts are placed in order. ValueError if the counts do not go into `ep` ranks."""
+    if isinstance(tokens_per_expert, str):
+        if tokens_per_expert not in NAMED:
+            raise ValueError(f"imbalance={tokens_per_expert}: must be one of {', '.join(NAMED)}, or counts per expert")
+        return NAMED[tokens_per_expert]
+    each, rest = divmod(len(tokens_per_expert), ep)
+    if rest or not sum(tokens_per_expert):
+        raise ValueError(f"imbalance: {len(tokens_per_expert)} counts do not go into {ep} ranks, or are all zero")
+    loads = [sum(tokens_per_expert[rank * each:(rank + 1) * each]) for rank in range(ep)]
+    return max(loads) * ep / sum(loads)
+
+
+def dispatch_bytes(work: Workload) -> tuple[float, float]:
+    """Bytes that a rank sends in one layer's forward, out of the node and inside it.
+
+    Dispatch is in FP8 unless `dtype=bf16`, combine in bf16. Uneven routing makes the fullest rank receive more.
+    """
+    model, domain = work.model, work.hardware.scale_up_devices
+    element = (2 if work.dtype == "bf16" else 1) + 2
+    payload = work.microbatch_tokens / work.tp * model.dim * element * work.imbalance
+    nodes = max(1, work.ep * work.etp // domain)
+    reached = nodes * (1 - (1 - 1 / nodes) ** model.n_activated_experts)
+    if model.n_limited_groups < model.n_expert_groups:
+        reached = min(reached, model.n_limited_groups * nodes / model.n_expert_groups)
+    ranks = min(work.ep, domain)
+    targets = ranks * (1 - (1 - 1 / ranks) ** (model.n_activated_experts / max(1.0, reached)))
+    return payload * reached * (nodes - 1) / nodes, payload * max(1.0, reached) * targets * (ranks - 1) / ranks
+
+
+def all_to_all_s(work: Workload, sent_bytes: float, up_bytes: float, share: float) -> float:
+    """Scale-out and scale-up links work at once; the slower one sets the pace."""
+    hardware = work.hardware
+    return max(sent_bytes / (hardware.scale_out_gb_per_s * 1e9 * share), up_bytes / (hardware.scale_up_gb_per_s * 1e9
+                                                                                    * share))

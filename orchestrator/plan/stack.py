@@ -1,0 +1,50 @@
+"""Which software trains: what is known of a stack, as data (conf/stacks.yaml), and the one scalar fitted to it.
+
+The same layout differs by 6% (median) and up to 77% between releases of one framework, so a prediction names its stack.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import yaml
+
+from orchestrator.config import conf_dir, from_dict
+from orchestrator.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class Stack:
+    name: str = "default"
+    overhead: float = 1.0
+    """Fitted: time of memory-bound operators, launches and routing against what bytes and counts say. Products,
+    attention cores and links are the device's own and stay as they are."""
+    attention: str = "flash"
+    """`unfused` writes the scores out; `flash2` does not use the asynchronous products of Hopper and later; `flash` is
+    FlashAttention-3, cuDNN's or their like."""
+    exchange_hidden: float = 0.0
+    """Share of the experts' all-to-all that runs behind other work outside a schedule that overlaps by itself."""
+    sequence_parallel: bool = True
+    """Norms and residuals are split over tensor-parallel ranks."""
+    tensor_hidden: float = 0.0
+    """Share of tensor-parallel communication that runs behind products (user buffers, asynchronous TP)."""
+    reduce_hidden: float = 0.0
+    """Share of gradient reduction and weight gathering that runs behind the pipeline."""
+    gradient_bytes: float = 4.0
+    """Of a gradient on the wire."""
+    graphs: bool = False
+    """CUDA graphs: the host launches a whole layer at once."""
+    rows: int = 0
+    """Published rows that `overhead` was fitted to; 0: it is the nearest relative's, or assumed."""
+
+
+@lru_cache
+def stacks() -> dict[str, Stack]:
+    values = yaml.safe_load((conf_dir() / "stacks.yaml").read_text())
+    return {name: from_dict(Stack, {"name": name, **(entry or {})}, f"stack {name}.") for name, entry in values.items()}
+
+
+def stack_named(name: str) -> Stack:
+    known = stacks()
+    if name not in known:
+        raise BadRequest(f"stack={name}: no such software stack; known are {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,77 @@
+"""Operators by shape, uneven routing, and what a prediction says of itself."""
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.compose import compose_config
+from orchestrator.errors import BadRequest
+from orchestrator.plan.block import expert_rows, layer_time
+from orchestrator.plan.confidence import band, made
+from orchestrator.plan.estimate import estimate
+from orchestrator.plan.exchange import imbalance_of
+from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.kernels import fill, product_s, rates_of
+from orchestrator.plan.stack import stack_named, stacks
+from orchestrator.plan.workload import Assumptions, Workload
+
+H100 = catalogue()["h100"]
+RATES = rates_of(H100, "bf16", Assumptions())
+
+
+@pytest.fixture(scope="module")
+def moe() -> Workload:
+    return Workload(compose_config(["model=qwen3_30b_a3b"]).model, H100, 4096, 64, 1, 8, 8, "1f1b", 8)
+
+
+def test_a_product_that_needs_one_tile_more_than_the_device_has_takes_nearly_twice_as_long():
+    full = product_s(RATES, 256 * 12, 128 * 11, 4096)
+    assert fill(132, 256 * 12, 128 * 11) == 1.0
+    assert product_s(RATES, 256 * 12, 128 * 11 + 128, 4096) > 1.5 * full
+
+
+def test_few_rows_are_bound_by_the_bytes_of_the_weight():
+    assert product_s(RATES, 1, 8192, 8192) == pytest.approx(2 * 8192 * 8192 / RATES.bytes_per_s, rel=0.01)
+
+
+def test_large_products_reach_the_devices_share_and_small_experts_do_not():
+    def rate(rows, columns, inner, groups=1):
+        return 2 * rows * columns * inner * groups / product_s(RATES, rows, columns, inner, groups=groups) / RATES.bf16
+
+    assert 0.9 < rate(8448, 8192, 16384) <= 1.0
+    assert rate(64, 1536, 2048, 16) < 0.5 < rate(2048, 1536, 2048, 16)
+
+
+def test_imbalance_comes_from_a_runs_own_counts_and_makes_the_fullest_rank_slower(moe):
+    assert imbalance_of([10, 10, 10, 10], 2) == 1.0 == imbalance_of("balanced", 8)
+    assert imbalance_of([30, 10, 10, 10], 2) == pytest.approx(40 / 30)
+    with pytest.raises(ValueError, match="do not go into 3 ranks"):
+        imbalance_of([1, 2, 3, 4], 3)
+    uneven = replace(moe, imbalance=1.5)
+    assert expert_rows(uneven) == 1.5 * expert_rows(moe)
+    assert layer_time(uneven, True).sent_bytes == 0 and layer_time(uneven, True).up_bytes > 0
+    assert estimate(uneven).step_time_s > 1.03 * estimate(moe).step_time_s
+
+
+def test_the_host_holds_up_small_layers_unless_a_graph_launches_them(moe):
+    small = replace(moe, seq_len=64, stack=stack_named("megatron_bridge_2511"))
+    graph = replace(small, stack=replace(small.stack, graphs=True))
+    assert layer_time(graph, True).forward < 0.7 * layer_time(small, True).forward
+    large = replace(small, seq_len=4096, batch_size=512)
+    assert layer_time(replace(large, stack=graph.stack), True) == layer_time(large, True)
+
+
+def test_a_prediction_says_how_it_was_made_and_how_far_it_may_be_off(moe):
+    known = replace(moe, stack=stack_named("nemo_25"))
+    assert [made(known), made(moe), made(replace(moe, hardware=catalogue()["l40s"]))] == [
+        "calibrated", "formula", "extrapolated"]
+    widths = [band(replace(moe, stack=stack, hardware=hardware)) for stack, hardware in (
+        (known.stack, H100), (moe.stack, H100), (moe.stack, catalogue()["l40s"]))]
+    assert all(low < 1.1 and high > 1 for low, high in widths)
+    assert widths == sorted(widths, key=lambda pair: pair[1] - pair[0])
+
+
+def test_stacks_are_data_and_an_unknown_one_is_refused():
+    assert stacks()["megatron_deepspeed"].attention == "unfused"
+    with pytest.raises(BadRequest, match="stack=torch: no such software stack"):
+        stack_named("torch")
