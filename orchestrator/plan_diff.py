@@ -40,8 +40,9 @@ def print_diff(a: dict, b: dict, names: list[str]) -> None:
     found, console = difference(a, b), Console(highlight=False, soft_wrap=True, width=120)
     for key, (before, after) in found["changed"].items():
         console.print(f"changed   {key}: {before} -> {after}")
-    if not found["changed"]:
-        console.print("nothing that was asked for or chosen has changed")
+    if not found["changed"] and a["bill"] == b["bill"]:
+        console.print("no difference")
+        return
     table = Table("", names[0], names[1], "change", "", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -4,6 +4,7 @@ from html import escape
 
 from orchestrator.plan.cost import MFU_CONVENTION
 from orchestrator.plan.estimate import estimate
+from orchestrator.plan.money import ITSELF
 from orchestrator.plan.planner import Plan
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
@@ -119,8 +120,8 @@ def _bills(bill: dict) -> str:
         side = bill[name]
         rows.append([f"<b>{name} bill</b>", "", "", f"{side['days']:.1f} days", f"<b>{side['gpu_hours']:,.0f}</b>",
                      f"<b>{dollars(side['usd'])}</b>"])
-    energy = "" if bill["energy_kwh"] is None else (f"; {bill['energy_kwh'] / 1e3:,.0f} MWh at "
-                                                    f"{bill['power_kw'] / 1e3:,.2f} MW ({bill['energy_equation']})")
+    energy = "" if bill["energy_kwh"] is None else (f"; {bill['energy_kwh']:,.0f} kWh at "
+                                                    f"{bill['power_kw']:,.0f} kW ({bill['energy_equation']})")
     return figure("Two bills, never one", f"at {price_words(bill['price'])}{energy}", table(
         ["term", "bill", "equation", "source", "GPU-hours", "USD"], rows, numeric_from=4), wide=True)
 
@@ -128,7 +129,7 @@ def _bills(bill: dict) -> str:
 def dense_rows(data: dict) -> list[tuple[str, list[dict], str]]:
     """(name, one entry or a low and a high one, how it came about) of every dense equivalent."""
     dense, rows = data["dense"], []
-    for key in ("equal_active", "equal_total"):
+    for key in ("equal_active", "equal_total") if dense["equal_active"]["how"] != ITSELF else ():
         twin = dense[key]
         rows.append((f"dense, {key.replace('_', ' ')} parameters ({format_number(twin['parameters'])})", [twin],
                      f"{twin['how']}, {twin['mfu']:.1%} MFU" + (f"; {twin['refused']}" if "refused" in twin else "")))
@@ -151,6 +152,8 @@ def _dense(data: dict) -> str:
                      " to ".join(f"{each['device_hours']:,.0f}" for each in entries),
                      " to ".join(dollars(each["usd"]) for each in entries),
                      " to ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in entries)])
+    if len(rows) == 1:
+        return ""
     return figure("Beside dense models", "steady bills on the same devices; laws are a range, never one number",
                   table(["", "GPU-hours", "USD", "x this plan"], rows), wide=True)
 

@@ -2,6 +2,7 @@
 
 from datetime import date
 
+from orchestrator.plan.money import ITSELF
 from orchestrator.plan.planner import Plan
 from orchestrator.report_plots import format_number
 
@@ -103,13 +104,13 @@ def _print_bills(console, bill: dict) -> None:
     for term in expected["terms"]:
         if term["name"] not in steady_names:
             table.add_row(f"  + {term['name']}", f"{term['gpu_hours']:,.0f}", "", dollars(term["usd"]), term["source"])
-    often = "" if bill["mtbf_h"] is None else (f", a failure every {bill['mtbf_h']:.3g} h, a checkpoint every "
+    often = "" if bill["mtbf_h"] is None else (f", a failure every {bill['mtbf_h']:,.1f} h, a checkpoint every "
                                                f"{bill['checkpoint_every_s'] / 60:.0f} min")
     table.add_row("expected", *_sums(expected),
                   f"production factor {bill['production_factor']:.3f}, goodput {bill['goodput']:.1%}{often}")
     console.print(table)
     if bill["energy_kwh"] is not None:
-        console.print(f"energy    {bill['energy_kwh'] / 1e3:,.0f} MWh at {bill['power_kw'] / 1e3:,.2f} MW")
+        console.print(f"energy    {bill['energy_kwh']:,.0f} kWh at {bill['power_kw']:,.0f} kW")
     if price["market"] == "spot" and not bill["terms"]["preemptions"]:
         console.print("          spot: no preemption is charged, since no rate is in print; give preemptions=N per "
                       "1,000 node-days")
@@ -128,7 +129,7 @@ def _print_dense(console, data: dict) -> None:
                       " - ".join(dollars(each["usd"]) for each in both),
                       " - ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in both), how)
 
-    for key in ("equal_active", "equal_total"):
+    for key in ("equal_active", "equal_total") if data["dense"]["equal_active"]["how"] != ITSELF else ():
         twin = data["dense"][key]
         why = f" (an upper bound; {twin['refused']})" if "refused" in twin else ""
         how = f"{twin['how']}, {twin['mfu']:.1%}{why}" if why else f"{twin['how']}, {twin['mfu']:.1%} MFU"
@@ -142,7 +143,8 @@ def _print_dense(console, data: dict) -> None:
         if found:
             line("dense, equal loss, measured", found["low"], found["high"], found["note"])
     console.print()
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     table = _grid("<published", "<kind", "GPU-hours", "USD", "<source")
     for row in data["published"]:
         if row["name"] in BUDGETS_SHOWN:

@@ -16,6 +16,7 @@ from orchestrator.plan.planner import Candidate, Request, illegal, make_plan, pr
 from orchestrator.plan.published import published
 
 DENSE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
+ITSELF = "this model is dense"
 TWINS = {"equal_active": count.dense_equal_active, "equal_total": count.dense_equal_total}
 
 
@@ -64,13 +65,15 @@ def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) ->
     """Steady device-hours and dollars of dense models: equal active and equal total parameters through the same search,
     equal loss as the range of named scaling laws and as what `compare` measured.
 
-    A twin that fits in no layout keeps the mixture's own MFU, and says so (`how`): an upper bound.
+    A twin that fits in no layout keeps the mixture's own MFU, and says so (`how`): an upper bound. A dense model is its
+    own twin.
     """
     hardware, model = request.hardware, request.model
     at_own = dense_equivalents(model, request.tokens, seq_len=request.seq_len, mfu=best["mfu"],
                                peak_flops_per_s=hardware.bf16_tflops * 1e12, usd_per_h=hardware.usd_per_h,
                                devices=request.devices)
-    found = {name: at_own[name] | {"mfu": best["mfu"], "how": "the mixture's MFU"} for name in at_own}
+    how = "the mixture's MFU" if model.n_routed_experts else ITSELF
+    found = {name: at_own[name] | {"mfu": best["mfu"], "how": how} for name in at_own}
     if model.n_routed_experts:
         for name, twin in TWINS.items():
             found[name] |= simulated_twin(request, twin(model))

@@ -111,6 +111,16 @@ def test_the_table_shows_bars_bills_and_dense_lines(small, capsys):
         assert words in text
 
 
+def test_a_dense_model_is_its_own_twin(small, capsys):
+    plan, data = small
+    model = compose_config(["model=llama_3_1_8b"]).model
+    dense = make_plan(dataclasses.replace(plan.request, model=model, schedules=("1f1b",)))
+    found = money(dense.request, dense.candidates[0], Terms())
+    assert found["dense"]["equal_active"]["over_steady"] == pytest.approx(1) and "equal_loss" not in found["dense"]
+    print_plan(dense, data | json.loads(to_json(dense)) | found | {"candidates": data["candidates"]})
+    assert "dense, equal" not in capsys.readouterr().out
+
+
 def test_a_price_older_than_a_year_is_marked():
     price = {"usd_per_h": 2.0, "market": "spot", "source": "an offer", "date": "2024-01-01"}
     assert "OLD: " in price_words(price) and "OLD" not in price_words(price | {"date": str(date.today())})
