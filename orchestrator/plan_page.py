@@ -4,6 +4,7 @@ from html import escape
 
 from orchestrator.plan.cost import MFU_CONVENTION
 from orchestrator.plan.estimate import estimate
+from orchestrator.plan.memory import rank_memory_gib
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.planner import Plan
 from orchestrator.plan.trace import held_over_time
@@ -86,16 +87,15 @@ def _memory(data: dict) -> str:
 
 
 def _memory_over_time(data: dict, work: Workload) -> str:
-    sizes, timeline = data["best"]["memory_gib"], estimate(work).timeline
+    """Every rank's own components; its activations follow the layers and microbatches in flight up to their peak."""
     ranges, _, _ = pipeline_of(work)
-    held = held_over_time(timeline, [float(len(layers)) for layers in ranges])
-    most = max(gib for points in held for _, gib in points) or 1.0
-    peak = sizes["activations"]
-    scaled = [[(time, gib / most * peak) for time, gib in points] for points in held]
-    state = sum(size for name, size in sizes.items() if name not in ("total", "activations"))
-    return figure("Memory over a step", "what does not change, as on the fullest rank, and activations by layers and "
-                  "microbatches in flight",
-                  memory_chart(scaled, state, [("device", data["hardware"]["memory_gib"])]))
+    held = held_over_time(estimate(work).timeline, [float(len(layers)) for layers in ranges])
+    curves = []
+    for points, sizes in zip(held, rank_memory_gib(work), strict=True):
+        most, rest = max(layers for _, layers in points) or 1.0, sizes["total"] - sizes["activations"]
+        curves.append([(time, rest + layers / most * sizes["activations"]) for time, layers in points])
+    return figure("Memory over a step", "what does not change, and activations by microbatches in flight",
+                  memory_chart(curves, [("device", data["hardware"]["memory_gib"])]))
 
 
 def _layouts(data: dict) -> str:

@@ -67,15 +67,14 @@ def timeline_chart(timeline: Timeline, *, tail: Sequence[tuple[str, float]] = ()
     return "".join(parts) + "</svg>" + _timeline_legend(timeline, tail)
 
 
-def memory_chart(held: list[list[tuple[float, float]]], state_gib: float, levels: list[tuple[str, float]]) -> str:
-    """GiB over a step's seconds of the first, a middle and the last rank. held: per rank (time, GiB of activations)."""
+def memory_chart(held: list[list[tuple[float, float]]], levels: list[tuple[str, float]]) -> str:
+    """GiB over a step's seconds of the first, a middle and the last rank. held: per rank (time, GiB from then on)."""
     ranks = sorted({0, len(held) // 2, len(held) - 1})
     series = []
     for colour, rank in enumerate(ranks):
         xs, ys = [], []
-        for (time, gib), (following, _) in zip(held[rank], held[rank][1:] + [(held[rank][-1][0], 0.0)], strict=True):
-            xs += [time, following]
-            ys += [state_gib + gib] * 2
+        for (time, gib), (following, _) in zip(held[rank], held[rank][1:] + held[rank][-1:], strict=True):
+            xs, ys = [*xs, time, following], [*ys, gib, gib]
         series.append(Series(f"rank {rank}", xs, ys, colour))
     return line_chart(series, x_label="seconds into the step", y_label="GiB", from_zero=True,
                       levels=levels)
