@@ -145,8 +145,9 @@ def dense_rows(data: dict) -> list[tuple[str, list[dict], str]]:
 
 
 def _dense(data: dict) -> str:
-    steady = data["bill"]["steady"]
-    rows = [["<b>this plan</b>", f"<b>{steady['gpu_hours']:,.0f}</b>", f"<b>{dollars(steady['usd'])}</b>", "1.00"]]
+    steady = data["bill"]["steady"]["terms"][0]
+    rows = [["<b>this plan, pre-training</b>", f"<b>{steady['gpu_hours']:,.0f}</b>",
+             f"<b>{dollars(steady['usd'])}</b>", "1.00"]]
     for name, entries, how in dense_rows(data):
         rows.append([f"{escape(name)}<small>{escape(how)}</small>",
                      " to ".join(f"{each['device_hours']:,.0f}" for each in entries),
@@ -154,7 +155,7 @@ def _dense(data: dict) -> str:
                      " to ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in entries)])
     if len(rows) == 1:
         return ""
-    return figure("Beside dense models", "steady bills on the same devices; laws are a range, never one number",
+    return figure("Beside dense models", "steady pre-training on the same devices; laws are a range, never one number",
                   table(["", "GPU-hours", "USD", "x this plan"], rows), wide=True)
 
 

@@ -121,7 +121,8 @@ def _sums(side: dict) -> list[str]:
 
 
 def _print_dense(console, data: dict) -> None:
-    table, steady = _grid("<beside it, steady", "parameters", "GPU-hours", "USD", "x", "<how"), data["bill"]["steady"]
+    table = _grid("<beside it, steady", "parameters", "GPU-hours", "USD", "x", "<how")
+    steady = data["bill"]["steady"]["terms"][0]
 
     def line(name: str, low: dict, high: dict, how: str, parameters: str = "") -> None:
         both = [low] if low is high else [low, high]

@@ -50,14 +50,14 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     found, data = planned(options, overrides)
     if options.get("out"):
         Path(options["out"]).write_text(json.dumps(data, indent=2) + "\n")
+    if options.get("html") and found.candidates:
+        Path(options["html"]).write_text(page(found, data))
     print_plan(found, data)
     if not found.candidates:
         raise NotFit(f"gpus={found.request.devices}: no layout of model={found.request.model.name} fits; use more "
                      "devices, devices with more memory, or a smaller model")
     if options.get("explain") == "true":
         print_explained(found, data)
-    if options.get("html"):
-        Path(options["html"]).write_text(page(found, data))
     for key in ("out", "html"):
         if options.get(key):
             print(f"wrote     {options[key]}")

@@ -79,7 +79,7 @@ def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) ->
             found[name] |= simulated_twin(request, twin(model))
         found["equal_loss"] = _equal_loss(request, found["equal_active"], compared)
     for line in (found["equal_active"], found["equal_total"]):
-        line["over_steady"] = line["device_hours"] / bill["steady"]["gpu_hours"]
+        line["over_pre_training"] = line["device_hours"] / bill["steady"]["terms"][0]["gpu_hours"]
     return found
 
 

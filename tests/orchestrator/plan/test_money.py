@@ -165,7 +165,7 @@ def test_dense_twins_go_through_the_same_search(small):
     found = money(request, best, Terms())
     active, total, loss = (found["dense"][key] for key in ("equal_active", "equal_total", "equal_loss"))
     assert active["how"] == total["how"] == "simulated" and active["layout"]["ep"] == 1
-    assert active["mfu"] > price(best, request)["mfu"] and active["over_steady"] < 1 < total["over_steady"]
+    assert active["mfu"] > price(best, request)["mfu"] and active["over_pre_training"] < 1 < total["over_pre_training"]
     twin = make_plan(dataclasses.replace(request, model=count.dense_equal_active(request.model)))
     assert active["device_hours"] <= price(twin.candidates[0], request)["gpu_hours"]
     assert loss["low"]["flops"] == pytest.approx(loss["low"]["multiplier"] * model_flops(request.model, 1e12, 4096))

@@ -116,7 +116,8 @@ def test_a_dense_model_is_its_own_twin(small, capsys):
     model = compose_config(["model=llama_3_1_8b"]).model
     dense = make_plan(dataclasses.replace(plan.request, model=model, schedules=("1f1b",)))
     found = money(dense.request, dense.candidates[0], Terms())
-    assert found["dense"]["equal_active"]["over_steady"] == pytest.approx(1) and "equal_loss" not in found["dense"]
+    assert found["dense"]["equal_active"]["over_pre_training"] == pytest.approx(1)
+    assert "equal_loss" not in found["dense"]
     print_plan(dense, data | json.loads(to_json(dense)) | found | {"candidates": data["candidates"]})
     assert "dense, equal" not in capsys.readouterr().out
 
