@@ -2,7 +2,6 @@
 
 import json
 from html import escape
-from pathlib import Path
 
 from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest
@@ -22,7 +21,7 @@ def plan_sweep(arguments: list[str]) -> None:
     from rich.progress import track
     from rich.table import Table
 
-    from orchestrator.show_plan import split_words
+    from orchestrator.show_plan import split_words, write
 
     fixed, _ = split_words(arguments)
     if "explain" in fixed:
@@ -49,9 +48,9 @@ def plan_sweep(arguments: list[str]) -> None:
     console.print(NOTE)
     if fixed.get("out"):
         kept = [{"words": words, **result} for words, result in zip(jobs, results, strict=True)]
-        Path(fixed["out"]).write_text(json.dumps(kept, indent=1) + "\n")
+        write("out", fixed["out"], json.dumps(kept, indent=1) + "\n")
     if fixed.get("html"):
-        Path(fixed["html"]).write_text(sweep_page(head, rows, results))
+        write("html", fixed["html"], sweep_page(head, rows, results))
     for key in ("out", "html"):
         if fixed.get(key):
             print(f"wrote     {fixed[key]}")

@@ -49,9 +49,9 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
         raise BadRequest(f"explain={options['explain']}: must be true or false; use explain=true")
     found, data = planned(options, overrides)
     if options.get("out"):
-        Path(options["out"]).write_text(json.dumps(data, indent=2) + "\n")
+        write("out", options["out"], json.dumps(data, indent=2) + "\n")
     if options.get("html") and found.candidates:
-        Path(options["html"]).write_text(page(found, data))
+        write("html", options["html"], page(found, data))
     print_plan(found, data)
     if not found.candidates:
         raise NotFit(f"gpus={found.request.devices}: no layout of model={found.request.model.name} fits; use more "
@@ -61,6 +61,14 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     for key in ("out", "html"):
         if options.get(key):
             print(f"wrote     {options[key]}")
+
+
+def write(key: str, path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise BadRequest(f"{key}={path}: cannot be written ({error.strerror}); give a file in a folder that exists and "
+                         "may be written") from None
 
 
 def planned(options: dict[str, str], overrides: list[str], compared: dict | None = None) -> tuple[Plan, dict]:

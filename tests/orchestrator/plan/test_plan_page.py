@@ -151,6 +151,8 @@ def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys,
     (["-m", "model=tinny", "gpus=8,16"], "no such option"),
     (["model=tiny", "explain=maybe"], "explain=maybe: must be true or false"),
     (["model=olmoe_1b_7b", "hardware=h100", "gpus=8", "tokens=1e9", "multiplier_from=none.json"], "no readable JSON"),
+    (["model=olmoe_1b_7b", "hardware=h100", "gpus=2", "tokens=1e9", "train.batch_size=4", "out=no/where.json"],
+     "out=no/where.json: cannot be written"),
     (["model=olmoe_1b_7b", "hardware=v100", "gpus=8", "tokens=1e9", "market=spot"], "market=spot: no such price")])
 def test_what_cannot_be_is_answered_in_one_line(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
