@@ -18,6 +18,11 @@ from orchestrator.config import Config, conf_dir, from_dict, register, to_dict
 from orchestrator.errors import BadRequest, SparingError
 
 HYDRA_VERSION_BASE = "1.3"
+RESOLVER = re.compile(r"\$\{[^{}]*:")
+"""A value that OmegaConf would compute, from the environment for one, as opposed to `${run.name}`."""
+PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
+FOREIGN = re.compile(r"--(co|e)|-c[pnd]")
+"""Hydra's flags that take the config from elsewhere (--config-dir, --experimental-rerun, ...), however abbreviated."""
 SECRET = re.compile(r"key|token(?!izer|s)|secret|password|credential", re.IGNORECASE)
 
 
@@ -62,6 +67,8 @@ def to_config(composed) -> Config:
     """OmegaConf ends here."""
     from omegaconf import OmegaConf
 
+    raw = OmegaConf.to_container(composed, resolve=False)
+    _refuse_resolvers({key: value for key, value in raw.items() if key != "hydra"})
     missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra."))
     if missing:
         raise BadRequest(f"{missing[0]}: must be given; add {missing[0]}=VALUE to the command")
@@ -70,6 +77,17 @@ def to_config(composed) -> Config:
         return plain
     plain.pop("hydra", None)
     return from_dict(Config, to_dict(plain))
+
+
+def _refuse_resolvers(node: object, path: str = "") -> None:
+    """A config is data: what it says is saved with the run, and a resolver could put a secret there."""
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            _refuse_resolvers(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, str) and RESOLVER.search(node):
+        raise BadRequest(f"{path}={node}: values are not computed from elsewhere; write the value itself (the shell can "
+                         "fill it in), and leave secrets to the environment")
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -87,6 +105,11 @@ def check_overrides(overrides: list[str]) -> None:
         except HydraException:
             raise BadRequest(f"{shown}: cannot be read; put quotes around a value with special characters, as in "
                              "'data.path=\"a,b\"'") from None
+        if "_target_" in text:
+            raise BadRequest(f"{shown}: unknown key; a config names no code, only values")
+        if PASSWORD.search(text):
+            raise BadRequest(f"{shown.split('=', 1)[0]}: holds a password, and a config is saved with the run; leave it "
+                             "out of the URL and put it into the environment")
         if override.key_or_group.startswith("hydra"):
             continue
         if override.is_delete():
@@ -234,6 +257,9 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
     """Hydra's own command line (--cfg, --info, --multirun, completion): `run` is called once per job."""
     import hydra
 
+    for flag in filter(FOREIGN.match, arguments):
+        raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours into "
+                         "conf/experiment/")
     register()
     codes: list[int] = []
 

@@ -75,10 +75,11 @@ def _slurm(job: Job, file: Path, environment: dict[str, str]) -> int:
         fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
         state = fields.get("JobState", "")
         tail()
-        if state != said:
-            print(f"[{state.lower()}{', restart ' + fields['Restarts'] if fields.get('Restarts', '0') != '0' else ''}]",
-                  flush=True)
-            said = state
+        restarts = fields.get("Restarts", "0")
+        shown = f"[{state.lower()}{f', restart {restarts}' if restarts != '0' else ''}]"
+        if shown != said:
+            print(shown, flush=True)
+            said = shown
         if state not in SLURM_ENDS:
             return None
         code = int(fields.get("ExitCode", "1:0").split(":")[0])

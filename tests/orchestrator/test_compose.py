@@ -35,7 +35,10 @@ BAD = {
     "an unknown group": (["modle=tiny"], r"modle: unknown key; did you mean model\?"),
     "an unknown option": (["model=mixtrl"], r"model=mixtrl: no such option; did you mean mixtral"),
     "a new key": (["+train.new=1"], r"train\.new: unknown key"),
-    "code": (["+model._target_=os.system"], r"model\._target_: unknown key"),
+    "code": (["+model._target_=os.system"], r"model\._target_=os\.system: unknown key; a config names no code"),
+    "code for Hydra": (["+hydra.callbacks.x._target_=os.system"], r"hydra\.callbacks.*a config names no code"),
+    "a value from the environment": (["data.path='${oc.env:HOME}'"], r"data\.path=\$\{oc\.env:HOME\}: values are not"),
+    "a nested one": (["tracker.tags=[a,'x${oc.decode:1}']"], r"tracker\.tags\.1=.*write the value itself"),
     "a removed group": (["~layout"], r"~layout: nothing can be removed"),
     "text for a whole number": (["train.steps=abc"], r"train\.steps=abc: must be a whole number; use"),
     "a fraction for a whole number": (["train.steps=1.5"], r"train\.steps=1\.5: must be a whole number"),
@@ -61,6 +64,27 @@ def test_a_secret_is_refused_and_not_repeated(key):
     with pytest.raises(BadRequest, match="environment") as caught:
         compose_config([f"{key}=hunter2"])
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated():
+    with pytest.raises(BadRequest, match="data.path: holds a password") as caught:
+        compose_config(["data.path='s3://me:hunter2@host/x'"])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_runs_saved_config_runs_no_code_and_reads_no_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    saved = to_dict(compose_config([*FOUR, f"run.dir={tmp_path}"]))
+    saved["data"]["path"] = "${oc.env:AWS_SECRET_ACCESS_KEY}"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    config = compose_config([f"run.dir={tmp_path}", "resume=auto"])
+    assert config.data.path == "${oc.env:AWS_SECRET_ACCESS_KEY}"
+    canary = tmp_path / "canary"
+    for evil in (f"x: !!python/object/apply:os.mkdir ['{canary}']", f"model: {{_target_: os.mkdir, path: '{canary}'}}"):
+        (tmp_path / "config.yaml").write_text(evil)
+        with pytest.raises(BadRequest, match=r"config\.yaml: is no config of a run"):
+            compose_config([f"run.dir={tmp_path}", "resume=auto"])
+    assert not canary.exists()
 
 
 RULES = {
@@ -144,6 +168,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     (["import", "nowhere", "out"], 2, "nowhere: is no directory"),
     (["import"], 2, "import: takes 2 arguments"),
     (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
+    (["train", "--config-dir=/tmp", "--cfg", "job"], 2, "--config-dir=/tmp: configs come from conf/ alone"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, code, words):
     done = run(*arguments)
