@@ -86,8 +86,8 @@ def _refuse_resolvers(node: object, path: str = "") -> None:
         for key, value in items:
             _refuse_resolvers(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, str) and RESOLVER.search(node):
-        raise BadRequest(f"{path}={node}: values are not computed from elsewhere; write the value itself (the shell can "
-                         "fill it in), and leave secrets to the environment")
+        raise BadRequest(f"{path}={node}: values are not computed from elsewhere; write the value itself (the shell "
+                         "can fill it in), and leave secrets to the environment")
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -108,8 +108,8 @@ def check_overrides(overrides: list[str]) -> None:
         if "_target_" in text:
             raise BadRequest(f"{shown}: unknown key; a config names no code, only values")
         if PASSWORD.search(text):
-            raise BadRequest(f"{shown.split('=', 1)[0]}: holds a password, and a config is saved with the run; leave it "
-                             "out of the URL and put it into the environment")
+            raise BadRequest(f"{shown.split('=', 1)[0]}: holds a password, and a config is saved with the run; leave "
+                             "it out of the URL and put it into the environment")
         if override.key_or_group.startswith("hydra"):
             continue
         if override.is_delete():
@@ -258,8 +258,8 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
     import hydra
 
     for flag in filter(FOREIGN.match, arguments):
-        raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours into "
-                         "conf/experiment/")
+        raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours "
+                         "into conf/experiment/")
     register()
     codes: list[int] = []
 

@@ -1,13 +1,19 @@
 """Whole runs through the command line, on Ray actors and under torchrun. Tiny model, a few files of text."""
 
+import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -226,29 +232,69 @@ def test_a_crash_loop_ends_with_its_own_exit_code_and_the_evidence(text, tmp_pat
     assert "usd_total" in summary and events(tmp_path / "run", "run_failed")
 
 
+PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+           "HF_TOKEN": secrets.token_hex(20), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+"""Secrets in the environment of the cluster and of whoever submits to it."""
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray head with four CPUs and a job server, on loopback, with token authentication."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    port, dashboard = free_port(), free_port()
+    """A Ray head with four CPUs and a job server, on loopback, with token authentication; its session's folder."""
+    port, dashboard, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     done = subprocess.run([*ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
-                           f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"],
-                          env=environment(**token), capture_output=True, text=True, timeout=60)
+                           f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
+                           f"--temp-dir={folder}"],
+                          env=environment(RAY_AUTH_MODE="token", **PLANTED), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    yield {"RAY_ADDRESS": f"127.0.0.1:{port}", **token}, f"http://127.0.0.1:{dashboard}"
+    yield ({"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", **PLANTED}, f"http://127.0.0.1:{dashboard}",
+           Path(folder))
     subprocess.run([*ray, "stop", "--force"], env=environment(), capture_output=True, timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_ray_job_submit_runs_from_the_repositorys_root(cluster, text, whole, tmp_path):
-    submitted = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", cluster[1], "--working-dir", ".",
-         "--", "python", *command(text, tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=environment(**cluster[0], PYTHONPATH=""))
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "completed: 8 steps" in submitted.stdout
-    assert losses(tmp_path) == losses(whole[0])
+@contextlib.contextmanager
+def arguments_seen() -> Iterator[set[bytes]]:
+    """The command lines of all processes on this machine, collected until the end."""
+    seen, over = set(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            for file in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    seen.add(file.read_bytes())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    yield seen
+    over.set()
+    thread.join()
+
+
+def test_launch_hands_a_run_to_a_ray_cluster_and_no_secret_is_left_anywhere(cluster, text, whole, tmp_path):
+    variables, dashboard, session = cluster
+    with arguments_seen() as arguments:
+        launched = subprocess.run(
+            [sys.executable, "-m", "orchestrator", "launch", "launch=ray_job", f"launch.address={dashboard}",
+             *command(text, tmp_path / "run", "tracker.wandb=offline")[3:]], cwd=tmp_path, capture_output=True,
+            text=True, timeout=240, env=environment(**variables))
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert "completed: 8 steps" in launched.stdout
+    assert losses(tmp_path / "run") == losses(whole[0])
+    report = sparing("-m", "orchestrator", "report", str(tmp_path / "run"), **variables)
+    assert report.returncode == 0 and (tmp_path / "run" / "report.html").exists()
+    request = urllib.request.Request(f"{dashboard}/api/jobs/", headers={
+        "Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        jobs = answer.read()
+    left = {str(path): path.read_bytes() for folder in (tmp_path, session) for path in folder.rglob("*")
+            if path.is_file()}
+    assert any("/wandb/" in path for path in left) and any("job-driver" in path for path in left)
+    assert any(b"ray_job" in line for line in arguments)
+    left |= {"output": (launched.stdout + launched.stderr + report.stdout + report.stderr).encode(),
+             "what the dashboard says of jobs": jobs, "arguments": b"\n".join(arguments)}
+    for name, secret in PLANTED.items():
+        assert [path for path, content in left.items() if secret.encode() in content] == [], name
 
 
 def test_a_cluster_without_room_says_what_is_missing(cluster, text, tmp_path):
