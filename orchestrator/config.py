@@ -217,7 +217,7 @@ class ClusterConfig:
     resources: dict[str, float] = field(default_factory=dict)
     """Of Ray's custom resources, what every rank takes beside its device, as in {rack1: 1}."""
     join_timeout_s: float = 0.0
-    """Longest wait for a Ray cluster's nodes to join before what is missing is said and the run ends."""
+    """Longest wait for a Ray cluster's head to answer and its nodes to join before what is missing is said."""
     start_timeout_s: float = 120.0
     """Longest wait for the ranks to be placed and connected."""
     step_timeout_s: float = 600.0

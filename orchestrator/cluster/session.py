@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 
 import ray
@@ -24,7 +25,7 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         return
     try:
         if kind is ClusterKind.ray:
-            _knock(os.environ.get("RAY_ADDRESS", ""))
+            _knock(os.environ.get("RAY_ADDRESS", ""), patience_s=config.cluster.join_timeout_s)
             ray.init(address="auto", **quiet)
         else:
             os.environ.pop("RAY_ADDRESS", None)
@@ -45,14 +46,17 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Whether anybody listens there; Ray itself would try for minutes."""
+def _knock(address: str, *, patience_s: float) -> None:
+    """Whether anybody listens there; Ray itself would try for minutes. A head that is just starting is waited for."""
     host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in address:
+    deadline = time.monotonic() + patience_s
+    while host and port.isdigit() and "/" not in address:
         try:
-            socket.create_connection((host, int(port)), timeout=10).close()
+            return socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise ConnectionError(f"{address}: {error}") from error
+            if time.monotonic() >= deadline:
+                raise ConnectionError(f"{address}: {error}") from error
+        time.sleep(1.0)
 
 
 def _source_root() -> str:
