@@ -134,7 +134,7 @@ def test_a_bad_request_is_explained(arguments, message):
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated():
-    with pytest.raises(BadRequest, match=r"without a user or password") as caught:
+    with pytest.raises(BadRequest, match=r"launch\.address: holds a password") as caught:
         filled("launch=ray_job", "launch.address=http://me:hunter2@head:8265", "run.dir=/x")
     assert "hunter2" not in str(caught.value)
 
