@@ -23,15 +23,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import Attention, ModelConfig
+from model.fp8 import E4M3, TILE, Quantized, weight_dequant, weight_quant
 from model.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of
 from model.transformer import Transformer
+
+SCALE = "_scale_inv"
+"""What DeepSeek's files append to the name of an E4M3 weight for its scales."""
+PROJECTION = re.compile(r"(?<!\.eh)_proj(_with_mqa)?\.weight$|\.w[123]\.weight$")
+"""What they hold in E4M3: every projection of a block, not the router, nor the MTP module's own (`eh_proj`)."""
 
 
 def export(path: str | Path, config: ModelConfig, tensors: Mapping[str, Tensor], *,
            dtype: torch.dtype = torch.float32, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` loads; config.json comes last.
 
-    tensors: our state dict, or a mapping that reads each tensor as it is asked for. Router biases stay fp32.
+    tensors: our state dict, or a mapping that reads each tensor as it is asked for. Router biases stay fp32. With
+    dtype=torch.float8_e4m3fn the files are as DeepSeek releases them: projections in 128x128 blocks of E4M3, each with
+    a `weight_scale_inv` in fp32 beside it, the rest bf16.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -46,11 +54,10 @@ def export(path: str | Path, config: ModelConfig, tensors: Mapping[str, Tensor],
         for name in names:
             key, tensor = next(stream)
             assert key == name
-            # A clone, since safetensors refuses tensors that share memory, as one matrix's gate and up rows do.
-            shard[key] = tensor.to(_dtype_of(key, dtype), copy=True).contiguous()
-            total += shard[key].nbytes
+            shard |= _as_stored(key, tensor, dtype)
+        total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(shard, file)
     _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(path / "config.json", metadata)
 
@@ -64,6 +71,8 @@ def load(path: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     path = Path(path)
     config = config_from_hf(_read_json(path / "config.json"), name=path.resolve().name)
     files = SafetensorsDirectory(path)
+    if any(key.endswith(SCALE) for key in files):
+        files = Dequantized(files)
     if not any(key.startswith(f"model.layers.{config.n_layers}.") for key in files):
         config = dataclasses.replace(config, n_mtp_layers=0)
     return config, from_hf(files, config)
@@ -143,6 +152,31 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
             except SafetensorError as error:
                 raise ValueError(f"{self.path / file}: must be whole safetensors; copy it again ({error})") from None
         return self._open[file]
+
+
+class Dequantized(Mapping[str, Tensor]):
+    """Tensors of a DeepSeek FP8 checkpoint in fp32: values times the scales of their 128x128 blocks, exactly."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self.names = [key for key in tensors if not key.endswith(SCALE)]
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self.tensors[key]
+        if key + SCALE not in self.tensors:
+            return tensor
+        scale = self.tensors[key + SCALE].float()
+        blocks = [-(-size // TILE) for size in tensor.shape]
+        if tensor.dtype != E4M3 or list(scale.shape) != blocks:
+            raise ValueError(f"{key}: is {tensor.dtype} with {list(scale.shape)} scales, must be {E4M3} with {blocks}, "
+                             f"one for each block of {TILE}x{TILE}; take both from the same model")
+        return weight_dequant(Quantized(tensor, scale))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -231,7 +265,8 @@ def _assemble(tensors: Mapping[str, Tensor], shape: torch.Size, parts: list[Part
             raise ValueError(f"{part.key}: has shape {list(piece.shape)}, must have {list(expected)} by config.json; "
                              f"take both from the same model")
         if not piece.dtype.is_floating_point or piece.dtype.itemsize == 1:
-            raise ValueError(f"{part.key}: is {piece.dtype}, must be bf16, fp16 or fp32; convert the model first")
+            raise ValueError(f"{part.key}: is {piece.dtype}, must be bf16, fp16 or fp32, or E4M3 with {SCALE[1:]}; "
+                             f"convert the model first")
         if part.copy:
             if not torch.equal(piece, out):
                 raise ValueError(f"{part.key}: must equal {parts[0].key}, which MTP modules share; "
@@ -260,7 +295,7 @@ def _plan_shards(config: ModelConfig, dtype: torch.dtype, max_bytes: int) -> lis
     for name, shape in tensor_shapes(config).items():
         whole = torch.empty(shape, device="meta")
         for part in _parts(name, shape, config):
-            size = whole[part.index].numel() * _dtype_of(part.key, dtype).itemsize
+            size = sum(tensor.nbytes for tensor in _as_stored(part.key, whole[part.index], dtype).values())
             if size > room and shards[-1]:
                 shards.append([])
                 room = max_bytes
@@ -269,8 +304,15 @@ def _plan_shards(config: ModelConfig, dtype: torch.dtype, max_bytes: int) -> lis
     return shards
 
 
-def _dtype_of(key: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if key.endswith("e_score_correction_bias") else dtype
+def _as_stored(key: str, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the files hold of a tensor. Clones, since safetensors refuses tensors that share memory, as one matrix's
+    gate and up rows do."""
+    if dtype == E4M3 and PROJECTION.search(key):
+        quantized = weight_quant(tensor)
+        return {key: quantized.data, key + SCALE: quantized.scale}
+    kept = torch.bfloat16 if dtype == E4M3 else dtype
+    kept = torch.float32 if key.endswith("e_score_correction_bias") else kept
+    return {key: tensor.to(kept, copy=True).contiguous()}
 
 
 def _read_json(path: Path) -> dict:

@@ -12,9 +12,14 @@ import torch
 
 from model.config import Attention, ModelConfig, QKNorm, ScoreFunc
 
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+"""`quantization_config` of DeepSeek-V3's release (README_WEIGHTS.md)."""
+
 
 def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> dict:
-    """config.json. `ValueError` for a shape that no family of `transformers` has."""
+    """config.json, with E4M3 as DeepSeek's FP8 releases have it. `ValueError` for a shape that no family of
+    `transformers` has."""
+    fp8 = dtype == torch.float8_e4m3fn
     model_type = family_of(config)
     family = FAMILIES[model_type]
     _check_expressible(config)
@@ -23,7 +28,8 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> 
     if model_type == "deepseek_v2":
         values["topk_method"] = "group_limited_greedy" if config.n_expert_groups > 1 else "greedy"
     return {"architectures": [family.architecture], "model_type": model_type,
-            "torch_dtype": str(dtype).removeprefix("torch."), **values, **family.constants,
+            "torch_dtype": str(torch.bfloat16 if fp8 else dtype).removeprefix("torch."),
+            **({"quantization_config": dict(FP8)} if fp8 else {}), **values, **family.constants,
             "rope_theta": config.rope_theta, "rope_scaling": _yarn_to_hf(config),
             "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True,
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -32,10 +38,11 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> 
 def config_from_hf(values: Mapping, *, name: str = "custom") -> ModelConfig:
     """The shape that a config.json describes. `ValueError` names what cannot be expressed."""
     family = _family_named(values.get("architectures"))
-    for key, only in {**family.constants, "hidden_act": "silu", "quantization_config": None}.items():
+    for key, only in {**family.constants, "hidden_act": "silu"}.items():
         if values.get(key, only) != only:
             raise ValueError(f"config.json: {key}={values[key]}: must be {only}, nothing else is implemented; "
                              f"convert the model first or choose another")
+    _check_quantization(values.get("quantization_config"))
     rope = values.get("rope_parameters") or {**(values.get("rope_scaling") or {}),
                                              "rope_theta": values.get("rope_theta", 10000.0)}
     found = {"name": name, **family.implied, **_yarn_from_hf(rope)}
@@ -184,6 +191,14 @@ def _check_expressible(config: ModelConfig) -> None:
                          "weight 1, where this model keeps the affinity; use norm_topk=false, the same function here")
     if config.rope_factor > 1 and not config.mscale_all_dim and config.mscale != 1:
         raise ValueError(f"model.mscale={config.mscale}: must be 1 where mscale_all_dim=0, as in transformers; set it")
+
+
+def _check_quantization(found: Mapping | None) -> None:
+    """Weights in the blocks of DeepSeek's FP8 releases can be read, whatever else their keys say of activations."""
+    for key in ("quant_method", "fmt", "weight_block_size") if found is not None else ():
+        if found.get(key, FP8[key] if key == "fmt" else None) != FP8[key]:
+            raise ValueError(f"config.json: quantization_config.{key}={found.get(key)}: must be {FP8[key]}, nothing "
+                             f"else is implemented; convert the model first or choose another")
 
 
 def _yarn_to_hf(config: ModelConfig) -> dict | None:

@@ -25,7 +25,7 @@ usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ..
   status  RUN                what a live run is doing: who hosts what, load, rate, cost so far
   report  RUN [RUN ...]      one self-contained HTML page (and Markdown) about finished runs; out=FILE.html
   compare [OVERRIDES]        train the model and its dense twins on the same data: what each loss cost, measured
-  export  CHECKPOINT DIR     write a Hugging Face directory; dtype=fp32 or dtype=bf16
+  export  CHECKPOINT DIR     write a Hugging Face directory; dtype=fp32, bf16 or fp8
   import  DIR CHECKPOINT     read a Hugging Face directory; then train with resume=CHECKPOINT
   generate CHECKPOINT [..]   text from a prompt, streamed; speculative=compare says what drafts gain
   serve   CHECKPOINT         an OpenAI-compatible server: completions and chat, continuous batching, its own bill
@@ -65,7 +65,7 @@ batch_ramp_steps, validate_every and validate_sequences.""",
     "status": "usage: sparing status RUN\n\nRUN is a run directory, such as runs/tiny-20261124-120000.",
     "report": "usage: sparing report RUN [RUN ...] [out=FILE.html]\n\n"
               "Several runs are overlaid. Default: RUN/report.html.",
-    "export": "usage: sparing export CHECKPOINT DIR [dtype=fp32|bf16]\n\n"
+    "export": "usage: sparing export CHECKPOINT DIR [dtype=fp32|bf16|fp8]\n\n"
               "CHECKPOINT may be a run directory: its newest.",
     "import": "usage: sparing import DIR CHECKPOINT\n\n"
               "DIR holds config.json and safetensors of a supported architecture.",
@@ -177,7 +177,7 @@ def _export(arguments: list[str]) -> int:
 
     named, rest = options("export", arguments, ("dtype",), HELP["export"])
     source, out = positional("export", rest, 2, HELP["export"])
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
     dtype = named.get("dtype", "fp32")
     if dtype not in dtypes:
         raise BadRequest(f"dtype={dtype}: must be one of {', '.join(dtypes)}; use dtype=fp32")

@@ -205,7 +205,8 @@ def test_a_directory_in_use_is_not_overwritten(exported):
 
 @pytest.mark.parametrize("changes, message", [
     ({"architectures": ["GPT2LMHeadModel"]}, r"architectures=\['GPT2LMHeadModel'\]: must be one of Deepseek"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*: must be None"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.weight_block_size=None: must be"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method=gptq: must be fp8"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu: must be silu"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "must be null or yarn"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
@@ -244,3 +245,43 @@ def test_a_tensor_that_the_index_misplaces_is_named(exported):
     save_file({key: value for key, value in shard.items() if key != name}, file)
     with pytest.raises(ValueError, match=f"lacks {name}, which the index places there"):
         dict(load(exported)[1])
+
+
+def test_an_fp8_export_has_deepseeks_layout_and_reads_back_as_transformers_reads_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(TINY, dim=256, inter_dim=384, n_mtp_layers=1)
+    tensors = random_tensors(config)
+    export(tmp_path / "model", config, tensors, dtype=torch.float8_e4m3fn, max_shard_bytes=100_000)
+    files, values = all_files(tmp_path / "model"), json.loads((tmp_path / "model" / "config.json").read_text())
+    quantized = {name for name, tensor in files.items() if tensor.dtype == torch.float8_e4m3fn}
+    # As in the release: all projections of a block but the MTP module's own, and neither router, embedding nor head.
+    assert {name for name in files if name.endswith(("_proj.weight", "_mqa.weight"))} - quantized == {
+        "model.layers.3.eh_proj.weight"}
+    assert all(files[f"{name}_scale_inv"].shape == (-(-files[name].shape[0] // 128), -(-files[name].shape[1] // 128))
+               for name in quantized)
+    assert {files[name].dtype for name in files if name.endswith("_scale_inv")} == {torch.float32}
+    assert {str(tensor.dtype) for name, tensor in files.items() if name not in quantized and "_scale" not in name} == {
+        "torch.bfloat16", "torch.float32"}
+    assert set(json.loads((tmp_path / "model/model.safetensors.index.json").read_text())["weight_map"]) == set(files)
+    assert transformers.FineGrainedFP8Config.from_dict(values["quantization_config"]).weight_block_size == [128, 128]
+    found, loaded = load(tmp_path / "model")
+    loaded = dict(loaded)
+    assert found.n_mtp_layers == 1 and loaded.keys() == tensors.keys()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32,
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True)).state_dict()
+    for ours, key in [("layers.0.ffn.w2.weight", "model.layers.0.mlp.down_proj.weight"),
+                      ("layers.1.attention.wkv_a.weight", "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"),
+                      ("layers.2.moe.experts.w13", "model.layers.2.mlp.experts.gate_up_proj"),
+                      ("lm_head.weight", "lm_head.weight")]:
+        assert torch.equal(loaded[ours].float(), theirs[key].float()), ours
+        assert (loaded[ours] - tensors[ours]).abs().max() <= tensors[ours].abs().max() / 28
+
+
+def test_fp8_scales_of_another_shape_are_refused(tmp_path):
+    export(tmp_path / "model", LLAMA, random_tensors(LLAMA), dtype=torch.float8_e4m3fn)
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    shard = load_file(file)
+    save_file(shard | {"model.layers.0.mlp.down_proj.weight_scale_inv": torch.ones(3, 1)}, file)
+    with pytest.raises(ValueError, match=r"down_proj.weight: is torch.float8_e4m3fn with \[3, 1\] scales"):
+        dict(load(tmp_path / "model")[1])
