@@ -1,7 +1,10 @@
 """`sparing plan explain=true`: how each number of the best layout came about, by term, with its equation's name."""
 
 from model import count
-from orchestrator.plan.estimate import estimate, layer_time
+from orchestrator.plan.block import layer_time, shapes
+from orchestrator.plan.confidence import band, made
+from orchestrator.plan.estimate import estimate
+from orchestrator.plan.kernels import product_s, rates_of
 from orchestrator.plan.planner import Plan
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_page import dense_rows
@@ -56,20 +59,30 @@ def _flops(work: Workload, data: dict) -> list[Line]:
 
 
 def _layer(work: Workload) -> list[Line]:
-    lines, assumed, hardware = [], work.assumptions, work.hardware
+    lines, hardware, assumed = [], work.hardware, work.assumptions
+    rates = rates_of(hardware, work.dtype, assumed, work.stack.attention)
     kinds = [("dense", False)] * (work.model.n_dense_layers > 0 or not work.model.n_routed_experts)
     kinds += [("MoE", True)] * (work.model.n_routed_experts > 0)
     for name, moe in kinds:
-        found = layer_time(work, moe)
-        lines += [(f"{name}: forward", f"{found.forward * 1e3:.2f} ms", "products / (peak x share of dtype) + "
-                   "attention core / (bf16 peak x share) + bytes / (memory bandwidth x share)"),
-                  (f"{name}: input gradients", f"{found.backward * 1e3:.2f} ms", "the same, core 2.5 times, bytes 1.5 "
-                   f"times; recompute={work.recompute.name}"),
-                  (f"{name}: weight gradients", f"{found.weight * 1e3:.2f} ms", "products again")]
+        found, rest = layer_time(work, moe), 0.0
+        for rows, columns, inner, groups, low in shapes(work, moe):
+            seconds = product_s(rates, rows, columns, inner, groups=groups, low=low)
+            rest += seconds
+            many = f" in each of {groups:,.0f} experts" if groups > 1 else ""
+            lines.append((f"{name}: {rows:,.0f} x {inner:,.0f} times {inner:,.0f} x {columns:,.0f}{many}",
+                          f"{seconds * 1e3:.3f} ms", "FLOPs / (best rate x fitted share x tiles filled x inner size), "
+                          f"or bytes; {work.dtype if low else 'bf16'}"))
+        lines += [(f"{name}: all else in forward", f"{(found.forward - rest) * 1e3:.3f} ms", "attention core by its share "
+                   "of the peak, other operators by bytes and launches x the stack's overhead, "
+                   f"{work.stack.overhead:g} ({work.stack.name})"),
+                  (f"{name}: forward", f"{found.forward * 1e3:.2f} ms", "their sum"),
+                  (f"{name}: input gradients", f"{found.backward * 1e3:.2f} ms", "the products turned, core 2.5 times, "
+                   f"and recompute={work.recompute.name}"),
+                  (f"{name}: weight gradients", f"{found.weight * 1e3:.2f} ms", "the products turned the other way")]
         if found.sent_bytes or found.up_bytes:
             lines += [(f"{name}: to other nodes", f"{found.sent_bytes / 1e6:.0f} MB", "node-limited all-to-all (V3 "
-                       f"report, 3.2.2), ep={work.ep}; over {hardware.scale_out_gb_per_s:g} GB/s x {assumed.network:g}"
-                       f", x {assumed.network_overlapped:g} under overlap"),
+                       f"report, 3.2.2), ep={work.ep}, imbalance {work.imbalance:g}; over "
+                       f"{hardware.scale_out_gb_per_s:g} GB/s x {assumed.network:g}, or x {assumed.network_overlapped:g} beside computation"),
                       (f"{name}: inside the node", f"{found.up_bytes / 1e6:.0f} MB",
                        f"the same over {hardware.scale_up_gb_per_s:g} GB/s")]
     return lines
@@ -83,9 +96,12 @@ def _step(work: Workload) -> list[Line]:
                     f"{min(map(len, ranges))} to {max(map(len, ranges))} layers, {sum(map(len, table))} slots",
         "bubble": "the same rank idle on that clock",
         "reduce": "reduce-scatter of fp32 gradients, all-gather of bf16 weights, over the slower link",
-        "optimizer": "AdamW by bytes: 34 a parameter that the rank owns / memory bandwidth"}
+        "optimizer": "AdamW by bytes: 34 a parameter that the rank owns, 8 a local gradient / memory bandwidth"}
     lines = [(name, f"{seconds:.3f} s", equations.get(name, "")) for name, seconds in found.parts_s.items()]
+    low, high = band(work)
     return [*lines, ("step", f"{found.step_time_s:.3f} s", "their sum"),
+            ("P10 to P90", f"{low * found.step_time_s:.2f} to {high * found.step_time_s:.2f} s",
+             f"{made(work)}: where eight of ten published runs of its kind lay (conf/bands.yaml)"),
             ("bubble fraction", f"{found.bubble_fraction:.1%}", "idle share of all ranks' time on the clock")]
 
 

@@ -11,7 +11,7 @@ from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
-from orchestrator.plan_table import dollars, price_words
+from orchestrator.plan_table import band_words, dollars, price_words
 from orchestrator.report_plots import format_number, stacked_bar
 from orchestrator.report_style import STYLE, details, figure, table
 
@@ -52,7 +52,7 @@ def _tiles(data: dict) -> str:
     tiles = [("step", f"{best['step_time_s']:.2f} s", f"{best['bubble_fraction']:.0%} bubble"),
              ("MFU", f"{best['mfu']:.1%}", "bf16 peak, causal attention"),
              ("steady bill", dollars(bill["steady"]["usd"]), f"{bill['steady']['gpu_hours']:,.0f} GPU-hours, "
-              f"{bill['steady']['days']:.1f} days"),
+              f"{bill['steady']['days']:.1f} days; {band_words(bill)}"),
              ("expected bill", dollars(bill["expected"]["usd"]), f"{bill['expected']['days']:.1f} days; production "
               f"factor {bill['production_factor']:.3f}")]
     return '<dl class="tiles">' + "".join(

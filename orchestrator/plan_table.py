@@ -77,6 +77,12 @@ def price_words(price: dict) -> str:
     return f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}, {price['date'] or 'no date'}{old})"
 
 
+def band_words(bill: dict) -> str:
+    """How the step was predicted, and where eight of ten published runs of its kind lay."""
+    usd = "" if bill["band_usd"] is None else " (P10-P90 {} to {})".format(*map(dollars, bill["band_usd"]))
+    return f"{bill['made']}{usd}"
+
+
 def _print_step(console, data: dict) -> None:
     best, have = data["best"], data["hardware"]["memory_gib"]
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in best["parts_s"].items())
@@ -96,7 +102,7 @@ def _print_bills(console, bill: dict) -> None:
     console.print(f"\nat {price_words(price)}")
     table = _grid("<bill", "GPU-hours", "days", "USD", "<what it counts")
     own = {term["name"]: term for term in expected["terms"]}
-    table.add_row("steady", *_sums(steady), "step time x steps; DeepSeek's published bill is of this kind")
+    table.add_row("steady", *_sums(steady), f"step time x steps, as DeepSeek's published bill; {band_words(bill)}")
     for name in [term["name"] for term in steady["terms"]][1:]:
         table.add_row(f"  of it {name}", f"{own[name]['gpu_hours']:,.0f}", "", dollars(own[name]["usd"]),
                       own[name]["equation"])

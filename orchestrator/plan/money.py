@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from model import count
 from model.config import ModelConfig
 from orchestrator.plan.bill import Terms, make_bill
+from orchestrator.plan.confidence import band, made
 from orchestrator.plan.cost import dense_equivalents, model_flops
 from orchestrator.plan.dense import equal_loss, measured_multiplier
 from orchestrator.plan.estimate import estimate
@@ -42,7 +43,10 @@ def bill_of(request: Request, best: Candidate, terms: Terms) -> dict:
         terms=terms, usd_per_h=hardware.usd_per_h, watts=hardware.watts, step_at=_step_at(work, step_s),
         extension_s=extension_s)
     priced = {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")}
-    return {"price": priced, **found}
+    low, high = band(work)
+    return {"price": priced, "made": made(work), "band": [low, high],
+            "band_usd": None if hardware.usd_per_h is None else [found["steady"]["usd"] * edge for edge in (low, high)],
+            **found}
 
 
 def _step_at(work, step_s: float):

@@ -164,6 +164,8 @@ def test_dense_twins_go_through_the_same_search(small):
     best = plan.candidates[0]
     found = money(request, best, Terms())
     active, total, loss = (found["dense"][key] for key in ("equal_active", "equal_total", "equal_loss"))
+    (low, high), steady = found["bill"]["band_usd"], found["bill"]["steady"]["usd"]
+    assert low < steady < high and found["bill"]["made"] in ("calibrated", "formula")
     assert active["how"] == total["how"] == "simulated" and active["layout"]["ep"] == 1
     assert active["mfu"] > price(best, request)["mfu"] and active["over_pre_training"] < 1 < total["over_pre_training"]
     twin = make_plan(dataclasses.replace(request, model=count.dense_equal_active(request.model)))
