@@ -72,8 +72,8 @@ def _layer(work: Workload) -> list[Line]:
             lines.append((f"{name}: {rows:,.0f} x {inner:,.0f} times {inner:,.0f} x {columns:,.0f}{many}",
                           f"{seconds * 1e3:.3f} ms", "FLOPs / (best rate x fitted share x tiles filled x inner size), "
                           f"or bytes; {work.dtype if low else 'bf16'}"))
-        lines += [(f"{name}: all else in forward", f"{(found.forward - rest) * 1e3:.3f} ms", "attention core by its share "
-                   "of the peak, other operators by bytes and launches x the stack's overhead, "
+        lines += [(f"{name}: all else in forward", f"{(found.forward - rest) * 1e3:.3f} ms", "attention core by its "
+                   "share of the peak, other operators by bytes and launches x the stack's overhead, "
                    f"{work.stack.overhead:g} ({work.stack.name})"),
                   (f"{name}: forward", f"{found.forward * 1e3:.2f} ms", "their sum"),
                   (f"{name}: input gradients", f"{found.backward * 1e3:.2f} ms", "the products turned, core 2.5 times, "
@@ -82,7 +82,8 @@ def _layer(work: Workload) -> list[Line]:
         if found.sent_bytes or found.up_bytes:
             lines += [(f"{name}: to other nodes", f"{found.sent_bytes / 1e6:.0f} MB", "node-limited all-to-all (V3 "
                        f"report, 3.2.2), ep={work.ep}, imbalance {work.imbalance:g}; over "
-                       f"{hardware.scale_out_gb_per_s:g} GB/s x {assumed.network:g}, or x {assumed.network_overlapped:g} beside computation"),
+                       f"{hardware.scale_out_gb_per_s:g} GB/s x {assumed.network:g}, or x "
+                       f"{assumed.network_overlapped:g} beside computation"),
                       (f"{name}: inside the node", f"{found.up_bytes / 1e6:.0f} MB",
                        f"the same over {hardware.scale_up_gb_per_s:g} GB/s")]
     return lines
