@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE, DISK = Path("/tmp/soak"), Path("/tmp/soak-disk")
 DISK_MIB = 256
 STEP_TIMEOUT_S = 20
-SURVIVE_S = 240
+SURVIVE_S = 420
 """Longest time a fault may take to be survived."""
 LIBRARIES = ("ray", f"torchinductor_{getpass.getuser()}")
 """What Ray keeps of its logs, and the empty folder of torch's compiler."""
@@ -54,8 +54,8 @@ class Run:
                    f"train.steps={self.steps}", "train.batch_size=8", "train.seq_len=128", "train.validate_every=50",
                    "train.validate_sequences=16", "checkpoint.every=10",
                    "checkpoint.memory_every=5", f"checkpoint.dir={DISK}/{self.directory.name}",
-                   f"cluster.step_timeout_s={STEP_TIMEOUT_S}", f"run.dir={self.directory}",
-                   "resume=auto", *self.overrides]
+                   f"cluster.step_timeout_s={STEP_TIMEOUT_S}", "cluster.start_timeout_s=300",
+                   "cluster.replace_timeout_s=120", f"run.dir={self.directory}", "resume=auto", *self.overrides]
         log = open(f"{self.directory}.log", "ab")
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         log.close()
@@ -170,9 +170,9 @@ def fill_disk(run: Run, chance: random.Random) -> Callable[[], bool]:
     return lambda: len(run.events("checkpoint_saved")) > saved
 
 
-FAULTS = {fault.__name__: fault for fault in (
-    kill_rank, kill_rank_0, kill_two_ranks, kill_rank_in_a_save, freeze_rank, pause_rank, kill_controller, preempt,
-    damage_newest_checkpoint, fill_disk)}
+OFTEN = (kill_rank, kill_rank_0, kill_two_ranks, kill_rank_in_a_save, pause_rank, fill_disk)
+SELDOM = (freeze_rank, kill_controller, preempt, damage_newest_checkpoint)
+"""Half as often as the others: each takes a timeout or a whole start."""
 
 
 def wait_for(condition, timeout_s: float, poll_s: float = 0.1) -> bool:
@@ -194,14 +194,14 @@ def disturb(run: Run, chance: random.Random, gap_s: float, deadline: float) -> l
                 or high < 2 or len(run.ranks()) < 4:
             time.sleep(0.2)
             continue
-        deck = deck or chance.sample(sorted(FAULTS), len(FAULTS))
-        kind, at = deck.pop(), time.monotonic()
-        is_over = FAULTS[kind](run, chance)
+        deck = deck or chance.sample([*OFTEN, *OFTEN, *SELDOM], 2 * len(OFTEN) + len(SELDOM))
+        fault, at = deck.pop(), time.monotonic()
+        is_over = fault(run, chance)
         high = max(high, run.step())
         is_over = is_over or (lambda high=high: run.step() >= high + 2)
         survived = wait_for(lambda is_over=is_over: not run.go_on() or is_over(), SURVIVE_S)
         seconds = time.monotonic() - at
-        faults.append({"run": run.directory.name, "fault": kind, "step": high, "seconds": round(seconds, 2)})
+        faults.append({"run": run.directory.name, "fault": fault.__name__, "step": high, "seconds": round(seconds, 2)})
         print(json.dumps(faults[-1]), flush=True)
         if not survived:
             raise SystemExit(f"not survived:\n{Path(f'{run.directory}.log').read_text()[-3000:]}")
@@ -268,7 +268,7 @@ def soak(args: argparse.Namespace) -> None:
         faults += disturb(calm, chance, args.gap, deadline)
         check(calm, clean)
         summary = json.loads((calm.directory / "summary.json").read_text())
-        summaries.append(summary)
+        summaries.append(summary | {"resumed_past_damage": sum(bool(row["skipped"]) for row in calm.events("resumed"))})
         print(json.dumps({"run": calm.directory.name, "attempts": calm.starts, "goodput": summary["goodput"],
                           "usd": summary["usd_total"], "checked": True}), flush=True)
     tell(faults, summaries, calm_s, time.monotonic() - began)
@@ -283,6 +283,8 @@ def tell(faults: list[dict], summaries: list[dict], calm_s: float, wall_s: float
     for summary in summaries:
         buckets.update(summary["buckets_s"])
     shares = ", ".join(f"{name} {value / buckets.total():.1%}" for name, value in buckets.most_common() if value)
+    past = sum(summary["resumed_past_damage"] for summary in summaries)
+    print(f"{past} starts went past a damaged checkpoint, named in their `resumed` event")
     print(f"of {buckets.total() / 3600:.2f} device-hours: {shares}\n")
     print(f"{'fault':26}{'times':>6}{'median s':>10}{'max s':>8}")
     for kind, times in kinds.most_common():
