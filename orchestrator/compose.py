@@ -156,9 +156,12 @@ def _check_key(override, shown: str) -> None:
 def _mismatch(value: object, hint: object) -> str | None:
     """What the value should have been, if it is not."""
     if isinstance(hint, types.UnionType):
-        inner = next(item for item in hint.__args__ if item is not types.NoneType)
-        wrong = None if value is None else _mismatch(value, inner)
-        return f"{wrong}, or null" if wrong else None
+        null = types.NoneType in hint.__args__
+        if value is None and null:
+            return None
+        wrong = ["text" if item is str and not isinstance(value, str) else _mismatch(value, item)
+                 for item in hint.__args__ if item is not types.NoneType]
+        return None if None in wrong else " or ".join(wrong) + ", or null" * null
     if isinstance(value, str) and "${" in value:
         return None
     if isinstance(hint, type) and issubclass(hint, Enum):
