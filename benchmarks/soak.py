@@ -47,6 +47,9 @@ class Run:
     process: subprocess.Popen | None = None
     starts: int = 0
     exits: list[int] = field(default_factory=list)
+    log_from: int = 0
+    ray_stopped: int = 0
+    """Times that somebody else on this machine stopped our Ray (`ray stop` ends every Ray there is)."""
 
     def start(self) -> None:
         self.starts += 1
@@ -57,6 +60,7 @@ class Run:
                    f"cluster.step_timeout_s={STEP_TIMEOUT_S}", "cluster.start_timeout_s=300",
                    "cluster.replace_timeout_s=120", f"run.dir={self.directory}", "resume=auto", *self.overrides]
         log = open(f"{self.directory}.log", "ab")
+        self.log_from = log.tell()
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         log.close()
 
@@ -68,10 +72,16 @@ class Run:
         self.exits.append(code)
         if code == 0:
             return False
-        if code not in (-signal.SIGKILL, 33, 34):
-            raise SystemExit(f"exit code {code}:\n{Path(f'{self.directory}.log').read_text()[-3000:]}")
+        stopped = code == 1 and "Raylet is terminated" in self.log()
+        self.ray_stopped += stopped
+        if code not in (-signal.SIGKILL, 33, 34) and not stopped:
+            raise SystemExit(f"exit code {code}:\n{self.log()[-3000:]}")
         self.start()
         return True
+
+    def log(self) -> str:
+        """What the newest attempt said."""
+        return Path(f"{self.directory}.log").read_bytes()[self.log_from :].decode()
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict]:
         path, found = self.directory / name, []
@@ -204,7 +214,7 @@ def disturb(run: Run, chance: random.Random, gap_s: float, deadline: float) -> l
         faults.append({"run": run.directory.name, "fault": fault.__name__, "step": high, "seconds": round(seconds, 2)})
         print(json.dumps(faults[-1]), flush=True)
         if not survived:
-            raise SystemExit(f"not survived:\n{Path(f'{run.directory}.log').read_text()[-3000:]}")
+            raise SystemExit(f"not survived:\n{run.log()[-3000:]}")
         if run.exits and run.exits[-1] == 0:
             break
     return faults
@@ -254,9 +264,12 @@ def _quietly(call) -> list[str]:
 
 def soak(args: argparse.Namespace) -> None:
     began, chance = time.monotonic(), random.Random(args.seed)
-    calm = Run(PLACE / "undisturbed", args.steps, [])
-    calm.start()
-    assert calm.process.wait(1800) == 0, Path(f"{calm.directory}.log").read_text()[-3000:]
+    for attempt in range(1, 4):
+        calm = Run(PLACE / f"undisturbed-{attempt}", args.steps, [])
+        calm.start()
+        if calm.process.wait(1800) == 0:
+            break
+        print(calm.log()[-2000:], flush=True)
     clean = losses(calm)
     check(calm, clean)
     calm_s = time.monotonic() - began
@@ -268,8 +281,9 @@ def soak(args: argparse.Namespace) -> None:
         faults += disturb(calm, chance, args.gap, deadline)
         check(calm, clean)
         summary = json.loads((calm.directory / "summary.json").read_text())
-        summaries.append(summary | {"resumed_past_damage": sum(bool(row["skipped"]) for row in calm.events("resumed"))})
-        print(json.dumps({"run": calm.directory.name, "attempts": calm.starts, "goodput": summary["goodput"],
+        summaries.append(summary | {"resumed_past_damage": sum(bool(row["skipped"]) for row in calm.events("resumed")),
+                                    "ray_stopped": calm.ray_stopped})
+        print(json.dumps({"run": calm.directory.name, "attempts": calm.starts, "ray_stopped": calm.ray_stopped, "goodput": summary["goodput"],
                           "usd": summary["usd_total"], "checked": True}), flush=True)
     tell(faults, summaries, calm_s, time.monotonic() - began)
 
@@ -284,6 +298,7 @@ def tell(faults: list[dict], summaries: list[dict], calm_s: float, wall_s: float
         buckets.update(summary["buckets_s"])
     shares = ", ".join(f"{name} {value / buckets.total():.1%}" for name, value in buckets.most_common() if value)
     past = sum(summary["resumed_past_damage"] for summary in summaries)
+    print(f"{sum(summary['ray_stopped'] for summary in summaries)} times Ray was stopped from outside beside that")
     print(f"{past} starts went past a damaged checkpoint, named in their `resumed` event")
     print(f"of {buckets.total() / 3600:.2f} device-hours: {shares}\n")
     print(f"{'fault':26}{'times':>6}{'median s':>10}{'max s':>8}")
