@@ -283,8 +283,8 @@ def soak(args: argparse.Namespace) -> None:
         summary = json.loads((calm.directory / "summary.json").read_text())
         summaries.append(summary | {"resumed_past_damage": sum(bool(row["skipped"]) for row in calm.events("resumed")),
                                     "ray_stopped": calm.ray_stopped})
-        print(json.dumps({"run": calm.directory.name, "attempts": calm.starts, "ray_stopped": calm.ray_stopped, "goodput": summary["goodput"],
-                          "usd": summary["usd_total"], "checked": True}), flush=True)
+        print(json.dumps({"run": calm.directory.name, "attempts": calm.starts, "ray_stopped": calm.ray_stopped,
+                          "goodput": summary["goodput"], "usd": summary["usd_total"], "checked": True}), flush=True)
     tell(faults, summaries, calm_s, time.monotonic() - began)
 
 
