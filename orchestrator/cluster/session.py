@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.config import ClusterKind, Config
-from orchestrator.errors import NotFit
+from orchestrator.errors import NotFit, Transient
 
 
 @contextlib.contextmanager
@@ -40,6 +40,9 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
                      "cluster=local") from error
     except (RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise NotFit(f"Ray could not be started: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # Ray raises a bare one when its processes do not come up in time
+        raise Transient(f"Ray did not come up ({str(error).split('. ')[0]}); try again when the machine is less busy"
+                        ) from error
     try:
         yield
     finally:
