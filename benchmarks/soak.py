@@ -61,7 +61,9 @@ class Run:
                    "cluster.replace_timeout_s=120", f"run.dir={self.directory}", "resume=auto", *self.overrides]
         log = open(f"{self.directory}.log", "ab")
         self.log_from = log.tell()
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        # Ray puts its workers 15 below their driver, where a busy machine starves them into timeouts
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log,
+                                        env=os.environ | {"RAY_worker_niceness": "0"})
         log.close()
 
     def go_on(self) -> bool:
