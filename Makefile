@@ -9,8 +9,8 @@ STAMP := $(VENV)/installed
 train: install  ## a first run: four ranks on this machine, about two minutes on 2 cores
 	$(BIN)/sparing train experiment=tiny
 
-test: install  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+test: install  ## the whole suite, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -130,6 +130,10 @@ def train_config(config) -> int:
     from orchestrator.plan.layout import check_run
 
     check_run(config)
+    if config.run.calibrate:
+        from orchestrator.train.expected import read_calibration
+
+        read_calibration(config.run.calibrate)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from orchestrator.train.rank import train_as_rank
 

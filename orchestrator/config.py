@@ -31,6 +31,8 @@ class RunConfig:
     """Letters, digits, dot, dash, underscore."""
     dir: str | None = None
     """Run directory, any fsspec URL; default `runs/<name>-<time>`."""
+    calibrate: str | None = None
+    """A finished run whose measured parts the forecast of this one starts from; none is the formula as it stands."""
 
 
 @dataclass

@@ -238,7 +238,8 @@ def _predicted(run: Run) -> str:
                          format_number(actual) if isinstance(actual, int | float) else "-", error])
     if not rows:
         return ""
-    return figure("Predicted and measured", "the plan made before the run, and what the run did",
+    how = escape(str(predicted.get("how", "plan")))
+    return figure("Predicted and measured", f"forecast before the first step ({how}), and what the run did",
                   table(["", "predicted", "measured", "error"], rows), wide=True)
 
 

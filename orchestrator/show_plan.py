@@ -7,15 +7,18 @@ from pathlib import Path
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.bill import Terms
+from orchestrator.plan.forecast import shared_cores
 from orchestrator.plan.hardware import at_market
 from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, Request, default_batch, make_plan, to_json
+from orchestrator.plan.workload import Assumptions
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
 from orchestrator.plan_table import print_plan, reasons
+from orchestrator.train.expected import read_calibration
 
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
-OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", *TERMS)
+OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", "calibrate", *TERMS)
 
 
 def run(arguments: list[str]) -> int:
@@ -94,9 +97,10 @@ def planned(options: dict[str, str], overrides: list[str], compared: dict | None
 
 
 def read_request(options: dict[str, str], config, given: set[str]) -> Request:
-    if config.hardware.device != "cuda":
+    calibration = read_calibration(options.get("calibrate"), "calibrate")
+    if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
-                         "a100, h800, h200, b200), or a cluster that names one")
+                         "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
     devices = config.cluster.nodes * config.cluster.ranks_per_node
     if "gpus" in options:
         devices = int(_number("gpus", options["gpus"]))
@@ -111,10 +115,13 @@ def read_request(options: dict[str, str], config, given: set[str]) -> Request:
         config.model.check()
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    hardware = at_market(config.hardware, options.get("market", config.hardware.market))
+    hardware, assumptions = at_market(config.hardware, options.get("market", config.hardware.market)), Assumptions()
+    if hardware.device != "cuda":
+        hardware, assumptions = shared_cores(hardware, devices, calibration)
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
     batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
-    return Request(config.model, hardware, devices, _number("tokens", options["tokens"]), seq_len, batch, dtype)
+    return Request(config.model, hardware, devices, _number("tokens", options["tokens"]), seq_len, batch, dtype,
+                   assumptions=assumptions, calibration=calibration)
 
 
 def _terms(options: dict[str, str], config) -> Terms:

@@ -13,6 +13,8 @@ from orchestrator.plan.workload import Workload
 
 
 def made(work: Workload) -> str:
+    if work.calibration.run:
+        return "measured"
     if work.hardware.gemm_share is None:
         return "extrapolated"
     return "calibrated" if work.stack.rows else "formula"
@@ -21,8 +23,10 @@ def made(work: Workload) -> str:
 def band(work: Workload) -> tuple[float, float]:
     """P10 and P90 of published over predicted time, so that both times a prediction are its band. From residuals of
     the fitted rows (benchmarks/fit_planner.py): with the stack's scalar, without it, and without the device's shares
-    too; dense and mixture of experts apart."""
-    low, high = _bands()[f"{made(work)}_{'moe' if work.model.n_routed_experts else 'dense'}"]
+    too; dense and mixture of experts apart. No published rows say how far a run's own calibration carries: it has the
+    band of the stack's."""
+    how = "calibrated" if work.calibration.run else made(work)
+    low, high = _bands()[f"{how}_{'moe' if work.model.n_routed_experts else 'dense'}"]
     return low, high
 
 

@@ -43,10 +43,12 @@ def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
     ranges, table, chains = pipeline_of(work)
     times = stage_times(work, ranges)
     link = _link_bytes_per_s(work, crossing_nodes=work.dp * work.tp * work.cp >= work.hardware.scale_up_devices)
-    transfer = work.microbatch_tokens / work.tp * work.model.dim * 2 / (link * work.assumptions.network)
+    scale = work.calibration.forward_backward
+    transfer = scale * work.microbatch_tokens / work.tp * work.model.dim * 2 / (link * work.assumptions.network)
     timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, chains=chains)
     busiest = max(timeline.busy)
-    reduce, optimizer = reduce_s(work, ranges, table, busiest), _optimizer_s(work, ranges, table)
+    reduce = scale * reduce_s(work, ranges, table, busiest)
+    optimizer = work.calibration.optimizer * _optimizer_s(work, ranges, table)
     parts = {"pipeline": busiest, "bubble": timeline.step_time - busiest, "reduce": reduce, "optimizer": optimizer}
     return parts, timeline
 
@@ -98,8 +100,9 @@ def _stage_time(work: Workload, total: LayerTime) -> StageTime:
         beside *= work.hardware.multiprocessors / (work.hardware.multiprocessors - work.assumptions.communication_sms)
     overlapped = max(beside, both) * work.assumptions.overlap_cost if both else compute
     again = alone if work.recompute is Recompute.full else 0.0
-    return StageTime(total.forward + alone, total.backward + alone + again, total.weight,
-                     overlapped=min(overlapped, compute + 2 * alone + again))
+    scale = work.calibration.forward_backward
+    return StageTime(scale * (total.forward + alone), scale * (total.backward + alone + again), scale * total.weight,
+                     overlapped=scale * min(overlapped, compute + 2 * alone + again))
 
 
 def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:

@@ -14,7 +14,7 @@ from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
 from orchestrator.plan.estimate import Estimate, estimate
 from orchestrator.plan.layout import SPLIT_BACKWARD, stages_per_rank
 from orchestrator.plan.memory import too_large
-from orchestrator.plan.workload import Assumptions, Workload
+from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
 SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
@@ -35,6 +35,7 @@ class Request:
     dtype: str = "bf16"
     schedules: tuple[str, ...] = tuple(SCHEDULES)
     assumptions: Assumptions = Assumptions()
+    calibration: Calibration = Calibration()
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def layouts(request: Request) -> Iterator[Workload]:
                     for recompute in (Recompute.none, Recompute.full):
                         yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp, ep,
                                        schedule, request.batch_size // (dp * sequences), recompute=recompute,
-                                       dtype=request.dtype, assumptions=request.assumptions)
+                                       dtype=request.dtype, assumptions=request.assumptions,
+                                       calibration=request.calibration)
 
 
 def illegal(work: Workload) -> str | None:

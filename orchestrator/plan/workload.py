@@ -63,6 +63,19 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What one run measured over what was predicted of it (`forecast.calibrate`); all 1 is the formula as it stands."""
+
+    forward_backward: float = 1.0
+    optimizer: float = 1.0
+    peak_flops_per_s: float | None = None
+    """That run's measured GEMM, of a rank with a core of its own; only a CPU's counts."""
+    cores: int = 0
+    """Of that run's machine, which its ranks share; 0 on GPUs."""
+    run: str = ""
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is trained, how it is laid out, and on what."""
 
@@ -98,6 +111,7 @@ class Workload:
     keeping: Keeping = PLANNED
     """What the training program keeps in memory."""
     assumptions: Assumptions = field(default_factory=Assumptions)
+    calibration: Calibration = Calibration()
 
     @property
     def devices(self) -> int:

@@ -4,6 +4,8 @@ Every rank keeps accounts, so that the loop needs no branches; rank 0's are the 
 """
 
 import math
+import os
+import statistics
 import time
 from statistics import fmean
 
@@ -23,8 +25,11 @@ from orchestrator.train import metrics
 from orchestrator.train.cadence import Cadence
 from orchestrator.train.control import Recovery
 from orchestrator.train.data import Corpus
+from orchestrator.train.expected import expected
 from orchestrator.train.finish import read_summary, summarise
 
+PREDICTED = ("step_time_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "memory_peak_gib", "steps_usd")
+"""Logged as lines beside what is measured."""
 TEARDOWN_S = 3.0
 """Wall time kept in hand for the release of the devices when a budget is about to end a run."""
 
@@ -48,6 +53,7 @@ class Accounts:
         self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
                                wall_s=self.ledger.charged_s(time.time()) / self.devices)
         self.recoveries_s: list[float] = []
+        self.predicted = expected(config, mesh, peak_flops_per_s) if self.tracker is not None else {}
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
         self.parts: list[dict[str, float]] = []
@@ -61,6 +67,7 @@ class Accounts:
         recovery, now = self.recovery, time.time()
         if recovery is None:
             self.ledger.charge("startup", now - self.placed_at)
+            self.event("predicted", **self.predicted)
             self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
                        device=self.mesh.device.type, peak_flops_per_s=self.peak)
             return
@@ -179,7 +186,9 @@ class Accounts:
             "bits_per_byte": {"validation": progress.extra.get("bits_per_byte"), **self.corpus.baselines},
             "tokens_per_s": self.kept_tokens / seconds if seconds else None,
             "step_time_s": sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None,
-            "parts_s": _mean(self.parts), "memory_peak_gib": self._peak_gib(),
+            "predicted": self.predicted, "parts_s": _medians(self.parts), "memory_peak_gib": self._peak_gib(),
+            "machine": {"device": self.mesh.device.type, "peak_flops_per_s": self.peak,
+                        "ranks_per_node": self.mesh.info.local_world_size, "cores": os.cpu_count() or 1},
             "peak_flops_per_s": self.peak, "device": self.mesh.device.type,
             "model_flops_total": model_flops(self.config.model, progress.tokens, self.config.train.seq_len),
             "ledger": self.ledger.to_dict(now), "checkpoint": checkpoint,
@@ -241,16 +250,19 @@ class Accounts:
                     devices=self.devices, peak_flops_per_s=self.peak) if self.kept_seconds else None
         dense = dense_equivalents(config.model, tokens, seq_len=config.train.seq_len, mfu=share,
                                   peak_flops_per_s=self.peak, usd_per_h=config.hardware.usd_per_h, devices=self.devices)
-        row = {"cost/device_hours": self.ledger.device_hours(now), "cost/usd_total": usd,
-               "cost/usd_per_million_tokens": usd_per_million_tokens(usd, tokens)}
+        row = {f"predicted/{key}": self.predicted[key] for key in PREDICTED if self.predicted.get(key) is not None}
+        row |= {"cost/device_hours": self.ledger.device_hours(now), "cost/usd_total": usd,
+                "cost/usd_per_million_tokens": usd_per_million_tokens(usd, tokens),
+                **{f"cost/bucket_s/{name}": seconds for name, seconds in self.ledger.buckets_s.items()}}
         for name, twin in dense.items():
             row[f"cost/dense_{name}_device_hours"], row[f"cost/dense_{name}_usd"] = twin["device_hours"], twin["usd"]
         return row
 
 
-def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Of the last steps: what happens seldom is left out."""
     names = {name for found in parts for name in found}
-    return {name: sum(found.get(name, 0.0) for found in parts) / len(parts) for name in sorted(names)}
+    return {name: statistics.median(found.get(name, 0.0) for found in parts) for name in sorted(names)}
 
 
 def peak_flops_per_s(config: Config, device: torch.device, dtype: torch.dtype) -> float:

@@ -72,7 +72,8 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
         "predicted": result.get("predicted") or {},
         "measured": {
             "step_time_s": result.get("step_time_s"),
-            "parts_s": result.get("parts_s") or {},
+            **{f"{name}_s": seconds for name, seconds in (result.get("parts_s") or {}).items()},
+            "machine": result.get("machine"),
             "memory_peak_gib": result.get("memory_peak_gib"),
             "skipped_steps": result.get("skipped_steps"),
             "loss_spikes": result.get("loss_spikes"),

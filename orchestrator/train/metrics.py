@@ -215,7 +215,13 @@ class WandbSink:
         self.run.log(values)
 
     def _finish(self, summary: dict) -> None:
+        import wandb
+
         self.run.summary.update({key: value for key, value in summary.items() if value is not None})
+        twins = {"this run": summary, **summary.get("dense", {})}
+        rows = [[name, twin.get("device_hours"), twin.get("usd_total", twin.get("usd"))]
+                for name, twin in twins.items() if isinstance(twin, dict)]
+        self.run.log({"dense": wandb.Table(columns=["same tokens", "device-hours", "USD"], data=rows)})
         self.run.finish(exit_code=1 if summary.get("status") == "failed" else 0)
 
 

@@ -1,0 +1,78 @@
+"""Forecast against measured step time on this machine: one layout calibrates, the others are foretold.
+
+    python benchmarks/local_forecast.py                     # tiny and mini, twelve layouts each
+    python benchmarks/local_forecast.py --models tiny --steps 12
+
+Every row is a `sparing train` of its own (by torchrun), its forecast made before its first step from the first row's
+run (`run.calibrate`). Run it on a machine that does nothing else.
+"""
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CALIBRATION = "pp=2 dp=2 ep=2 schedule=1f1b microbatches=4"
+LAYOUTS = ["pp=1 dp=1 ep=1 microbatches=1", "pp=1 dp=1 ep=1 microbatches=4", "pp=1 dp=2 ep=1 microbatches=1",
+           "pp=1 dp=2 ep=2 microbatches=2", "pp=1 dp=4 ep=4 microbatches=1", "pp=1 dp=4 ep=2 microbatches=1",
+           "pp=2 dp=1 ep=1 schedule=gpipe microbatches=4", "pp=2 dp=1 ep=1 schedule=1f1b microbatches=4",
+           "pp=2 dp=1 ep=1 schedule=interleaved_1f1b microbatches=4", "pp=2 dp=1 ep=1 schedule=zbv microbatches=4",
+           "pp=2 dp=1 ep=1 schedule=dualpipev microbatches=4",
+           "pp=2 dp=1 ep=1 schedule=interleaved_zero_bubble microbatches=4",
+           "pp=2 dp=2 ep=2 schedule=dualpipev microbatches=4", "pp=4 dp=1 ep=1 schedule=1f1b microbatches=4"]
+SIZES = {"tiny": ["train.batch_size=16", "train.seq_len=256"], "mini": ["train.batch_size=8", "train.seq_len=256"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", default="tiny,mini")
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for model in arguments.models.split(","):
+            errors = []
+            print(f"{model:66}{'predicted':>10}{'measured':>10}{'error':>8}", flush=True)
+            for number, layout in enumerate([CALIBRATION, *LAYOUTS]):
+                run = Path(folder) / f"{model}-{number}"
+                learnt = [f"run.calibrate={folder}/{model}-0"] if number else []
+                summary = train(model, layout, run, arguments.steps, learnt)
+                predicted, measured = summary["predicted"]["step_time_s"], median_step(run)
+                error = predicted / measured - 1
+                if number:
+                    errors.append(abs(error))
+                print(f"{layout:62}{'' if number else ' fit':4}{predicted:>9.3f}s{measured:>9.3f}s{error:>+8.0%}",
+                      flush=True)
+            print(f"{model}: mean absolute error {statistics.mean(errors):.1%} of {len(errors)} layouts, "
+                  f"{sum(error <= 0.15 for error in errors)} within 15%, worst {max(errors):.0%}\n", flush=True)
+
+
+def median_step(run: Path) -> float:
+    """Seconds, the first steps left out: they warm up."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median([row["time/step_s"] for row in rows][2:])
+
+
+def train(model: str, layout: str, run: Path, steps: int, extra: list[str]) -> dict:
+    keys = dict(word.split("=") for word in layout.split())
+    words = [f"model={model}", *SIZES[model], *(f"layout.{key}={value}" for key, value in keys.items()),
+             f"train.steps={steps}", "train.validate_every=0", "train.validate_sequences=16", "checkpoint.every=0",
+             "checkpoint.memory_every=0", "tracker=off", f"run.dir={run}", *extra]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = int(keys["pp"]) * int(keys["dp"])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
+                           f"--master-port={port}", "-m", "orchestrator", "train", *words], cwd=ROOT, text=True,
+                          capture_output=True)
+    if done.returncode:
+        sys.exit(f"{layout}: {done.stdout}{done.stderr}")
+    return json.loads((run / "summary.json").read_text())
+
+
+if __name__ == "__main__":
+    main()

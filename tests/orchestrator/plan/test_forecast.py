@@ -1,0 +1,51 @@
+"""A run's own forecast: the planner's figures for its layout, shared cores, and what a measured run changes."""
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.compose import compose_config
+from orchestrator.plan.estimate import estimate
+from orchestrator.plan.forecast import Machine, calibrate, forecast, workload_of
+
+CPU = Machine("cpu", 4e10, ranks_per_node=4, cores=2)
+TINY = ["experiment=tiny", "hardware=cpu"]
+
+
+def test_on_a_gpu_it_is_the_planners_estimate_of_that_layout():
+    config = compose_config(["model=deepseek_v2_lite", "hardware=h100", "layout.pp=2", "layout.dp=8", "layout.ep=8",
+                             "layout.microbatches=4", "train.batch_size=64", "train.seq_len=2048"])
+    machine = Machine("cuda", config.hardware.bf16_tflops * 1e12, ranks_per_node=8)
+    found, planned = forecast(config, machine), estimate(workload_of(config, machine))
+    assert found["step_time_s"] == pytest.approx(planned.step_time_s) and found["how"] == "formula"
+    assert found["memory_peak_gib"] == planned.memory_gib["total"]
+    hours = found["step_time_s"] * config.train.steps * 16 / 3600
+    assert found["steps_usd"] == pytest.approx(hours * config.hardware.usd_per_h)
+
+
+def test_ranks_that_share_cores_take_as_long_as_their_work_on_those_cores():
+    config = compose_config(TINY + ["layout=ep4"])
+    alone, crowded = (forecast(config, replace(CPU, peak_flops_per_s=peak, cores=cores))
+                      for peak, cores in ((8e10, 4), (4e10, 2)))
+    assert crowded["forward_backward_s"] >= 1.9 * alone["forward_backward_s"]
+    piped = compose_config(TINY + ["layout=pp2_ep2"])
+    full = forecast(piped, replace(CPU, peak_flops_per_s=8e10, cores=4))
+    shared = forecast(piped, CPU)
+    assert full["bubble"] > 0.1 and shared["forward_backward_s"] < 2 * full["forward_backward_s"], "idle ranks lend"
+
+
+def test_a_calibrated_forecast_of_the_same_run_is_what_that_run_measured():
+    config, measured = compose_config(TINY), {"forward_backward_s": 1.25, "optimizer_s": 0.03}
+    learnt = calibrate(config, CPU, measured, "runs/before")
+    again = forecast(config, replace(CPU, peak_flops_per_s=5e10), learnt)
+    assert again["forward_backward_s"] == pytest.approx(1.25) and again["optimizer_s"] == pytest.approx(0.03)
+    assert again["how"] == "calibrated on runs/before"
+    other = compose_config(TINY + ["train.batch_size=32"])
+    ratio = forecast(other, CPU)["forward_backward_s"] / forecast(config, CPU)["forward_backward_s"]
+    assert forecast(other, CPU, learnt)["forward_backward_s"] == pytest.approx(1.25 * ratio)
+
+
+def test_hardware_without_a_figure_is_named():
+    config = compose_config(["model=tiny", "hardware=h100", "hardware.memory_gb_per_s=null"])
+    with pytest.raises(ValueError, match="hardware.memory_gb_per_s"):
+        forecast(config, Machine("cuda", 1e14))

@@ -1,0 +1,49 @@
+"""A calibration is read from a finished run, or refused by name."""
+
+import json
+
+import pytest
+import yaml
+
+from orchestrator.compose import compose_config
+from orchestrator.config import to_dict
+from orchestrator.errors import BadRequest
+from orchestrator.plan.forecast import Machine, forecast
+from orchestrator.show_plan import planned
+from orchestrator.train.expected import read_calibration
+
+
+def test_a_finished_run_teaches_the_next_forecast(tmp_path):
+    config, machine = compose_config(["experiment=tiny", "hardware=cpu"]), Machine("cpu", 4e10, 4, 2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    measured = {"forward_backward_s": 2.0, "optimizer_s": 0.1, "machine": vars(machine)}
+    (tmp_path / "summary.json").write_text(json.dumps({"measured": measured}))
+    learnt = read_calibration(str(tmp_path))
+    assert forecast(config, machine, learnt)["step_time_s"] == pytest.approx(2.1)
+    assert read_calibration(None).forward_backward == 1.0
+
+
+@pytest.mark.parametrize("summary", [None, {"measured": {"step_time_s": 1.0}}])
+def test_a_run_without_measured_parts_is_refused_by_name(tmp_path, summary):
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(BadRequest, match=f"run.calibrate={tmp_path}: holds no finished run"):
+        read_calibration(str(tmp_path))
+
+
+def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
+    config, machine = compose_config(["experiment=tiny", "hardware=cpu"]), Machine("cpu", 4e10, 4, 2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    before = forecast(config, machine)
+    measured = {key: 3 * before[key] for key in ("forward_backward_s", "optimizer_s")} | {"machine": vars(machine)}
+    (tmp_path / "summary.json").write_text(json.dumps({"measured": measured}))
+    words = ["model=tiny", "hardware=cpu", "train.batch_size=16", "train.seq_len=256"]
+    options = {"gpus": "4", "tokens": "1e6", "calibrate": str(tmp_path)}
+    _, data = planned(options, words)
+    same = next(row for row in data["candidates"] if {"pp": 2, "ep": 2, "schedule": "1f1b", "microbatches": 2,
+                                                      "recompute": "none"}.items() <= row["layout"].items())
+    assert 1 <= same["step_time_s"] / (3 * before["step_time_s"]) < 1.5, "cores that idle ranks lend are not counted"
+    with pytest.raises(BadRequest, match="hardware=cpu: a plan needs a GPU's data sheet"):
+        planned({"gpus": "4", "tokens": "1e6"}, words)
+    with pytest.raises(BadRequest, match="calibrate=/nowhere: holds no finished run"):
+        planned({"gpus": "4", "tokens": "1e6", "calibrate": "/nowhere"}, words)
