@@ -27,6 +27,7 @@ usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ..
   compare [OVERRIDES]        train the model and its dense twins on the same data: what each loss cost, measured
   export  CHECKPOINT DIR     write a Hugging Face directory; dtype=fp32, bf16 or fp8
   import  DIR CHECKPOINT     read a Hugging Face directory; then train with resume=CHECKPOINT
+  evaluate CHECKPOINT [..]   bits per byte and perplexity on text, or tasks of lm-evaluation-harness
   generate CHECKPOINT [..]   text from a prompt, streamed; speculative=compare says what drafts gain
   serve   CHECKPOINT         an OpenAI-compatible server: completions and chat, continuous batching, its own bill
 
@@ -71,9 +72,8 @@ batch_ramp_steps, validate_every and validate_sequences.""",
               "DIR holds config.json and safetensors of a supported architecture.",
 }
 # Verbs that have a module of their own, with HELP and run(arguments) -> exit code; imported when called.
-MODULES = {"compare": "orchestrator.compare", "generate": "orchestrator.generate", "launch": "orchestrator.launch",
-           "serve": "orchestrator.serve"}
-PLANNED = ("evaluate",)
+MODULES = {"compare": "orchestrator.compare", "evaluate": "orchestrator.evaluate", "generate": "orchestrator.generate",
+           "launch": "orchestrator.launch", "serve": "orchestrator.serve"}
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 
@@ -96,8 +96,6 @@ def _run(argv: list[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     verb, arguments = argv[0], argv[1:]
-    if verb in PLANNED:
-        raise BadRequest(f"{verb}: is not built yet; there are {', '.join([*VERBS, *MODULES])}")
     if verb in MODULES:
         module = importlib.import_module(MODULES[verb])
         if arguments[:1] in (["-h"], ["--help"]):

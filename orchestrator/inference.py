@@ -36,6 +36,8 @@ class Weights:
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
     tokenizer: str
     """`byte`, or the path of a tokenizer.json; as it was in training, or beside a Hugging Face model."""
+    trained_len: int
+    """Tokens of a training sequence, where that is known."""
 
     def items(self) -> Iterable[tuple[str, Tensor]]:
         return self.tensors.items() if isinstance(self.tensors, Mapping) else self.tensors
@@ -43,11 +45,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A whole model in memory, in eval mode, with its tokenizer. `window`: the most tokens a sequence may have."""
+    """A whole model in memory, in eval mode, with its tokenizer. `window`: the most tokens a sequence may have;
+    `trained_len`: how many its training sequences had, where that is known."""
 
     path: str
     model: Transformer
     tokenizer: Tokenizer
+    trained_len: int
 
     @property
     def window(self) -> int:
@@ -61,7 +65,7 @@ def open_weights(path: str) -> Iterator[Weights]:
         with _plain_errors():
             config, tensors = hf.load(path)
         beside = os.path.join(path, "tokenizer.json")
-        yield Weights(path, config, tensors, beside if os.path.isfile(beside) else "")
+        yield Weights(path, config, tensors, beside if os.path.isfile(beside) else "", config.max_seq_len)
         return
     checkpoint = newest_under(path)
     if checkpoint is None:
@@ -70,8 +74,10 @@ def open_weights(path: str) -> Iterator[Weights]:
     with contextlib.closing(Loader(checkpoint)) as loader:
         with _plain_errors():
             config = from_dict(ModelConfig, loader.state["config"]["model"])
-            data = from_dict(DataConfig, loader.state["config"]["data"])
-        yield Weights(checkpoint, config, StateDict(loader, config), data.tokenizer)
+            tokenizer = from_dict(DataConfig, loader.state["config"]["data"]).tokenizer
+        # An imported checkpoint was trained elsewhere: its config says nothing of that.
+        seq_len = config.max_seq_len if loader.state.get("weights_only") else loader.state["config"]["train"]["seq_len"]
+        yield Weights(checkpoint, config, StateDict(loader, config), tokenizer, seq_len)
 
 
 def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = torch.float32,
@@ -96,7 +102,7 @@ def finish_loading(weights: Weights, model: Transformer, items: Iterable[tuple[s
             setattr(model.get_submodule(owner), key, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not missing, missing
-    return Loaded(weights.path, model.eval().requires_grad_(False), text)
+    return Loaded(weights.path, model.eval().requires_grad_(False), text, weights.trained_len)
 
 
 def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:

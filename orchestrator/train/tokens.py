@@ -58,24 +58,25 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
     return target
 
 
-def find_files(path: str) -> list[str]:
+def find_files(path: str, key: str = "data.path") -> list[str]:
     """Files that `data.path` means, sorted: globs, comma separated, `stdlib`, or one folder of it: `stdlib:encodings`.
+    `key` is what an error names.
     """
     if path.split(":")[0] == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"], path.removeprefix("stdlib").removeprefix(":"))
         if not root.is_dir():
-            raise BadRequest(f"data.path={path}: the library has no folder of that name; use stdlib")
+            raise BadRequest(f"{key}={path}: the library has no folder of that name; use stdlib")
         left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
         return sorted(str(file) for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
     found = set()
     for pattern in filter(None, (part.strip() for part in path.split(","))):
         matches = storage.glob(pattern)
         if not matches:
-            raise BadRequest(f"data.path={pattern}: matches no file; give a path or glob of text, .jsonl or .parquet "
+            raise BadRequest(f"{key}={pattern}: matches no file; give a path or glob of text, .jsonl or .parquet "
                              "files, or stdlib")
         found.update(matches)
     if not found:
-        raise BadRequest(f"data.path={path!r}: names no file; give a glob, or stdlib")
+        raise BadRequest(f"{key}={path!r}: names no file; give a glob, or stdlib")
     return sorted(found)
 
 

@@ -161,7 +161,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     (["train", "train.stepz=3"], 2, "error: train.stepz: unknown key"),
     (["train", "layout.ep=3"], 2, "error: layout.ep=3: must divide"),
     (["trian"], 2, "did you mean train?"),
-    (["evaluate"], 2, "evaluate: is not built yet; there are train, plan"),
     (["status", "nowhere"], 2, "nowhere: is no run directory"),
     (["report", "nowhere"], 2, "nowhere"),
     (["report"], 2, "no run directory was given"),

@@ -34,7 +34,7 @@ def loaded() -> Loaded:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return Loaded("", model.eval().requires_grad_(False), load_tokenizer("byte"))
+    return Loaded("", model.eval().requires_grad_(False), load_tokenizer("byte"), CAPACITY)
 
 
 class Server:

@@ -1,0 +1,80 @@
+"""How likely a model finds given tokens: log-probabilities of rows, and of long texts in strided windows. No text here.
+
+Shapes: B rows of a batch, S tokens of its longest row, N scored tokens, D dim.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.attention import rope_table
+from model.transformer import Transformer
+
+BATCH_TOKENS = 8192
+HEAD_ROWS = 2048
+
+
+class Score(NamedTuple):
+    """Of the scored tokens of one row, [N] each: log-probability (nats), and whether it is the likeliest token."""
+
+    log_prob: Tensor
+    is_best: Tensor
+
+
+@torch.inference_mode()
+def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[Score]:
+    """Tokens of each row from index `first` (at least 1) on, given all before them. Rows of like length go together."""
+    model.eval()
+    found: list[Score | None] = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    while order:
+        size = max(1, BATCH_TOKENS // len(rows[order[-1]]))
+        batch, order = order[-size:], order[:-size]
+        hidden = _hidden(model, [rows[i] for i in batch])
+        for states, i in zip(hidden, batch, strict=True):
+            targets = torch.tensor(rows[i][firsts[i] :], device=states.device)
+            states = states[firsts[i] - 1 : len(rows[i]) - 1]
+            parts = [_score(model, *part) for part in zip(states.split(HEAD_ROWS), targets.split(HEAD_ROWS),
+                                                          strict=True)]
+            found[i] = Score(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return found
+
+
+def score_text(model: Transformer, tokens: Sequence[int], *, before: int, window: int, stride: int) -> Score:
+    """Every token of a text of any length once, with at least `window - stride` tokens of context where there are so
+    many. `before` is the token that the text begins after: the one that ends a document."""
+    text = [before, *tokens]
+    spans = windows(len(text), window, stride)
+    scores = score(model, [text[start:stop] for start, stop, _ in spans],
+                   [first - start for start, _, first in spans])
+    return Score(*(torch.cat(tensors) for tensors in zip(*scores, strict=True)))
+
+
+def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first scored) of the spans that score tokens 1 to length - 1 of a text once each. A span reads
+    `window` tokens to predict its last; spans after the first score `stride` tokens, the last one what is left."""
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride={stride}: must lie between 1 and window={window}; use {max(1, window // 2)}")
+    spans, scored = [], 1
+    while scored < length:
+        stop = min(length, window + 1 if scored == 1 else scored + stride)
+        spans.append((max(0, stop - window - 1), stop, scored))
+        scored = stop
+    return spans
+
+
+def _hidden(model: Transformer, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Normalised hidden states [B, S, D]; what pads shorter rows comes after them and is seen by none of theirs."""
+    width, device = max(map(len, rows)), model.tok_embeddings.weight.device
+    x = model.embed(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device))
+    rope = rope_table(model.config, width, device)
+    for block in model.layers.values():
+        x = block(x, rope)
+    return model.norm(x)
+
+
+def _score(model: Transformer, states: Tensor, targets: Tensor) -> Score:
+    logits = model.head(states).float()
+    return Score(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu(), (logits.argmax(-1) == targets).cpu())

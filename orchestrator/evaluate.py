@@ -1,0 +1,129 @@
+"""`sparing evaluate`: bits per byte and perplexity on text, and tasks of lm-evaluation-harness (evaluate_tasks.py)."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from orchestrator.arguments import number, options, positional
+from orchestrator.errors import BadRequest
+
+HELP = """\
+usage: sparing evaluate CHECKPOINT text=FILE[,FILE ...] [KEY=VALUE ...]
+       sparing evaluate CHECKPOINT tasks=NAME[,NAME ...] task_dir=DIR [limit=N]
+
+  sparing evaluate runs/mine text=held-out.txt               bits per byte and perplexity
+  sparing evaluate runs/mine text='corpus/*.jsonl' stride=1  every token with the most context (slow)
+  sparing evaluate runs/mine tasks=mine task_dir=tasks/      DIR/mine.yaml by lm-evaluation-harness, on local data
+
+CHECKPOINT is a run directory, a checkpoint in it, or a Hugging Face directory.
+  window=N         tokens read to predict one; default: the length it was trained on
+  stride=N         tokens scored per window; default: half of it
+  text_key=text    field that holds the text in JSON lines and Parquet
+  tokenizer=FILE   a tokenizer.json or `byte`, where the checkpoint names none
+  out=FILE.json    the result, for programs"""
+
+OPTIONS = ("text", "tasks", "task_dir", "limit", "window", "stride", "text_key", "tokenizer", "out")
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """Sums over one file's documents, and what they make."""
+
+    file: str
+    documents: int
+    bytes: int
+    tokens: int
+    nats: float
+    right: int
+    """Tokens that the model found likeliest."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(min(700.0, self.nats / self.tokens))
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity}
+
+
+def run(arguments: list[str]) -> int:
+    named, rest = options("evaluate", arguments, OPTIONS, HELP)
+    (path,) = positional("evaluate", rest, 1, HELP)
+    if ("text" in named) == ("tasks" in named):
+        raise BadRequest("evaluate: takes text=FILE or tasks=NAME, one of them; see `sparing evaluate --help`")
+    if "tasks" in named and "task_dir" not in named:
+        raise BadRequest(f"tasks={named['tasks']}: needs the folder with their YAML files; add task_dir=DIR")
+    from orchestrator.inference import load_for_inference
+
+    loaded = load_for_inference(path, tokenizer=named.get("tokenizer", ""))
+    if "tasks" in named:
+        from orchestrator.evaluate_tasks import evaluate_tasks, table
+
+        limit = int(number(named, "limit", 1, 1)) if "limit" in named else None
+        results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=limit)
+        print(table(results))
+        _write(named, {"path": loaded.path, "tasks": results["results"]})
+        return 0
+    window = int(number(named, "window", min(loaded.trained_len, loaded.window), 1, loaded.window))
+    stride = int(number(named, "stride", max(1, window // 2), 1, window))
+    results = evaluate_text(loaded, named["text"], window=window, stride=stride, text_key=named.get("text_key", "text"))
+    _write(named, {"path": loaded.path, "window": window, "stride": stride,
+                   "files": [result.as_dict() for result in results[:-1]], "total": results[-1].as_dict()})
+    return 0
+
+
+def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: str = "text") -> list[TextResult]:
+    """Score every document by itself, as one that begins after a document's end; prints a line a file and, last in
+    the list, the total."""
+    from orchestrator.train.tokens import documents, find_files
+
+    files, results = find_files(patterns, "text"), []
+    width = max(4, *(len(Path(file).name) for file in files))
+    print(f"{'text':{width}}  documents       bytes      tokens  bits/byte  perplexity  top-1   "
+          f"(window {window}, stride {stride})")
+    for file in files:
+        result = TextResult(Path(file).name, 0, 0, 0, 0.0, 0)
+        for text in documents(file, text_key):
+            if text:
+                result = _add(result, _score_document(loaded, text, window, stride))
+        if result.tokens:
+            results.append(result)
+            _print(result, width)
+    if not results:
+        raise BadRequest(f"text={patterns}: holds no text; name files with at least one character")
+    total = TextResult("all", 0, 0, 0, 0.0, 0)
+    for result in results:
+        total = _add(total, result)
+    if len(results) > 1:
+        _print(total, width)
+    return [*results, total]
+
+
+def _score_document(loaded, text: str, window: int, stride: int) -> TextResult:
+    from model.score import score_text
+
+    tokens = loaded.tokenizer.encode(text).tolist()
+    found = score_text(loaded.model, tokens, before=loaded.tokenizer.eos, window=window, stride=stride)
+    return TextResult("", 1, len(text.encode()), len(tokens), -float(found.log_prob.double().sum()),
+                      int(found.is_best.sum()))
+
+
+def _add(a: TextResult, b: TextResult) -> TextResult:
+    return TextResult(a.file, a.documents + b.documents, a.bytes + b.bytes, a.tokens + b.tokens, a.nats + b.nats,
+                      a.right + b.right)
+
+
+def _print(result: TextResult, width: int) -> None:
+    print(f"{result.file:{width}}  {result.documents:9,}  {result.bytes:10,}  {result.tokens:10,}  "
+          f"{result.bits_per_byte:9.4f}  {result.perplexity:10.4g}  {result.right / result.tokens:5.1%}", flush=True)
+
+
+def _write(named: dict[str, str], result: dict) -> None:
+    if "out" in named:
+        Path(named["out"]).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {named['out']}")

@@ -1,0 +1,35 @@
+"""Scores against transformers' loss, and strided windows against one forward per token."""
+
+import pytest
+import torch
+
+from model.hf import export
+from model.score import score, score_text, windows
+from tests.model.test_generate import V3, build
+
+TEXT = torch.randint(50, (33,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def test_rows_of_any_length_have_transformers_loss(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, rows = build(V3), [TEXT, TEXT[5:9], TEXT[:20]]
+    export(tmp_path / "hf", V3, model.state_dict())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    for row, found in zip(rows, score(model, rows, [1, 1, 1]), strict=True):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([row]), labels=torch.tensor([row])).loss
+        torch.testing.assert_close(-found.log_prob.mean(), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window, stride", [(8, 3), (8, 8), (64, 5)])
+def test_each_token_is_scored_once_with_its_windows_context(window, stride):
+    model, text = build(V3), [0, *TEXT]
+    found = score_text(model, TEXT, before=0, window=window, stride=stride)
+    assert len(found.log_prob) == len(TEXT)
+    for i, (log_prob, is_best) in enumerate(zip(*found, strict=True), 1):
+        start = next(start for start, stop, first in windows(len(text), window, stride) if first <= i < stop)
+        assert i - start >= min(i, window - stride + 1)
+        alone = model(torch.tensor([text[start:i]]))[0, -1].log_softmax(-1)
+        torch.testing.assert_close(log_prob, alone[text[i]], atol=1e-4, rtol=1e-4)
+        assert is_best == (alone.argmax() == text[i])

@@ -1,0 +1,85 @@
+"""The verb: bits per byte where they are known, refusals, and a local task under lm-evaluation-harness."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from orchestrator.__main__ import main
+from orchestrator.inference import load_for_inference
+from tests.orchestrator.test_generate import checkpoint  # noqa: F401
+
+
+def evaluate(capsys, *arguments, code=0) -> tuple[str, str]:
+    assert main(["evaluate", *map(str, arguments)]) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_a_model_that_knows_nothing_needs_the_vocabularys_bits(checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """All 264 tokens are equally likely: log2(264) bits per byte, perplexity 264, by hand."""
+    def even(path, **options):
+        loaded = load_for_inference(path, **options)
+        torch.nn.init.zeros_(loaded.model.lm_head.weight)
+        return loaded
+
+    monkeypatch.setattr("orchestrator.inference.load_for_inference", even)
+    (tmp_path / "a.txt").write_text("x" * 300)
+    (tmp_path / "b.jsonl").write_text('{"text": "a\\u00e9b"}\n{"text": "c"}\n')
+    evaluate(capsys, checkpoint, f"text={tmp_path / '*.txt'},{tmp_path / '*.jsonl'}", f"out={tmp_path / 'out.json'}")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["file"], row["documents"], row["bytes"]) for row in result["files"]] == [
+        ("a.txt", 1, 300), ("b.jsonl", 2, 5)]
+    assert result["total"]["bits_per_byte"] == pytest.approx(math.log2(264), rel=1e-5)
+    assert result["total"]["perplexity"] == pytest.approx(264, rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "takes text=FILE or tasks=NAME"),
+    (["text=nowhere.txt"], "text=nowhere.txt: matches no file"),
+    (["text=README.md", "window=97"], "window=97: must be a whole number between 1 and 96"),
+    (["text=README.md", "window=8", "stride=9"], "stride=9: must be a whole number between 1 and 8"),
+    (["tekst=README.md"], "did you mean text?"),
+    (["tasks=mine"], "add task_dir=DIR"),
+])
+def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):  # noqa: F811
+    out, err = evaluate(capsys, checkpoint, *arguments, code=2)
+    assert not out and words in err and err.count("\n") == 1
+
+
+def test_the_harness_runs_local_tasks_offline(checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Multiple choice, rolling perplexity and generation: figures of the harness against figures by hand."""
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install 'sparing[eval]'")
+    from model.score import score
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": f"def {name}", "choices": [" abc", " (x)", "zz"], "answer": i % 3, "text": name * 70}
+            for i, name in enumerate("abcdef")]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    common = (f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.json'}\n"
+              "test_split: test\n")
+    (tmp_path / "choice.yaml").write_text(
+        "task: choice\n" + common + "output_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
+        "doc_to_choice: '{{choices}}'\ntarget_delimiter: ''\ndoc_to_target: '{{answer}}'\nmetric_list:\n"
+        "  - metric: acc\n")
+    (tmp_path / "rolling.yaml").write_text(
+        "task: rolling\n" + common + "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list:\n  - metric: bits_per_byte\n")
+    (tmp_path / "say.yaml").write_text(
+        "task: say\n" + common + "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: 'x'\n"
+        "generation_kwargs:\n  max_gen_toks: 8\n  until: []\nmetric_list:\n  - metric: exact_match\n")
+    evaluate(capsys, checkpoint, "tasks=choice,rolling,say", f"task_dir={tmp_path}", f"out={tmp_path / 'out.json'}")
+    found = json.loads((tmp_path / "out.json").read_text())["tasks"]
+    model, right, nats = load_for_inference(str(checkpoint)).model, 0, 0.0
+    for row in rows:
+        question = [256, *row["question"].encode()]
+        sums = [float(score(model, [[*question, *choice.encode()]], [len(question)])[0].log_prob.sum())
+                for choice in row["choices"]]
+        right += sums.index(max(sums)) == row["answer"]
+        nats -= float(score(model, [[256, *row["text"].encode()]], [1])[0].log_prob.sum())
+    assert found["choice"]["acc,none"] == pytest.approx(right / 6)
+    assert found["rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / (6 * 70), rel=1e-4)
+    assert found["say"]["exact_match,none"] == 0
+    assert "tasks=nothing: not in task_dir" in evaluate(capsys, checkpoint, "tasks=nothing", f"task_dir={tmp_path}",
+                                                        code=2)[1]
