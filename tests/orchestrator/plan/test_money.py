@@ -7,6 +7,7 @@ import pytest
 
 from model import count
 from orchestrator.compose import compose_config
+from orchestrator.config import Recompute
 from orchestrator.plan.bill import Terms, make_bill
 from orchestrator.plan.cost import model_flops
 from orchestrator.plan.dense import (
@@ -17,10 +18,12 @@ from orchestrator.plan.dense import (
     leverage_multiplier,
     measured_multiplier,
 )
+from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.money import bill_of, dense_of, money, terms_of
-from orchestrator.plan.planner import Plan, Request, make_plan, price, to_json
+from orchestrator.plan.planner import Candidate, Plan, Request, make_plan, price, to_json
 from orchestrator.plan.published import published, serving_cost
+from orchestrator.plan.workload import Workload
 from orchestrator.plan_published import gap_lines, print_budgets, print_prices
 from orchestrator.plan_table import reasons
 from orchestrator.show_plan import read_request
@@ -39,6 +42,19 @@ def test_v3s_published_bill_is_its_steady_one():
     assert row["gpu_hours"] == 2664e3 + 119e3 + 5e3 and row["gpu_hours"] * 2 == row["usd"][0] == 5.576e6
     one = make_bill(**V3, tokens=1e12, terms=Terms())["steady"]
     assert one["gpu_hours"] == pytest.approx(180.18e3, rel=1e-4) and one["days"] == pytest.approx(3.7, abs=0.05)
+
+
+def test_v3s_own_layout_is_billed_as_published():
+    """Simulated, not fitted: 2,664K hours of pre-training; the bill within 5%. Context extension comes out too low."""
+    model, h800 = compose_config(["model=deepseek_v3"]).model, catalogue()["h800"]
+    work = Workload(model, h800, 4096, 15360, 16, 128, 64, "dualpipe", 120, dtype="fp8", recompute=Recompute.selective)
+    terms = Terms(batch_start=3072, ramp_steps=12424, extension=((1000, 1920, 32768), (1000, 480, 131072)),
+                  other_gpu_hours=5e3)
+    bill = bill_of(Request(model, h800, 2048, 14.8e12, 4096, 15360, "fp8"), Candidate(work, estimate(work)), terms)
+    found = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}
+    assert found["pre_training"] == pytest.approx(2664e3, rel=0.05)
+    assert bill["steady"]["usd"] == pytest.approx(5.576e6, rel=0.05) and bill["expected"]["usd"] > bill["steady"]["usd"]
+    assert 60e3 < found["context_32768"] + found["context_131072"] < 119e3
 
 
 def test_expected_terms_sum_and_nothing_added_is_the_steady_bill():
