@@ -232,7 +232,10 @@ class ClusterConfig:
     """Mean time between failures of one device. Llama 3 405B had 419 unexpected interruptions in 54 days on 16,384 GPUs
     (Llama team 2024, section 3.3.4); a run's own rate counts once it is higher."""
     replace_timeout_s: float = 60.0
-    """Longest wait for the place of a lost rank; afterwards the run ends, resumable."""
+    """Longest wait for the place of a lost rank; afterwards the run goes on with fewer (`min_ranks`) or ends."""
+    min_ranks: int = 0
+    """A run that finds no place for lost ranks goes on with a smaller data-parallel degree, down to this many ranks,
+    and grows back when there is room; 0 keeps the layout."""
 
 
 @dataclass

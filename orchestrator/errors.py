@@ -31,6 +31,14 @@ class Transient(SparingError):
     exit_code = 33
 
 
+class Drifted(Transient):
+    """This rank's state is not that of its peers; another one in its place goes on from a copy made before."""
+
+
+class PeerLost(Transient):
+    """Another rank is lost or to blame; this one is fit to go on."""
+
+
 class Preempted(SparingError):
     """Stopped by notice with a checkpoint; the same command continues."""
 

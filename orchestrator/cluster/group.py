@@ -1,6 +1,6 @@
 """One forming of the ranks, and the policy's view of it: who is in which state, and what ended it. No Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.cluster.policy import Decision, Fault, Phase, RankState
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Preempted
@@ -20,13 +20,15 @@ class Group:
     asked: dict
     """Outstanding question -> (rank, time.monotonic() of asking)."""
     formed_at: float
+    generation: int = 0
+    told_to_stop: set[int] = field(default_factory=set)
 
 
 def fault_of(decision: Decision, group: Group) -> Fault:
     record = group.ended.get(decision.rank, {})
     step = max((status.get("step", 0) for status in group.statuses), default=0)
     return Fault(decision.rank, decision.node, decision.cause, step, decision.exit_code,
-                 is_final=record.get("kind") in FINAL)
+                 is_final=record.get("kind") in FINAL, is_lost=decision.is_lost)
 
 
 def cause_of(record: dict | None) -> str:
@@ -36,7 +38,7 @@ def cause_of(record: dict | None) -> str:
 def state_of(rank: int, group: Group, now: float) -> RankState:
     ended, status, node = group.ended.get(rank), group.statuses[rank], group.infos[rank].node_rank
     if ended is None:
-        if status.get("heartbeat_at", 0.0) < group.formed_at:  # nothing yet, or from before this group was formed
+        if status.get("generation") != group.generation:  # nothing yet, or from before this group was formed
             return RankState(rank, Phase.start, now - group.formed_at, str(node),
                              answers=status.get("answers", True))
         phase = Phase[status["phase"]] if status.get("phase") in Phase.__members__ else Phase.start

@@ -1,11 +1,14 @@
 """Ranks onto nodes, as arithmetic over plain resource numbers: what to ask of Ray, what is missing, who is where."""
 
+import contextlib
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from orchestrator.config import Config
+from orchestrator.config import Config, LayoutConfig
+from orchestrator.errors import BadRequest
 from orchestrator.parallel.mesh import RankInfo
+from orchestrator.plan.layout import check_run
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,21 @@ def rank_infos(homes: list[tuple[str, int]], master_addr: str, master_port: int)
         infos.append(RankInfo(rank, len(homes), local_rank, sizes[node], nodes.index(node), master_addr, master_port))
         seen[node] += 1
     return infos
+
+
+def layouts(config: Config) -> dict[int, LayoutConfig]:
+    """The layouts that a run may go on with, by number of ranks, largest first: its own and, if `cluster.min_ranks`
+    says so, those with a smaller data-parallel degree. Experts are spread over as many ranks as still divide it; the
+    batch and the order of samples stay what they are."""
+    full, found = config.layout, {config.layout.pp * config.layout.dp: config.layout}
+    for dp in range(full.dp - 1, 0, -1):
+        if not config.cluster.min_ranks or full.pp * dp < config.cluster.min_ranks:
+            break
+        for ep in (ep for ep in range(min(full.ep, dp), 0, -1) if dp % ep == 0):
+            smaller = replace(full, dp=dp, ep=ep)
+            cluster = replace(config.cluster, nodes=0, ranks_per_node=0)
+            with contextlib.suppress(BadRequest):
+                check_run(replace(config, layout=smaller, cluster=cluster))
+                found[full.pp * dp] = smaller
+                break
+    return found

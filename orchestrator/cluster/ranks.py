@@ -1,8 +1,14 @@
-"""The placed actors of a run: taken from Ray once, refilled when one is lost, given back at the end."""
+"""The placed actors of a run, and all that the controller asks of Ray: form, poll, drain, refill, release.
+
+Members are actors with a rank, in rank order. The reserve are actors without one: warm spares, those left over when a
+run goes on with fewer ranks, and those that Ray has found no place for yet. Waiting for room is asking an actor of the
+reserve where it lives. `tests/orchestrator/cluster/dummy.py` stands in for this class in milliseconds.
+"""
 
 import contextlib
+import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -10,22 +16,227 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster import placement
+from orchestrator.cluster.group import Group
 from orchestrator.cluster.worker import THREADS, Worker
-from orchestrator.config import Config
+from orchestrator.config import Config, to_dict
 from orchestrator.errors import Transient
+from orchestrator.train.control import Recovery
+
+POLL_S = 0.25
+ANSWER_S = 1.5
+"""A rank that has not said how it is for this long does not answer."""
+DRAIN_S = 10.0
+"""After a fault, how long the other ranks may take to notice their lost connections."""
+LOOK_S = 1.0
+"""Between two looks at what moves slowly: nodes that are about to go, room for actors that wait."""
 
 
 @dataclass
-class Ranks:
-    """Actors, homes and bundles in rank order; spares are warm actors without a rank, each with its bundle."""
+class Member:
+    worker: object
+    bundle: int
+    home: dict | None = None
+    """As `Worker.home` told it; None while the actor has no place."""
 
-    group: PlacementGroup
-    workers: list
-    homes: list[dict]
-    bundles: list[int]
-    placed_at: float
-    spares: list[tuple] = field(default_factory=list)
-    wanted_spares: int = 0
+
+class Ranks:
+    """Actors from their placement to their release."""
+
+    def __init__(self, request: placement.Request, group: PlacementGroup, placed_at: float, expert_group: int):
+        self.request, self.group, self.placed_at, self.expert_group = request, group, placed_at, expert_group
+        self.members: list[Member] = []
+        self.reserve: list[Member] = []
+        self.homing: dict = {}
+        """Question to an actor of the reserve where it lives -> the actor."""
+        self.leaving: set[str] = set()
+        """Ray's ids of the nodes that are being drained."""
+        self.looked_at = 0.0
+
+    @property
+    def homes(self) -> list[dict]:
+        return [member.home for member in self.members]
+
+    @property
+    def there(self) -> int:
+        """Actors that have a place and keep it."""
+        return len(self._placed([*self.members, *self.reserve]))
+
+    @property
+    def leaving_ranks(self) -> list[int]:
+        """Ranks on nodes that are being drained."""
+        return [rank for rank, member in enumerate(self.members) if member.home["node"] in self.leaving]
+
+    def form(self, config: Config, attempt: int, recovery: Recovery | None) -> Group:
+        """Start the rank program on every member; rank 0 names a port that nobody has used."""
+        with contextlib.suppress(RayError):
+            self.members[0].home = ray.get(self.members[0].worker.home.remote(), timeout=10)
+        homes = [(home["node"], home["gpu"]) for home in self.homes]
+        here = len({node for node, _ in homes}) == 1
+        if not self.request.gpu and here:
+            homes = placement.simulated_homes(config)
+        infos = placement.rank_infos(homes, self.homes[0]["address"], self.homes[0]["port"])
+        plain = to_dict(config)
+        if infos[0].local_world_size != infos[0].world_size and here:
+            share = max(1, (os.cpu_count() or 1) // len(infos))
+            plain["cluster"]["threads_per_rank"] = plain["cluster"]["threads_per_rank"] or share
+        runs = [member.worker.run.remote(plain, info, self.placed_at, attempt, recovery)
+                for member, info in zip(self.members, infos, strict=True)]
+        return Group(runs, infos, {}, [{} for _ in runs], {}, time.time(), recovery.generation if recovery else 0)
+
+    def poll(self, group: Group, stop_cause: str | None) -> None:
+        """Wait a moment for ranks to end, ask the others how they are, and tell them to stop if they are to."""
+        self._collect(group, POLL_S)
+        self._ask(group)
+        for rank, member in enumerate(self.members):
+            runs = rank not in group.ended and group.statuses[rank].get("generation") == group.generation
+            if stop_cause is not None and runs and rank not in group.told_to_stop:
+                group.told_to_stop.add(rank)
+                member.worker.request_stop.remote(stop_cause, group.generation)
+        if time.monotonic() - self.looked_at > LOOK_S:
+            self.looked_at = time.monotonic()
+            self._look()
+
+    def stacks(self) -> list[str]:
+        """What the threads of every rank are doing; a rank that does not answer says so."""
+        refs = [member.worker.stacks.remote() for member in self.members]
+        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=2.0)
+        texts = ["does not answer"] * len(refs)
+        for rank, ref in enumerate(refs):
+            if ref in answered:
+                with contextlib.suppress(RayError):
+                    texts[rank] = ray.get(ref)
+        return texts
+
+    def drain(self, group: Group, lost: set[int]) -> list[int]:
+        """End the lost ranks for good and let the others come back from their broken group; the ranks to replace."""
+        lost = lost | {rank for rank, record in group.ended.items() if record.get("dead")}
+        for rank, member in enumerate(self.members):
+            if rank in lost:
+                kill(member.worker)
+            elif rank not in group.ended:
+                member.worker.leave.remote()
+        deadline = time.monotonic() + DRAIN_S
+        while len(group.ended.keys() | lost) < len(group.runs) and time.monotonic() < deadline:
+            self._collect(group, POLL_S)
+        return sorted(lost | {rank for rank in range(len(group.runs)) if rank not in group.ended}
+                      | {rank for rank, record in group.ended.items() if record.get("dead")})
+
+    def refill(self, lost: list[int], *, wanted: int, timeout_s: float, patient: bool) -> None:
+        """Give up the lost ranks and wait until `wanted` actors have a place. Who is not patient waits only for as
+        many as Ray knows of room for."""
+        for rank in sorted(lost, reverse=True):
+            member = self.members[rank]
+            kill(member.worker)
+            self.reserve.append(self._start(member.bundle))
+            member.home = None
+        for member in self.reserve:
+            member.home = None
+            self._ask_home(member)
+        deadline = time.monotonic() + timeout_s
+        while self.there < (wanted if patient else min(wanted, self._room())) and time.monotonic() < deadline:
+            self._arrivals(POLL_S)
+            for member in self._placed(self.members):
+                member.worker.status.remote()  # keeps its lease
+
+    def arrange(self, size: int) -> None:
+        """Hand out the ranks. With as many as before, all but the lost ones stay who they are."""
+        fresh = self._placed(self.reserve)
+        if size == len(self.members):
+            self.members = [member if self._placed([member]) else fresh.pop(0) for member in self.members]
+        else:
+            pool = [*self._placed(self.members), *fresh]
+            order = self.order(pool)[:size]
+            left = [member for i, member in enumerate(pool) if i not in order]
+            self.members = [pool[i] for i in order]
+            self.reserve += [member for member in left if member not in self.reserve]
+        self.reserve = [member for member in self.reserve if member not in self.members]
+
+    def order(self, members: list[Member]) -> list[int]:
+        """The members in rank order: stable by node, expert groups inside a node where one can hold them."""
+        return placement.order_ranks([(f"{member.home['address']} {member.home['node']}", member.home["gpu"])
+                                      for member in members], self.expert_group)
+
+    def release(self) -> None:
+        for member in [*self.members, *self.reserve]:
+            kill(member.worker)
+        remove_placement_group(self.group)
+
+    def _collect(self, group: Group, timeout_s: float) -> None:
+        """Wait a moment for ranks to end; note how they did."""
+        pending = [ref for rank, ref in enumerate(group.runs) if rank not in group.ended]
+        done, _ = ray.wait(pending, num_returns=1, timeout=timeout_s) if pending else ([], [])
+        for ref in done:
+            rank = group.runs.index(ref)
+            try:
+                group.ended[rank] = ray.get(ref)
+            except RayActorError as error:
+                group.ended[rank] = {"dead": True, "error": why_dead(error), "exit_code": 33, "at": time.time()}
+            except RayError as error:
+                group.ended[rank] = {"error": str(error).splitlines()[-1], "exit_code": 1, "at": time.time()}
+
+    def _ask(self, group: Group) -> None:
+        """One question a rank is under way at any time; nobody waits for a rank that does not answer."""
+        now, waiting = time.monotonic(), {rank for rank, _ in group.asked.values()}
+        for rank, member in enumerate(self.members):
+            if rank not in waiting and not group.ended.get(rank, {}).get("dead"):
+                group.asked[member.worker.status.remote()] = (rank, now)
+        refs = list(group.asked)
+        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0.1) if refs else ([], [])
+        for ref in answered:
+            rank, _ = group.asked.pop(ref)
+            with contextlib.suppress(RayError):
+                status = ray.get(ref)  # ages, since clocks of other machines may be off
+                group.statuses[rank] = status | {"answers": True, "heartbeat_at": time.time() - status["silent_s"]}
+        for rank, since in group.asked.values():
+            group.statuses[rank] = group.statuses[rank] | {"answers": time.monotonic() - since < ANSWER_S}
+
+    def _look(self) -> None:
+        """What has changed around the ranks: nodes about to go, reserves that have found a place."""
+        self.leaving = leaving_nodes()
+        for member in self.reserve:
+            if member not in self.homing.values():
+                self._ask_home(member)
+        self._arrivals(0)
+
+    def _arrivals(self, timeout_s: float) -> None:
+        refs = list(self.homing)
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
+        for ref in ready:
+            member = self.homing.pop(ref)
+            try:
+                if member.home is None:
+                    member.worker.warm.remote()
+                member.home = ray.get(ref)
+            except RayError:  # it died with its node: another one waits in its stead
+                self.reserve.remove(member)
+                self.reserve.append(self._start(member.bundle))
+                self._ask_home(self.reserve[-1])
+
+    def _ask_home(self, member: Member) -> None:
+        self.homing = {ref: asked for ref, asked in self.homing.items() if asked is not member}
+        self.homing[member.worker.home.remote()] = member
+
+    def _placed(self, members: list[Member]) -> list[Member]:
+        return [member for member in members if member.home is not None and member.home["node"] not in self.leaving]
+
+    def _room(self) -> int:
+        """Actors that could have a place now, by what Ray knows of its nodes."""
+        kind = "GPU" if self.request.gpu else "CPU"
+        total = sum(node["Resources"].get(kind, 0) for node in ray.nodes()
+                    if node["Alive"] and node["NodeID"] not in self.leaving)
+        return int(total)
+
+    def _start(self, bundle: int) -> Member:
+        """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
+        environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
+        if not self.request.gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        worker = ray.remote(Worker).options(
+            num_cpus=1, num_gpus=1 if self.request.gpu else 0, resources=self.request.custom,
+            max_concurrency=THREADS, max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
+            runtime_env={"env_vars": environment}).remote()
+        return Member(worker, bundle)
 
 
 def place(config: Config, request: placement.Request) -> Ranks:
@@ -36,9 +247,10 @@ def place(config: Config, request: placement.Request) -> Ranks:
     group = placement_group(bundles, strategy="STRICT_SPREAD" if request.spread else "PACK")
     try:
         ray.get(group.ready(), timeout=limit)
-        placed_at = time.time()
-        workers = [_start(request, group, i // each) for i in range(request.ranks)]
-        homes = ray.get([worker.home.remote() for worker in workers], timeout=max(10.0, limit - (placed_at - began)))
+        ranks = Ranks(request, group, time.time(), config.layout.ep)
+        members = [ranks._start(i // each) for i in range(request.ranks)]
+        homes = ray.get([member.worker.home.remote() for member in members],
+                        timeout=max(10.0, limit - (ranks.placed_at - began)))
     except GetTimeoutError:
         remove_placement_group(group)
         free = ray.available_resources()
@@ -50,43 +262,27 @@ def place(config: Config, request: placement.Request) -> Ranks:
     except RayError as error:
         remove_placement_group(group)
         raise Transient(f"the ranks could not be started: {str(error).splitlines()[-1]}") from None
-    order = placement.order_ranks([(f"{home['address']} {home['node']}", home["gpu"]) for home in homes],
-                                  config.layout.ep)
-    ranks = Ranks(group, [workers[i] for i in order], [homes[i] for i in order], [i // each for i in order], placed_at,
-                  wanted_spares=spares)
-    for i in range(spares):
-        _add_spare(ranks, request, request.bundles + i)
+    for member, home in zip(members, homes, strict=True):
+        member.home = home
+    order = ranks.order(members)
+    ranks.members = [members[i] for i in order]
+    ranks.reserve = [ranks._start(request.bundles + i) for i in range(spares)]
     return ranks
 
 
-def refill(ranks: Ranks, lost: list[int], request: placement.Request, *, timeout_s: float) -> None:
-    """Put a warm spare, else a new actor, into the place of every lost rank; the others stay who they are."""
-    for rank in lost:
-        free = ranks.bundles[rank]
-        if ranks.spares:
-            ranks.workers[rank], ranks.bundles[rank] = ranks.spares.pop(0)
-        else:
-            ranks.workers[rank] = _start(request, ranks.group, free)
-            free = None
-        if free is not None and len(ranks.spares) < ranks.wanted_spares:
-            _add_spare(ranks, request, free)
+def leaving_nodes() -> set[str]:
+    """Ray's ids of the nodes that a preemption notice or `ray drain-node` has announced to go."""
+    from ray._private import state  # Ray Train reads them there too; there is no public name
+
     try:
-        for rank in {0, *lost}:  # rank 0's again, for a port that nobody has used
-            ranks.homes[rank] = ray.get(ranks.workers[rank].home.remote(), timeout=timeout_s)
-    except (GetTimeoutError, RayError):
-        raise Transient(f"cluster.replace_timeout_s={timeout_s:g}: there was no place for lost rank {rank} in that "
-                        "time; continue with resume=auto when there is room") from None
+        return set(state.state.get_draining_nodes())
+    except (AttributeError, RayError):
+        return set()
 
 
 def kill(worker) -> None:
     with contextlib.suppress(RayError):
         ray.kill(worker)
-
-
-def release(ranks: Ranks) -> None:
-    for worker in [*ranks.workers, *(spare for spare, _ in ranks.spares)]:
-        kill(worker)
-    remove_placement_group(ranks.group)
 
 
 def why_dead(error: RayActorError) -> str:
@@ -95,21 +291,3 @@ def why_dead(error: RayActorError) -> str:
     telling = [line for line in lines if "exit" in line.lower() or "killed" in line.lower() or "died" in line.lower()]
     line = (telling or lines)[-1].split("Worker exit detail: ")[-1].split(" Some common causes")[0]
     return f"its process died ({line.rstrip('.')})"
-
-
-def _add_spare(ranks: Ranks, request: placement.Request, bundle: int) -> None:
-    spare = _start(request, ranks.group, bundle)
-    spare.warm.remote()
-    ranks.spares.append((spare, bundle))
-
-
-def _start(request: placement.Request, group: PlacementGroup, bundle: int):
-    """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
-    environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
-    if not request.gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return ray.remote(Worker).options(
-        num_cpus=1, num_gpus=1 if request.gpu else 0, resources=request.custom, max_concurrency=THREADS,
-        max_restarts=0,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        runtime_env={"env_vars": environment}).remote()

@@ -31,9 +31,8 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
             os.environ.pop("RAY_ADDRESS", None)
             ranks = config.layout.pp * config.layout.dp + config.cluster.spares
             path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
-            ray.init(address="local", num_cpus=max(ranks, os.cpu_count() or 1), include_dashboard=False,
-                     _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
-                     runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
+            _start(num_cpus=max(ranks, os.cpu_count() or 1), include_dashboard=False, _node_ip_address="127.0.0.1",
+                   object_store_memory=128 << 20, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
     except ConnectionError as error:
         raise NotFit("cluster=ray: no Ray cluster is reachable from here; start one with `ray start --head`, set "
                      "RAY_ADDRESS (and RAY_AUTH_MODE and the token of a cluster that asks for one), or use "
@@ -47,6 +46,15 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(**options) -> None:
+    """A Ray of our own; once more where a busy machine does not bring it up in the 30 s that Ray allows itself."""
+    try:
+        ray.init(address="local", **options)
+    except Exception:
+        ray.shutdown()
+        ray.init(address="local", **options)
 
 
 def _knock(address: str, *, patience_s: float) -> None:

@@ -11,28 +11,30 @@ import traceback
 import ray
 
 from orchestrator.config import Config, from_dict
-from orchestrator.errors import SparingError, Transient
+from orchestrator.errors import PeerLost, SparingError, Transient
 from orchestrator.parallel.mesh import RankInfo
 from orchestrator.train.control import Control, Recovery
 from orchestrator.train.replica import Replicas
 
 THREADS = 4
 """One for the rank program, the others for `status`, `request_stop` and the like."""
-LEASE_S = 60.0
-"""A running rank that nobody has asked for its status this long ends itself: its controller is gone, or its node is."""
+LEASE_S, FIRST_LEASE_S = 60.0, 600.0
+"""An actor that nobody has asked anything this long ends itself: its controller is gone, or its node is. The first
+lease is that of an actor which waits for others to be placed."""
 
 
 class Worker:
     """Method results are plain data, so that a driver needs nothing but this room's classes to read them."""
 
     def __init__(self) -> None:
-        self.control = Control()
+        self.control = Control(generation=-1)
         self.replicas = Replicas()
-        self.asked_at: float | None = None
+        self.asked_at, self.lease_s = time.monotonic(), FIRST_LEASE_S
         threading.Thread(target=self._keep_lease, daemon=True, name="lease").start()
 
     def home(self) -> dict:
         """Where this actor lives: Ray node id, address, host, pid, GPU index (-1 is none), a free port."""
+        self.asked_at = time.monotonic()
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
         with socket.socket() as probe:
@@ -48,9 +50,9 @@ class Worker:
     def run(self, config: dict, info: RankInfo, placed_at: float, attempt: int,
             recovery: Recovery | None = None) -> dict:
         """The rank program to its end: {"result": ...} or {"error": ..., "at": ..., ...}; never raises."""
-        self.asked_at = time.monotonic()
+        self.asked_at, self.lease_s = time.monotonic(), LEASE_S
+        self.control = Control(generation=recovery.generation if recovery else 0)
         outcome = self._run(config, info, placed_at, attempt, recovery)
-        self.asked_at = None
         gc.collect()  # a broken group's connections, so that its other ranks hear of it, and its devices' memory
         return outcome
 
@@ -61,7 +63,8 @@ class Worker:
             return {"result": run_rank(from_dict(Config, config), info, control=self.control, placed_at=placed_at,
                                        attempt=attempt, replicas=self.replicas, recovery=recovery)}
         except SparingError as error:
-            return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": type(error).__name__}
+            return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": type(error).__name__,
+                    "is_consequence": isinstance(error, PeerLost)}
         except BaseException as error:
             lost = _is_lost_connection(error)
             return {"error": f"{type(error).__name__}: {error}", "exit_code": Transient.exit_code if lost else 1,
@@ -75,18 +78,22 @@ class Worker:
                          for ident, frame in sys._current_frames().items())
 
     def status(self) -> dict:
-        if self.asked_at is not None:
-            self.asked_at = time.monotonic()
+        self.asked_at = time.monotonic()
         return self.control.status()
 
-    def request_stop(self, cause: str) -> None:
-        self.control.request_stop(cause)
+    def request_stop(self, cause: str, generation: int) -> None:
+        """For the forming of the ranks that it was meant for, and no later one."""
+        if self.control.generation == generation:
+            self.control.request_stop(cause)
+
+    def leave(self) -> None:
+        """Leave the group of ranks: one of them is lost, even if its process lives on and the steps go on with it."""
+        self.control.must_leave = True
 
     def _keep_lease(self) -> None:
         while True:
             time.sleep(1.0)
-            asked_at = self.asked_at
-            if asked_at is not None and time.monotonic() - asked_at > LEASE_S:
+            if time.monotonic() - self.asked_at > self.lease_s:
                 os._exit(33)
 
 

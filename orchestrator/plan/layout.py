@@ -150,7 +150,8 @@ def _check_numbers(config: Config) -> None:
         ("optim.clip_norm", optim.clip_norm, 0),
         ("cluster.nodes", config.cluster.nodes, 0), ("cluster.ranks_per_node", config.cluster.ranks_per_node, 0),
         ("cluster.threads_per_rank", config.cluster.threads_per_rank, 0),
-        ("cluster.spares", config.cluster.spares, 0), ("cluster.join_timeout_s", config.cluster.join_timeout_s, 0),
+        ("cluster.spares", config.cluster.spares, 0), ("cluster.min_ranks", config.cluster.min_ranks, 0),
+        ("cluster.join_timeout_s", config.cluster.join_timeout_s, 0),
         *((f"cluster.resources.{name}", number, 0) for name, number in config.cluster.resources.items()),
         ("checkpoint.memory_every", config.checkpoint.memory_every, 0),
     ]:
@@ -193,6 +194,8 @@ def _check_degrees(config: Config) -> None:
                 f"use one of {divisors(model.n_routed_experts)}")
     nodes, per_node = config.cluster.nodes, config.cluster.ranks_per_node
     ranks = layout.pp * layout.dp
+    require(config.cluster.min_ranks <= ranks, "cluster.min_ranks", config.cluster.min_ranks,
+            f"must not exceed the {ranks} ranks of the layout", f"use at most {ranks}, or 0")
     if nodes and per_node:
         require(nodes * per_node == ranks, "cluster.nodes", nodes,
                 f"times cluster.ranks_per_node={per_node} must equal the {ranks} ranks of layout.pp={layout.pp} x "

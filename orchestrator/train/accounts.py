@@ -71,9 +71,11 @@ class Accounts:
             self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
                        device=self.mesh.device.type, peak_flops_per_s=self.peak)
             return
-        lost_s = self.tracker.dropped.seconds if self.tracker is not None else 0.0
-        self.ledger.charge("lost_work", lost_s)
-        self.ledger.charge("restart", max(0.0, now - self.ledger.since - lost_s))
+        booked_s = math.fsum(self.ledger.buckets_s.values()) + self.unbooked_s
+        open_s = max(0.0, self.ledger.charged_s(now) - booked_s)
+        lost_s = self.tracker.dropped.seconds * self._devices_before() if self.tracker is not None else 0.0
+        self.ledger.charge("lost_work", min(lost_s, open_s), devices=1)
+        self.ledger.charge("restart", open_s - min(lost_s, open_s), devices=1)
         if self.tracker is not None:
             for event in recovery.events:
                 self.tracker.event(**event)
@@ -83,12 +85,17 @@ class Accounts:
         since, lost = time.time() - self.recovery.fault_at, self.tracker.dropped if self.tracker is not None else None
         if lost is not None:
             self.recoveries_s.append(since)
-            seconds = (since + lost.seconds) * self.devices
-            price = self.config.hardware.usd_per_h
-            self.event("recovered", step=self.progress.step, generation=self.recovery.generation, seconds=since,
-                       lost_steps=lost.rows, lost_s=lost.seconds, device_s=seconds,
-                       usd=None if price is None else seconds / 3600 * price)
+            seconds, price = (since * self.devices + lost.seconds * self._devices_before(),
+                              self.config.hardware.usd_per_h)
+            self.tracker.event("recovered", **self.recovery.decision, step=self.progress.step, seconds=since,
+                               generation=self.recovery.generation, lost_steps=lost.rows, lost_s=lost.seconds,
+                               device_s=seconds, usd=None if price is None else seconds / 3600 * price)
         self.recovery = None
+
+    def _devices_before(self) -> int:
+        """Devices that were held when the fault came."""
+        earlier = [number for at, number in self.recovery.held if at < self.recovery.fault_at]
+        return earlier[-1] if earlier else self.devices
 
     def step(self, sums, *, lr: float, seconds: float, data_s: float, parts_s: dict[str, float], saving: bool) -> dict:
         """Book one step and make its row. saving: a checkpoint was being written beside it."""
@@ -213,21 +220,25 @@ class Accounts:
         return before + (self.tracker is not None and self.tracker.dropped.rows > 0)
 
     def _open_ledger(self, restored: dict | None) -> Ledger:
-        """This run's bill so far: the checkpoint's, raised to what earlier attempts were charged after it."""
-        price = self.config.hardware.usd_per_h
-        if restored is not None and restored["ledger"]["at"] >= self.placed_at:  # held ever since: the clock ran on
-            return Ledger.from_dict(restored["ledger"], devices=self.devices, usd_per_h=price,
-                                    since=restored["ledger"]["at"])
-        if restored is None:
-            ledger = Ledger(self.devices, price, self.placed_at)
-        else:
-            ledger = Ledger.from_dict(restored["ledger"], devices=self.devices, usd_per_h=price, since=self.placed_at)
-        if self.tracker is not None:
-            if self.recovery is None:
+        """This run's bill so far: the checkpoint's, raised to what earlier attempts were charged after it. Of a
+        checkpoint of this very attempt the clock has run on since, with as many devices as were held meanwhile."""
+        price, recovery = self.config.hardware.usd_per_h, self.recovery
+        held = recovery is not None and restored is not None and restored["ledger"]["at"] >= self.placed_at
+        since = restored["ledger"]["at"] if held else self.placed_at
+        history = recovery.held if recovery is not None and recovery.held else [(0.0, self.devices)]
+        devices = next(number for at, number in reversed(history) if at <= since)
+        ledger = (Ledger(devices, price, since) if restored is None else
+                  Ledger.from_dict(restored["ledger"], devices=devices, usd_per_h=price, since=since))
+        if self.tracker is not None and not held:
+            if recovery is None:
                 ledger.catch_up(self.tracker.dropped.charged_s, "lost_work")
             summary = read_summary(self.config.run.dir)
             if summary is not None:
                 ledger.catch_up(summary["measured"]["charged_s"], "restart")
+        self.unbooked_s = ledger.settled_s - math.fsum(ledger.buckets_s.values())
+        for at, number in history:
+            if at > since:
+                ledger.resize(at, number)
         return ledger
 
     def _loads(self, counts: torch.Tensor) -> dict:

@@ -23,26 +23,35 @@ class Recovery:
     """After a rollback: the global index of the sample to go on with; the data before it led to a bad step."""
     kept: dict = field(default_factory=dict)
     """After a rollback: counts of the progress that do not go back."""
+    decision: dict = field(default_factory=dict)
+    """What was decided: action, cause, rank, node."""
+    held: list[tuple[float, int]] = field(default_factory=list)
+    """From which unix time on how many devices were held: their number may change."""
 
 
 class Control:
     """The rank program updates it, its host (a Ray actor, a signal handler) reads it and may ask it to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, generation: int = 0) -> None:
+        self.generation = generation
         self._lock = threading.Lock()
-        self._fields: dict = {"phase": "start", "heartbeat_at": time.time()}
+        self._fields: dict = {"phase": "start"}
+        self._moved_at = time.monotonic()
         self._stop_cause: str | None = None
+        self.must_leave = False
+        """The group is broken, though its connections may stand: the rank program is to end at once, without a save."""
 
     def update(self, **fields) -> None:
         """Set fields of the status; every update is a sign of progress."""
         with self._lock:
-            self._fields.update(fields, heartbeat_at=time.time())
+            self._fields.update(fields)
+            self._moved_at = time.monotonic()
 
     def status(self) -> dict:
         """A copy: rank, phase, step, steps, loss, tokens_per_s, usd_total, stages, layers, experts,
-        tokens_per_expert, heartbeat_at (unix time of the last progress)."""
+        tokens_per_expert, silent_s (since the last progress), generation."""
         with self._lock:
-            return dict(self._fields)
+            return self._fields | {"silent_s": time.monotonic() - self._moved_at, "generation": self.generation}
 
     def request_stop(self, cause: str) -> None:
         """Ask for a checkpoint and a clean end after the current step; the first cause stands."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.transformer import routers
 from orchestrator.config import ComputeDtype, Config, OnSpike
-from orchestrator.errors import NotFit, NotTrustworthy
+from orchestrator.errors import NotFit, NotTrustworthy, PeerLost
 from orchestrator.parallel.mesh import Mesh, RankInfo, connect, meet, open_store, pick_device
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.plan.layout import layout_of
@@ -31,6 +31,7 @@ from orchestrator.train.replica import Replicas
 from orchestrator.train.resume import Checkpoints
 from orchestrator.train.spikes import RollBack
 from orchestrator.train.stopwatch import Stopwatch
+from orchestrator.train.straggler import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Trainer:
         self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt,
                                        data_digest=self.corpus.digest, replicas=replicas, recovery=recovery)
         restored = self.checkpoints.restore(self.progress)
+        self.held = recovery.held if recovery is not None else []
         self.first_claim = (recovery.first_claim if recovery else 0) or self.checkpoints.saver.claim_number
         if recovery is not None and recovery.skip_to:
             self.progress.skipped_samples = recovery.skip_to - data.samples_before(self.progress.step, config.train)
@@ -110,6 +112,8 @@ class Trainer:
                                  peak_flops_per_s=peak or self._mean_over_ranks(
                                      peak_flops_per_s(config, mesh.device, compute)))
         self.checkpoints.on_event = self.accounts.event
+        self.stragglers = Stragglers(mesh, config.checkpoint.memory_every,
+                                     self.accounts.tracker.event if self.accounts.tracker is not None else None)
         if self.checkpoints.resumed:
             self.accounts.event("resumed", step=self.progress.step, **self.checkpoints.resumed)
         self.fetcher = ThreadPoolExecutor(1, thread_name_prefix="data")
@@ -128,6 +132,8 @@ class Trainer:
         status = "completed"
         upcoming = self.fetcher.submit(self._batch, progress.step)
         while progress.step < config.train.steps:
+            if self.control.must_leave:
+                raise PeerLost("the group of ranks was given up")
             began = time.perf_counter()
             tokens = upcoming.result().to(self.mesh.device, non_blocking=True)
             data_s = time.perf_counter() - began
@@ -145,7 +151,7 @@ class Trainer:
                 row |= self._validate()
             if last or self.checkpoints.may_save(progress.step, due=sums.save_due, late=sums.saving_late):
                 row |= self._save(background=not last)
-            row |= self._saves_so_far()
+            row |= self._saves_so_far() | self.stragglers.look(progress.step)
             row |= self._remember(row.get("time/checkpoint_s", 0.0), last=last)
             self.accounts.log(row)
             self._publish(phase="step", loss=row["train/loss"], tokens_per_s=row["tokens/per_s"],
@@ -179,7 +185,8 @@ class Trainer:
                  "step": progress.step, "cause": cause, "rollbacks": progress.rollbacks}
         kept = {name: getattr(progress, name) for name in ("bad_steps", "loss_spikes", "rollbacks", "rolled_back_at")}
         skip_to = data.samples_before(progress.step, self.config.train) + progress.skipped_samples
-        return Recovery(progress.rollbacks, now, [event], self.accounts.peak, self.first_claim, skip_to, kept)
+        return Recovery(progress.rollbacks, now, [event], self.accounts.peak, self.first_claim, skip_to, kept,
+                        held=self.held)
 
     def _step(self, tokens: Tensor) -> tuple[StepSums, float]:
         """Forward, backward, agree, clip, update: one optimizer step of the V3 recipe."""

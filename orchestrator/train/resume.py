@@ -18,6 +18,7 @@ from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.train import checkpoint
 from orchestrator.train.control import Recovery
+from orchestrator.train.drift import check_replicas
 from orchestrator.train.manifest import CorruptManifest
 from orchestrator.train.replica import Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
@@ -132,6 +133,7 @@ class Checkpoints:
             return
         self.buddies.advance()
         if due:
+            check_replicas(self.mesh, self.pipeline, progress)
             self.buddies.offer(progress.step, pieces_of(self.pipeline, self.optimizer, with_copies=True),
                                self._state(progress, extra()))
 
@@ -152,6 +154,7 @@ class Checkpoints:
 
     def save(self, progress, extra: dict, *, background: bool) -> None:
         """Hand this rank's state to the saver; returns when it is copied, or written if not in the background."""
+        check_replicas(self.mesh, self.pipeline, progress)
         self.report()
         self.saver.save(progress.step, pieces_of(self.pipeline, self.optimizer), self._state(progress, extra),
                         background=background and self.config.checkpoint.background)

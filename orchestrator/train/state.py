@@ -25,7 +25,7 @@ def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW, *, with_copies: 
         for name, moment in moments(optimizer, shard).items():
             pieces += _shard_pieces(f"optim.{name}", shard, moment)
     if with_copies or pipeline.mesh.coordinate.dp == 0:
-        pieces += [Piece(f"model.{key}", tuple(bias.shape), 0, bias) for key, bias in _biases(pipeline)]
+        pieces += [Piece(f"model.{key}", tuple(bias.shape), 0, bias) for key, bias in biases(pipeline)]
     return pieces
 
 
@@ -37,10 +37,21 @@ def restore(pipeline: Pipeline, optimizer: torch.optim.AdamW, loader: Loader, *,
         _read_into("model", shard, shard.value, loader)
         for name, moment in moments(optimizer, shard).items() if not weights_only else ():
             _read_into(f"optim.{name}", shard, moment, loader)
-    for key, bias in _biases(pipeline):
+    for key, bias in biases(pipeline):
         _copy(bias, f"model.{key}", loader.read(f"model.{key}"))
     if not weights_only:
         set_steps_taken(optimizer, pipeline.shards, loader.state["progress"]["optimizer_steps"])
+
+
+def biases(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
+    """The routers' biases by name: every data-parallel rank of a stage holds the same."""
+    found = []
+    for stage in pipeline.stages:
+        for name, buffer in stage.named_buffers():
+            if name.endswith(".expert_bias"):
+                found.append((name, buffer))
+    assert len(found) == sum(hasattr(r, "expert_bias") for s in pipeline.stages for _, r in routers(s))
+    return found
 
 
 def _shard_pieces(prefix: str, shard: Shard, rows: Tensor) -> list[Piece]:
@@ -72,13 +83,3 @@ def _copy(target: Tensor, key: str, saved: Tensor) -> None:
 def _expert_key(prefix: str, shard: Shard, row: int) -> str:
     layer, matrix = shard.name.rsplit(".", 1)
     return f"{prefix}.{layer}.{shard.start + row}.{matrix}"
-
-
-def _biases(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
-    found = []
-    for stage in pipeline.stages:
-        for name, buffer in stage.named_buffers():
-            if name.endswith(".expert_bias"):
-                found.append((name, buffer))
-    assert len(found) == sum(hasattr(r, "expert_bias") for s in pipeline.stages for _, r in routers(s))
-    return found

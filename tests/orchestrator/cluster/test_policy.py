@@ -32,7 +32,7 @@ def test_blames_the_rank_that_failed_on_its_own_account_even_if_others_told_firs
     seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True),
             RankState(1, Phase.step), RankState(2, Phase.failed, cause="out of memory", at=11, exit_code=1)]
     decision = decide(seen, LIMITS, 11)
-    assert (decision.action, decision.rank, decision.cause) == (Action.fail, 2, "out of memory")
+    assert (decision.action, decision.rank, decision.cause) == (Action.blame, 2, "out of memory")
 
 
 def test_blames_a_dead_rank_over_those_that_lost_their_connection_to_it():
@@ -45,14 +45,14 @@ def test_blames_a_dead_rank_over_those_that_lost_their_connection_to_it():
 def test_waits_a_moment_for_the_root_cause_behind_a_lost_connection():
     seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True), RankState(1, Phase.step)]
     assert decide(seen, LIMITS, 10.5).action is Action.wait
-    assert decide(seen, LIMITS, 10 + LIMITS.settle_s).action is Action.fail
+    assert decide(seen, LIMITS, 10 + LIMITS.settle_s).action is Action.blame
 
 
 @pytest.mark.parametrize("phase, limit", [(Phase.start, 60), (Phase.step, 30), (Phase.save, 30)])
 def test_silence_has_a_limit_per_phase(phase, limit):
     assert decide([RankState(0, phase, silent_s=limit - 1)], LIMITS, 0).action is Action.wait
     decision = decide([RankState(0, Phase.step), RankState(1, phase, silent_s=limit + 1)], LIMITS, 0)
-    assert (decision.action, decision.rank, decision.exit_code) == (Action.fail, 1, 33)
+    assert (decision.action, decision.rank, decision.exit_code) == (Action.blame, 1, 33)
     assert phase.name in decision.cause
 
 
@@ -70,13 +70,13 @@ def test_a_lost_rank_is_replaced_until_faults_come_without_progress():
     killed = [Fault(1, "0", "its process died", step, 33) for step in (5, 9, 9, 9)]
     assert [respond(killed[:n]).action for n in (1, 2, 3)] == [Action.replace] * 3
     end = respond(killed)
-    assert (end.action, end.exit_code) == (Action.fail, 93) and "3 faults without progress since step 9" in end.cause
+    assert (end.action, end.exit_code) == (Action.stop, 93) and "3 faults without progress since step 9" in end.cause
 
 
 def test_the_same_error_twice_at_one_step_is_a_bug_and_some_errors_are_final():
     bug = Fault(2, "0", "ZeroDivisionError: x", 3, 1)
     assert respond([bug]).action is Action.replace
-    assert (respond([bug, bug]).action, respond([bug, bug]).exit_code) == (Action.fail, 1)
+    assert (respond([bug, bug]).action, respond([bug, bug]).exit_code) == (Action.stop, 1)
     assert respond([bug, Fault(2, "0", "ZeroDivisionError: x", 4, 1)]).action is Action.replace
     assert respond([Fault(0, "0", "no disk", 3, 3, is_final=True)]).exit_code == 3
 

@@ -74,21 +74,30 @@ def start(*arguments: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run_dir: Path) -> list[tuple]:
     keys = ("step", "train/loss", "train/grad_norm", "validation/loss")
-    rows = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
-    return [tuple(row.get(key) for key in keys) for row in rows]
+    return [tuple(row.get(key) for key in keys) for row in rows(run_dir)]
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s: float = 180) -> None:
+def wait_until(condition, otherwise: str, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and metrics.read_text().count("\n") >= step:
-            return
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
         time.sleep(0.05)
-    process.kill()
-    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def reached(run_dir: Path, step: int) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count("\n") >= step
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    wait_until(lambda: reached(run_dir, step) or process.poll() is not None, f"step {step} was not reached")
+    assert process.poll() is None, process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -220,16 +229,19 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
         assert "does not answer" in (tmp_path / "stacks-1.txt").read_text()
 
 
-def test_a_crash_loop_ends_with_its_own_exit_code_and_the_evidence(text, tmp_path):
-    (tmp_path / "site").mkdir()
-    script = FAIL_AT.replace('raise ZeroDivisionError("scripted failure")', "os.kill(os.getpid(), 9)")
-    (tmp_path / "site" / "sitecustomize.py").write_text(script)
-    done = sparing(*command(text, tmp_path / "run"), PYTHONPATH=f"{ROOT}:{tmp_path / 'site'}")
-    assert done.returncode == 93, done.stdout + done.stderr
-    assert "3 faults without progress" in done.stderr and "rank 2: its process died" in done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed" and summary["usd_total"] > 0
-    assert "usd_total" in summary and events(tmp_path / "run", "run_failed")
+def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(text, clean, tmp_path):
+    process = start(*command(text, tmp_path, *LONG))
+    wait_for_step(tmp_path, 23, process)
+    pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "ranks outlive their driver")
+    dropped = [row for row in rows(tmp_path) if row["step"] > 20]
+    done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path) == clean
+    bill = [row["cost/usd_total"] for row in rows(tmp_path)]
+    assert bill == sorted(bill) and bill[20] > dropped[-1]["cost/usd_total"], "what is charged never goes back"
 
 
 PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
@@ -245,7 +257,8 @@ def cluster():
     done = subprocess.run([*ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
                            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
                            f"--temp-dir={folder}"],
-                          env=environment(RAY_AUTH_MODE="token", **PLANTED), capture_output=True, text=True, timeout=60)
+                          env=environment(RAY_AUTH_MODE="token", RAY_JOB_STOP_WAIT_TIME_S="60", **PLANTED),
+                          capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     yield ({"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", **PLANTED}, f"http://127.0.0.1:{dashboard}",
            Path(folder))
@@ -295,6 +308,21 @@ def test_launch_hands_a_run_to_a_ray_cluster_and_no_secret_is_left_anywhere(clus
              "what the dashboard says of jobs": jobs, "arguments": b"\n".join(arguments)}
     for name, secret in PLANTED.items():
         assert [path for path, content in left.items() if secret.encode() in content] == [], name
+
+
+def test_ray_job_stop_ends_a_run_with_a_checkpoint(cluster, text, tmp_path):
+    job = [sys.executable, "-m", "ray.scripts.scripts", "job"]
+    there = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 180,
+             "env": environment(**cluster[0], PYTHONPATH="")}
+    submitted = subprocess.run([*job, "submit", "--address", cluster[1], "--working-dir", ".", "--no-wait",
+                                "--submission-id", "stopped", "--", "python",
+                                *command(text, tmp_path, "train.steps=2000", "checkpoint.every=0")], **there)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_until(lambda: reached(tmp_path, 3), "step 3 was not reached")
+    subprocess.run([*job, "stop", "--address", cluster[1], "stopped"], **there)
+    wait_until((tmp_path / "summary.json").exists, "the run has not ended by itself")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "preempted" and summary["checkpoint"]["step"] == summary["steps"]
 
 
 def test_a_cluster_without_room_says_what_is_missing(cluster, text, tmp_path):

@@ -1,0 +1,51 @@
+"""What must hold before a device is paid for: room on the cluster, and data that can be used."""
+
+import time
+
+import ray
+
+from orchestrator.cluster import placement
+from orchestrator.config import Config, DataKind
+from orchestrator.errors import NotFit
+from orchestrator.train.progress import Progress
+
+
+def has_gpus(config: Config, progress: Progress, *, here: bool) -> bool:
+    """Whether ranks take GPUs: where there are any, but for a machine with too few of them, whose ranks take CPUs."""
+    there, ranks = int(ray.cluster_resources().get("GPU", 0)), config.layout.pp * config.layout.dp
+    if here and 0 < there < ranks:
+        progress.say(f"{ranks} ranks and {there} GPU{'s' * (there > 1)}: running on the CPU; a layout of {there} or "
+                     "fewer ranks takes the GPU")
+        return False
+    return there > 0
+
+
+def checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.Request:
+    """What to ask of Ray; `NotFit`, with what is missing, where the nodes that joined in time can never give it."""
+    deadline = time.monotonic() + config.cluster.join_timeout_s
+    while True:
+        nodes = [placement.Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0),
+                                node["Resources"].get("GPU", 0), node["Resources"]) for node in ray.nodes()
+                 if node["Alive"]]
+        request = placement.request_for(config, nodes, gpu=gpu, simulated=simulated)
+        missing = placement.what_is_missing(request, nodes)
+        if missing is None:
+            return request
+        if time.monotonic() > deadline:
+            raise NotFit(f"layout.pp={config.layout.pp} x layout.dp={config.layout.dp}: no room on the cluster: "
+                         f"{missing}; add nodes or use a smaller layout")
+        time.sleep(1.0)
+
+
+def check_data(config: Config, progress: Progress, *, here: bool) -> None:
+    """Find out that the data cannot be used before a device is paid for; on this machine also tokenise it."""
+    from orchestrator.train import data, tokenizer, tokens
+
+    if config.data.kind is not DataKind.text:
+        return
+    if here:
+        data.prepare(config.data, model=config.model, seq_len=config.train.seq_len,
+                     n_extra=1 + config.model.n_mtp_layers, on_progress=progress.tokenising)
+    else:
+        tokens.find_files(config.data.path)
+        tokenizer.load_tokenizer(config.data.tokenizer)

@@ -1,0 +1,139 @@
+"""The fault matrix against the real controller and policy, with dummy ranks (dummy.py): milliseconds each, no Ray."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster.controller import Controller
+from orchestrator.cluster.placement import layouts
+from orchestrator.cluster.policy import NEXT, State
+from orchestrator.config import Config
+from orchestrator.errors import NoProgress, NotFit, SparingError, Transient
+from orchestrator.train.progress import Progress
+from tests.orchestrator.cluster.dummy import Dummy, FailAt
+
+
+def config_of(tmp_path: Path, **cluster) -> Config:
+    config = Config()
+    config.layout.pp, config.layout.dp, config.layout.ep, config.layout.microbatches = 1, 4, 2, 2
+    config.run.dir = str(tmp_path)
+    config.hardware.usd_per_h = 1.0
+    config.cluster.start_timeout_s, config.cluster.step_timeout_s, config.cluster.save_timeout_s = 60, 30, 45
+    for key, value in cluster.items():
+        setattr(config.cluster, key, value)
+    return config
+
+
+def play(tmp_path: Path, *script: FailAt, nodes: int = 3, **cluster) -> tuple[Dummy, dict | SparingError, Controller]:
+    """Run the script to its end: the ranks, the summary or the error, the controller."""
+    config = config_of(tmp_path, **cluster)
+    ranks = Dummy(config, *script, nodes=nodes)
+    controller = Controller(config, 1, Progress(lambda line: None), clock=lambda: ranks.now)
+    ranks.signal = lambda: setattr(controller, "stop_cause", "SIGTERM")
+    try:
+        end = controller.run(lambda: ranks)
+    except SparingError as error:
+        end = error
+    assert ranks.released and controller.state is State.ended
+    return ranks, end, controller
+
+
+def decisions(ranks: Dummy) -> list[str]:
+    return [event["action"] for event in ranks.logged if event["kind"] == "decision"]
+
+
+@pytest.mark.parametrize("kind, within_s, actions", [
+    ("killed", 0.4, ["replace"]), ("killed_after_others_told", 0.4, ["replace"]), ("error", 0.4, ["replace"]),
+    ("drifted", 0.4, ["replace"]),
+    ("node_lost", 0.4, ["replace"]), ("connection_lost", 0.4, ["retry"]),
+    ("frozen", 31, ["replace"]), ("hang_in_step", 31, ["replace"]), ("hang_in_save", 46, ["replace"])])
+@pytest.mark.parametrize("rank", range(4))
+def test_the_rank_at_fault_is_named_in_time_and_the_run_goes_on(tmp_path, kind, within_s, actions, rank):
+    ranks, end, _ = play(tmp_path, FailAt(rank, 7, kind))
+    assert end["status"] == "completed" and end["steps"] == 30 and decisions(ranks) == actions
+    told = ranks.logged[0]
+    assert told["found_at"] - 1000 - 7 * 0.35 <= within_s + 0.4 and told["step"] == 7 and told["cause"]
+    if kind == "node_lost":
+        assert told["lost"] == [rank // 2 * 2, rank // 2 * 2 + 1]
+    elif kind != "connection_lost":
+        assert (told["rank"], told["node"], told["lost"]) == (rank, str(rank // 2), [rank])
+        assert [event["rank"] for event in ranks.logged[1:]] == [rank] and ranks.logged[1]["silent_s"] >= 0
+    assert (tmp_path / "stacks-1.txt").exists() == (kind in ("frozen", "hang_in_step", "hang_in_save"))
+
+
+def test_a_rank_that_never_starts_is_found_within_the_timeout_of_the_start(tmp_path):
+    ranks, end, _ = play(tmp_path, FailAt(3, 0, "hang_in_start"))
+    assert end["status"] == "completed" and "phase start" in ranks.logged[0]["cause"] and ranks.logged[0]["rank"] == 3
+    assert ranks.logged[0]["found_at"] - 1000 < 31, "those that wait for it are in a step already"
+
+
+@pytest.mark.parametrize("script, error, code", [
+    ([FailAt(1, 5, "no_disk")], NotFit, 3),
+    ([FailAt(1, 5, "error", always=True)], SparingError, 1),
+    ([FailAt(1, 5, "killed", always=True)], NoProgress, 93),
+    ([FailAt(1, 5, "connection_lost", always=True)], NoProgress, 93),
+    ([FailAt(1, 5, "sigterm"), FailAt(1, 5, "killed")], Transient, 33)])
+def test_what_nobody_can_help_ends_the_run_with_its_exit_code(tmp_path, script, error, code):
+    _, end, _ = play(tmp_path, *script)
+    assert isinstance(end, error) and end.exit_code == code
+    failed = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()][-1]
+    assert failed["kind"] == "run_failed" and failed["rank"] is not None and failed["cause"]
+
+
+def test_ranks_that_lost_only_a_connection_are_formed_again_once_then_one_is_replaced(tmp_path):
+    ranks, end, _ = play(tmp_path, FailAt(1, 5, "connection_lost"), FailAt(1, 6, "connection_lost"))
+    assert end["status"] == "completed" and decisions(ranks) == ["retry", "retry"]
+    twice = play(tmp_path, FailAt(1, 5, "connection_lost", always=True))[0]
+    assert decisions(twice) == ["retry", "replace"]
+
+
+def test_a_lost_node_without_room_elsewhere_ends_a_run_of_fixed_size_resumable(tmp_path):
+    ranks, end, _ = play(tmp_path, FailAt(1, 15, "node_lost"), nodes=2)
+    assert isinstance(end, Transient) and "2 ranks have a place, the run needs 4" in str(end)
+    assert "resume=auto" in str(end)
+
+
+def test_an_elastic_run_shrinks_to_what_is_left_and_grows_back_without_losing_a_step(tmp_path):
+    ranks, end, controller = play(tmp_path, FailAt(1, 15, "node_lost"), FailAt(0, 18, "node_returns"), nodes=2,
+                                  min_ranks=2)
+    assert end["status"] == "completed" and decisions(ranks) == ["resize", "resize"] and ranks.sizes == [4, 2, 4]
+    shrunk, grown = [event for event in ranks.logged if event["kind"] == "decision"]
+    assert (shrunk["ranks"], shrunk["lost"], shrunk["step"]) == (2, [0, 1], 15)
+    assert (grown["ranks"], grown["lost"], grown["step"]) == (4, [], 19) and "room for 4" in grown["cause"]
+    assert [number for _, number in controller.held] == [4, 2, 4]
+    assert isinstance(play(tmp_path, FailAt(1, 15, "node_lost"), FailAt(0, 16, "node_lost"), nodes=2, min_ranks=2)[1],
+                      Transient)
+
+
+def test_a_drained_node_ends_a_run_of_fixed_size_with_a_checkpoint_and_an_elastic_one_moves_off_it(tmp_path):
+    _, end, controller = play(tmp_path, FailAt(1, 15, "node_drained"))
+    assert (end["status"], end["steps"]) == ("preempted", 16) and "node-0 is being drained" in controller.stop_cause
+    ranks, end, _ = play(tmp_path, FailAt(1, 15, "node_drained"), nodes=2, min_ranks=2)
+    assert end["status"] == "completed" and ranks.sizes == [4, 2] and ranks.leaving == {"node-0"}
+    assert ranks.logged[0]["lost"] == [0, 1] and ranks.logged[0]["step"] == 16, "no step is lost"
+
+
+def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path):
+    _, end, _ = play(tmp_path, FailAt(0, 9, "sigterm"))
+    assert (end["status"], end["steps"]) == ("preempted", 10)
+
+
+def test_layouts_to_go_on_with_keep_the_pipeline_and_the_batch(tmp_path):
+    config = config_of(tmp_path, min_ranks=1)
+    shapes = {size: (layout.pp, layout.dp, layout.ep) for size, layout in layouts(config).items()}
+    assert shapes == {4: (1, 4, 2), 2: (1, 2, 2), 1: (1, 1, 1)}, "a batch of 16 cannot be cut into three"
+    assert list(layouts(config_of(tmp_path))) == [4] and list(layouts(config_of(tmp_path, min_ranks=2))) == [4, 2]
+
+
+def test_every_state_is_reached_and_every_path_ends():
+    assert set().union(*NEXT.values()) | {State.placing} == set(State)
+    assert all(State.ended in following for state, following in NEXT.items() if state is not State.ended)
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    root = Path(__file__).parents[3]
+    rows = re.findall(r"^\|.*\| `(test_\w+)` \|$", (root / "docs" / "faults.md").read_text(), re.MULTILINE)
+    there = "\n".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
+    assert len(rows) >= 11 and not [name for name in rows if f"def {name}(" not in there]
