@@ -112,7 +112,9 @@ def until(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"the run ended or made no progress for {DEADLINE_S:g} s: {process.args}")
+            folder = next(word for word in process.args if word.startswith("run.dir=")).removeprefix("run.dir=")
+            raise SystemExit(f"the run ended or made no progress for {DEADLINE_S:g} s:\n"
+                             f"{Path(folder, 'out.txt').read_text()[-2000:]}")
         time.sleep(0.02)
 
 
