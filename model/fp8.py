@@ -6,8 +6,10 @@ weights in 128x128 blocks, each with the scale that puts its largest magnitude a
 FP8: a product's input, or the input of the SwiGLU whose output is then computed again. Embedding, head, MTP
 projection, router, norms and the attention core stay as they were; so do master weights and gradients, fp32.
 
-The products themselves multiply dequantised values in fp32: what tensor cores with exact accumulation would give, on
-any machine. Shapes: R rows (tokens), K inputs, N outputs, E experts (1 for an ordinary layer).
+The products themselves multiply dequantised values: what tensor cores with exact accumulation would give, on any
+machine. In fp32, or on GPUs in bf16 where that is exact, too (`product_dtype`).
+
+Shapes: R rows (tokens), K inputs, N outputs, E experts (1 for an ordinary layer).
 """
 
 from collections.abc import Callable
@@ -136,6 +138,12 @@ class Fp8LocalDispatcher(LocalDispatcher):
 KIN = {nn.Linear: Fp8Linear, FeedForward: Fp8FeedForward, GroupedExperts: Fp8GroupedExperts}
 
 
+def product_dtype(device: torch.device, exact: bool) -> torch.dtype:
+    """What dequantised operands are multiplied in. E4M3's four significant bits times a power of two fit in bf16, whose
+    tensor cores add up in fp32; other scales need fp32, and CPUs are slow in bf16."""
+    return torch.bfloat16 if exact and device.type == "cuda" else torch.float32
+
+
 def wire(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
     """there(x), and back(gradient) in backward; both return what they are given in another place or precision."""
     return _Wire.apply(x, there, back)
@@ -213,7 +221,7 @@ class _SwiGLUProduct(torch.autograd.Function):
 
 def _forward(rows: Quantized, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> Tensor:
     w = weight_dequant(weight_quant(weight, power_of_two=power_of_two))
-    return _grouped(act_dequant(rows), w.mT, counts)
+    return _grouped(act_dequant(rows), w.mT, counts, exact=power_of_two)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
@@ -223,22 +231,27 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor | None, of
     grad_x = grad_weight = None
     if needs[0]:
         rows = act_dequant(act_quant(grad, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR))
-        grad_x = _grouped(rows, weight_dequant(weight_quant(weight, power_of_two=of_x)), counts)
+        w = weight_dequant(weight_quant(weight, power_of_two=of_x))
+        grad_x = _grouped(rows, w, counts, exact=of_x and of_grad)
     if needs[1]:
         place, tiles = _token_tiles(len(x), counts)
         columns = _over_tokens(x, place, tiles, power_of_two=of_x)
         grads = _over_tokens(grad, place, tiles, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
         padded = None if counts is None else (counts + TILE - 1) // TILE * TILE
-        grad_weight = _grouped(grads.mT, columns, padded).to(weight.dtype)
+        grad_weight = _grouped(grads.mT, columns, padded, exact=of_x and of_grad).to(weight.dtype)
     return grad_x, grad_weight
 
 
-def _grouped(a: Tensor, b: Tensor, counts: Tensor | None) -> Tensor:
-    """a @ b in fp32; with counts, expert by expert: [R, K] x [E, K, N] -> [R, N], or [N, R] x [R, K] -> [E, N, K]."""
+def _grouped(a: Tensor, b: Tensor, counts: Tensor | None, *, exact: bool) -> Tensor:
+    """a @ b; with counts, expert by expert: [R, K] x [E, K, N] -> [R, N], or [N, R] x [R, K] -> [E, N, K].
+
+    exact: all scales of a and b are powers of two.
+    """
+    dtype = product_dtype(a.device, exact)
     with torch.autocast(a.device.type, enabled=False):
         if counts is None:
-            return a @ b
-        return F.grouped_mm(a, b, offs=counts.cumsum(0).to(torch.int32))
+            return a.to(dtype) @ b.to(dtype)
+        return F.grouped_mm(a.to(dtype), b.to(dtype), offs=counts.cumsum(0).to(torch.int32))
 
 
 def _token_tiles(num_rows: int, counts: Tensor | None) -> tuple[Tensor | None, int]:

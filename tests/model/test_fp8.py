@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from model import fp8
 from model.config import ModelConfig
 from model.fp8 import (
     Fp8FeedForward,
@@ -81,11 +82,11 @@ def test_what_is_not_finite_does_not_pass_for_a_number():
 
 def test_weight_quant_is_that_of_transformers_bit_for_bit():
     """With scales that are powers of two, where its multiplication by the reciprocal is exact as well."""
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    helpers = pytest.importorskip("transformers.integrations.finegrained_fp8")
     quantizer = type("Quantizer", (), {"quantization_config": type("Config", (), {
         "weight_block_size": (128, 128), "scale_fmt": "ue8m0", "get": None})()})
     weight = random(384, 256)
-    theirs = fp8.Fp8Quantize(quantizer)._quantize_one("a.weight", weight)
+    theirs = helpers.Fp8Quantize(quantizer)._quantize_one("a.weight", weight)
     ours = weight_quant(weight, power_of_two=True)
     assert torch.equal(bits(ours.data), bits(theirs["a.weight"]))
     assert torch.equal(ours.scale, theirs["a.weight_scale_inv"].float())
@@ -93,7 +94,7 @@ def test_weight_quant_is_that_of_transformers_bit_for_bit():
 
 @pytest.mark.parametrize("shape", [(128, 256), (300, 200), (5, 130), (2, 140, 256)])
 def test_weight_blocks_are_quantised_by_their_own_amax_and_come_back_as_in_transformers(shape):
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    helpers = pytest.importorskip("transformers.integrations.finegrained_fp8")
     weight = random(*shape)
     found = weight_quant(weight)
     assert found.scale.shape == (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
@@ -104,7 +105,7 @@ def test_weight_blocks_are_quantised_by_their_own_amax_and_come_back_as_in_trans
             assert torch.equal(found.scale[..., i, j], scale)
             assert torch.equal(bits(found.data[block]),
                                bits((weight[block] / scale[..., None, None]).to(torch.float8_e4m3fn)))
-    theirs = fp8._dequantize_fp8_weight(found.data, found.scale, [128, 128], torch.float32)
+    theirs = helpers._dequantize_fp8_weight(found.data, found.scale, [128, 128], torch.float32)
     assert torch.equal(weight_dequant(found), theirs)
     # E4M3 has three bits behind the point: half a step of the largest binade is 1/28 of the amax at most.
     assert ((weight_dequant(found) - weight).abs() <= weight.abs().amax() / 28 + 1e-6).all()
@@ -195,3 +196,22 @@ def test_every_product_of_a_block_is_in_fp8_and_nothing_else():
     gates = {f"layers.{i}.moe.router.gate" for i in range(1, 4)} | {"mtp.0.block.moe.router.gate"}
     assert plain == gates | {"lm_head", "mtp.0.proj"}
     assert model.layers["0"].attention.wo.power_of_two and not model.layers["0"].attention.wq_a.power_of_two
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_with_scales_that_are_powers_of_two_products_in_bf16_are_those_in_fp32(experts, monkeypatch):
+    """Up to the rounding of their results: what GPUs do, here on a CPU."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(fp8, "product_dtype", lambda device, exact, dtype=dtype: exact and dtype)
+        layer = GroupedExperts(128, 64, 2) if experts else nn.Linear(128, 64, bias=False)
+        layer.__class__, layer.power_of_two = Fp8GroupedExperts if experts else Fp8Linear, True
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        x = random(140, 128, spread=2)
+        out = fp8._Product.apply(x, layer.w13 if experts else layer.weight,
+                                       torch.tensor([100, 40]) if experts else None, True, True)
+        out.sum().backward()
+        found.append([out.detach(), *(p.grad for p in layer.parameters() if p.grad is not None)])
+    for wide, narrow in zip(*found, strict=True):
+        assert torch.equal(wide.bfloat16().float(), narrow.float()) or torch.allclose(wide, narrow.float(), rtol=2**-7)
