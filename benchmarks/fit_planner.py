@@ -75,8 +75,8 @@ def fit(runs: list[Run], sweeps: int = 3) -> tuple[dict, dict]:
     for run in runs:
         by_gpu[run.work.hardware.name].append(run)
         by_stack[run.work.stack.name].append(run)
-    for _ in range(sweeps):
-        for run in runs:
+    for sweep in range(sweeps):
+        for run in runs if sweep < 2 else ():
             work = with_parameters(run.work, gpu, stack)
             parts, _ = step_parts(work)
             run.stretch = sum(parts.values()) / busiest_s(work)

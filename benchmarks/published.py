@@ -79,7 +79,9 @@ def hardware(row: dict) -> HardwareConfig:
         raise CannotPredict(f"no data sheet for {row['gpu']}")
     found = devices()[HARDWARE[row["gpu"]]]
     if row["gpu"].startswith("H100-96GB"):
-        return replace(found, memory_gb_per_s=2400)
+        slower = (500 / 700) ** (1 / 3)  # a 500 W cap: power goes with the cube of the clock
+        return replace(found, memory_gb_per_s=2400, gemm_share=found.gemm_share * slower,
+                       attention_share=found.attention_share * slower)
     if row["gpu"].startswith("GH200"):
         return replace(found, memory_gb_per_s=4000, scale_up_devices=4, scale_out_gb_per_s=25)
     if row["gpu"] == "MI355X":
@@ -197,7 +199,8 @@ def workload(row: dict) -> Workload:
     seq_len = number(row, "seq_len", {"titan": 8192, "fmsfsdp": 4096, "simumax": 4096, "sailor": 2048}.get(prefix(row)))
     return Workload(model, device, seq_len, batch, pp, dp, number(row, "ep", 1), schedule, microbatches,
                     stages_per_rank=pp_stages, recompute=recompute, tp=tp, cp=cp, dtype=dtype, etp=etp,
-                    zero=zero_stage(row), stack=stack_named(stack_name(row)))
+                    zero=zero_stage(row),
+                    even_stages=schedule != "dualpipe", stack=stack_named(stack_name(row)))
 
 
 def published_s(row: dict, work: Workload) -> float:

@@ -14,7 +14,7 @@ def tensor_s(work: Workload) -> float:
     if work.tp == 1:
         return 0.0
     payload = work.microbatch_tokens * work.model.dim * 2 * (work.tp - 1) / work.tp
-    return 4 * (payload / _ring(work, work.tp) + work.assumptions.latency_s)
+    return 4 * (payload / _ring(work, work.tp) + work.assumptions.latency_s + (work.tp - 1) * work.assumptions.hop_s)
 
 
 def context_s(work: Workload, core_s: float) -> float:

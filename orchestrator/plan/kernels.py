@@ -40,8 +40,8 @@ def rates_of(hardware: HardwareConfig, dtype: str, assumptions: Assumptions, att
     fp8 = 1e12 * share * (hardware.fp8_best_tflops or (hardware.fp8_tflops or 0) * assumptions.best_fp8)
     low, size = {"bf16": (bf16, 2.0), "fp8": (fp8, 1.0), "fp4": (fp8 * assumptions.fp4_gain, 0.5)}[dtype]
     core = hardware.bf16_tflops * 1e12 * (hardware.attention_share or assumptions.attention_forward)
-    if attention == "flash2" and hardware.fp8_tflops:
-        core *= assumptions.flash2
+    if hardware.fp8_tflops:
+        core *= {"flash2": assumptions.flash2, "triton": assumptions.triton}.get(attention, 1.0)
     moved = hardware.memory_gb_per_s * 1e9 * assumptions.memory
     return Rates(bf16, low, size, core, moved, hardware.multiprocessors or 0, assumptions.inner)
 

@@ -19,8 +19,8 @@ class Stack:
     """Fitted: time of memory-bound operators, launches and routing against what bytes and counts say. Products,
     attention cores and links are the device's own and stay as they are."""
     attention: str = "flash"
-    """`unfused` writes the scores out; `flash2` does not use the asynchronous products of Hopper and later; `flash` is
-    FlashAttention-3, cuDNN's or their like."""
+    """`unfused` writes the scores out; `flash2` and `triton` (the first version) do not use the asynchronous
+    products of Hopper and later; `flash` is FlashAttention-3, cuDNN's or their like."""
     exchange_hidden: float = 0.0
     """Share of the experts' all-to-all that runs behind other work outside a schedule that overlaps by itself."""
     sequence_parallel: bool = True

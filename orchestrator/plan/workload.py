@@ -36,6 +36,8 @@ class Assumptions:
     flash2: float = 0.5
     """FlashAttention-2 against what Hopper and later devices reach with asynchronous products (its authors: 0.35 of
     the peak against 0.75)."""
+    triton: float = 0.35
+    """FlashAttention's first version in Triton, likewise. Of rows with set=fit, as there is no other figure."""
     operators: float = 25.0
     """Launches of one block's forward; backward has twice as many."""
     operators_moe: float = 60.0
@@ -58,6 +60,8 @@ class Assumptions:
     """Share of weight gathering (ZeRO 3) that costs nothing while there is computation to hide it behind."""
     latency_s: float = 10e-6
     """Of one collective between devices, as aiconfigurator's tables have for a send."""
+    hop_s: float = 3e-6
+    """Of each further device of a ring (NVLink 3.3 us, InfiniBand 2.8 to 3.7: ISCA paper, table 5)."""
     usable_memory: float = 0.96
     """Of a device's memory; the rest is fragmentation of the allocator. An assumption."""
 
