@@ -119,9 +119,14 @@ def main() -> None:
     for name, overhead in sorted(stack.items()):
         rows = sum(run.work.stack.name == name for run in runs)
         print(f"conf/stacks.yaml: {name}: overhead: {overhead:.3g}, rows: {rows}")
-    for kind, errors in sorted(_residuals(runs, gpu, stack).items()):
-        low, high = (math.exp(-q) for q in (errors[-1 - len(errors) // 10], errors[len(errors) // 10]))
-        print(f"conf/bands.yaml: {kind}: [{low:.3f}, {high:.3f}]")
+    residuals = _residuals(runs, gpu, stack)
+    for moe in ("dense", "moe"):
+        low, high = math.inf, 0.0
+        for kind in ("calibrated", "formula", "extrapolated"):
+            errors = residuals[f"{kind}_{moe}"]
+            low = min(low, math.exp(-errors[-1 - len(errors) // 10]))
+            high = max(high, math.exp(-errors[len(errors) // 10]))
+            print(f"conf/bands.yaml: {kind}_{moe}: [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":
