@@ -19,12 +19,6 @@ from orchestrator.plan.workload import Workload
 GEMM = [0.5 + 0.025 * i for i in range(25)]
 ATTENTION = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]
 OVERHEAD = [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, 5, 6, 7, 8]
-RELATIVES = {"megatron_bridge_2511": "megatron_bridge_2604", "megatron_bridge_2604": "megatron_bridge_2511",
-             "nemo_24": "nemo_25", "nemo_25": "nemo_24", "megatron_2021": "megatron_deepspeed",
-             "megatron_deepspeed": "megatron_2021", "megatron_gb200_alltoall": "megatron_gb200_deepep",
-             "megatron_gb200_deepep": "megatron_gb200_graphs", "megatron_gb200_graphs": "megatron_gb200_deepep",
-             "megatron_gb200_hybridep": "megatron_gb200_graphs"}
-"""The release beside it, or the framework it descends from; a stack without one has the median scalar."""
 
 
 @dataclass
@@ -97,17 +91,16 @@ def _mean(runs: list[Run], gpu: dict, stack: dict) -> float:
 
 
 def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[float]]:
-    """Sorted log(predicted / published) by how a prediction is made: with the stack's own scalar, with its nearest
-    relative's, and with neither that nor the device's own shares."""
+    """Sorted log(predicted / published) by how a prediction is made: with the stack's own scalar, with that of each
+    other stack in turn, and so without the device's own shares too."""
     found = defaultdict(list)
     for run in runs:
         moe = "moe" if run.work.model.n_routed_experts else "dense"
-        name = run.work.stack.name
-        others = stack.get(RELATIVES.get(name), statistics.median(v for key, v in stack.items() if key != name))
-        for kind, shares, scalars in (("calibrated", gpu, stack), ("formula", gpu, stack | {name: others}),
-                                      ("extrapolated", {run.work.hardware.name: (0.85, 0.65)},
-                                       stack | {name: others})):
-            found[f"{kind}_{moe}"].append(run.signed(shares, scalars))
+        found[f"calibrated_{moe}"].append(run.signed(gpu, stack))
+        for other in sorted(set(stack) - {run.work.stack.name}):
+            strange = {run.work.stack.name: stack[other]}
+            found[f"formula_{moe}"].append(run.signed(gpu, strange))
+            found[f"extrapolated_{moe}"].append(run.signed({run.work.hardware.name: (0.85, 0.65)}, strange))
     return {kind: sorted(errors) for kind, errors in found.items()}
 
 
