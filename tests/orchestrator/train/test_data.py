@@ -240,3 +240,10 @@ def test_random_tokens_need_no_files_and_depend_on_seed_and_index_alone():
     rows = data.batch(corpus, seed=1, first_sample=4, num=4, seq_len=16, n_extra=2)
     assert (data.batch(corpus, seed=1, first_sample=6, num=1, seq_len=16, n_extra=2)[0] == rows[2]).all()
     assert rows.shape == (4, 18) and rows.max() < 264
+
+
+def test_one_folder_of_the_library_is_a_corpus_too():
+    found = tokens.find_files("stdlib:encodings")
+    assert set(found) < set(tokens.find_files("stdlib")) and any(file.endswith("cp1252.py") for file in found)
+    with pytest.raises(BadRequest, match="data.path=stdlib:nothing: the library has no folder of that name"):
+        tokens.find_files("stdlib:nothing")
