@@ -50,6 +50,7 @@ BAD = {
     "a list": (["layout.pp=2,3"], r"layout\.pp=2,3"),
     "no value": (["train.steps"], r"train\.steps: is no override; write KEY=VALUE"),
     "a value for a group": (["layout=5"], r"layout=5: no such option; options are"),
+    "a number for names and numbers": (["cluster.resources=3"], r"cluster\.resources=3: must be names and numbers, as"),
     "bad quoting": (["data.path='x"], r"cannot be read; put quotes"),
 }
 

@@ -17,7 +17,7 @@ import yaml
 from orchestrator import launch_submit
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
-from orchestrator.launch import Job, LaunchKind, fill, pinned
+from orchestrator.launch import HELP, Job, LaunchKind, fill, pinned
 from orchestrator.launch_dashboard import authentication, job_outcome
 from orchestrator.launch_submit import submit
 from orchestrator.plan.layout import check_run
@@ -109,6 +109,19 @@ def test_clusters_that_manifests_start_ask_for_a_token_and_open_no_dashboard():
     callers = policy["spec"]["ingress"][0]["from"]
     assert [list(caller["podSelector"]["matchLabels"].values()) for caller in callers] == [["sparing"],
                                                                                           ["kuberay-operator"]]
+
+
+def documented() -> list[str]:
+    """Commands of the READMEs and of the verb's own help."""
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("README.md", "deploy/README.md")] + [HELP]
+    lines = [line.split(" # ")[0].strip() for text in texts for line in text.splitlines()]
+    return [line.replace(" ... ", " ") for line in lines
+            if line.startswith("sparing launch launch=") and "|" not in line]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_every_documented_command_fills_a_manifest(command):
+    assert filled(*shlex.split(command)[2:]).manifest
 
 
 BAD = {
