@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.compose import compose_config
+from orchestrator.launch import fill
 from tests.cluster_harness import ROOT, wait_until
 from tests.orchestrator.cluster.test_hosts import RUN, losses
 from tests.slurm_harness import slurm, why_no_slurm
@@ -43,7 +45,7 @@ def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(en
         return "\n".join(file.read_text() for file in tmp_path.glob("runs/*.log")) + f"\n{job()}"
 
     metrics = tmp_path / "slurm" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 240, log, every_s=0.05)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 480, log, every_s=0.05)
     control("scancel", "--batch", "--signal=TERM", "1")  # what --signal=B:TERM@300 sends before the time limit
     wait_until(lambda: job().get("Restarts") == "1", 120, log, every_s=0.2)
     saved = len(losses(tmp_path / "slurm"))
@@ -58,6 +60,47 @@ def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(en
     ranks = json.loads((tmp_path / "slurm" / "status.json").read_text())["ranks"]
     assert [rank["node_rank"] for rank in ranks] == [0, 1]
     assert not list(tmp_path.glob("runs/.token-*")) and not left_over("/tmp/ray-1/")
+
+
+FAKE_RUN = """#!/bin/bash
+n=$(cat {0}/starts 2> /dev/null || echo 0)
+echo $((n + 1)) > {0}/starts
+case $n in
+0) trap 'exit 34' TERM; touch {0}/ready; while :; do sleep 0.1; done ;;
+1) exit 33 ;;
+*) exit 7 ;;
+esac
+"""
+
+
+def test_a_batch_job_is_queued_again_for_some_exit_codes_and_hands_others_on(environment, tmp_path):
+    """The batch file's own part, with a stand-in for the run: 34 after a signal, then 33, then 7."""
+    (tmp_path / "ray").write_text("#!/bin/sh\nexec sleep 600\n")
+    (tmp_path / "python").write_text(FAKE_RUN.format(tmp_path))
+    for name in ("ray", "python"):
+        (tmp_path / name).chmod(0o755)
+    words = ["launch=slurm", "hardware=cpu", "layout=single", "launch.restarts=5"]
+    job = fill(compose_config(words), words, stamp="20261125-120000", python=str(tmp_path / "python"), cwd=tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / job.file).write_text(job.manifest)
+    done = subprocess.run(["sbatch", "--parsable", str(tmp_path / "runs" / job.file)], env=environment, text=True,
+                          capture_output=True, check=True)
+    number = done.stdout.strip()
+
+    def shown() -> dict[str, str]:
+        answer = subprocess.run(["scontrol", "show", "job", number, "--oneliner"], env=environment, text=True,
+                                capture_output=True)
+        return dict(word.split("=", 1) for word in answer.stdout.split() if "=" in word)
+
+    wait_until((tmp_path / "ready").exists, 60, lambda: str(shown()))
+    subprocess.run(["scancel", "--batch", "--signal=TERM", number], env=environment, check=True)
+    for restart in ("1", "2"):
+        wait_until(lambda restart=restart: shown()["Restarts"] == restart and shown()["JobState"] == "PENDING", 60,
+                   lambda: str(shown()), every_s=0.2)
+        subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=environment, check=True)
+    wait_until(lambda: shown()["JobState"] == "FAILED", 60, lambda: str(shown()), every_s=0.2)
+    assert shown()["ExitCode"] == "7:0" and (tmp_path / "starts").read_text() == "3\n"
+    assert not list((tmp_path / "runs").glob(".token-*"))
 
 
 def trained(run_dir: Path) -> list[tuple]:
