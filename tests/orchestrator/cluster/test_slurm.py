@@ -83,16 +83,19 @@ def test_a_batch_job_is_queued_again_for_some_exit_codes_and_hands_others_on(env
     job = fill(compose_config(words), words, stamp="20261125-120000", python=str(tmp_path / "python"), cwd=tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / job.file).write_text(job.manifest)
-    done = subprocess.run(["sbatch", "--parsable", str(tmp_path / "runs" / job.file)], env=environment, text=True,
-                          capture_output=True, check=True)
-    number = done.stdout.strip()
+
+    def start() -> str:
+        done = subprocess.run(["sbatch", "--parsable", str(tmp_path / "runs" / job.file)], env=environment, text=True,
+                              capture_output=True, check=True)
+        wait_until((tmp_path / "ready").exists, 60, done.stdout)
+        return done.stdout.strip()
 
     def shown() -> dict[str, str]:
         answer = subprocess.run(["scontrol", "show", "job", number, "--oneliner"], env=environment, text=True,
                                 capture_output=True)
         return dict(word.split("=", 1) for word in answer.stdout.split() if "=" in word)
 
-    wait_until((tmp_path / "ready").exists, 60, lambda: str(shown()))
+    number = start()
     subprocess.run(["scancel", "--batch", "--signal=TERM", number], env=environment, check=True)
     for restart in ("1", "2"):
         wait_until(lambda restart=restart: shown()["Restarts"] == restart and shown()["JobState"] == "PENDING", 60,
@@ -101,6 +104,12 @@ def test_a_batch_job_is_queued_again_for_some_exit_codes_and_hands_others_on(env
     wait_until(lambda: shown()["JobState"] == "FAILED", 60, lambda: str(shown()), every_s=0.2)
     assert shown()["ExitCode"] == "7:0" and (tmp_path / "starts").read_text() == "3\n"
     assert not list((tmp_path / "runs").glob(".token-*"))
+    for name in ("starts", "ready"):
+        (tmp_path / name).unlink()
+    number = start()
+    subprocess.run(["scancel", number], env=environment, check=True)
+    wait_until(lambda: shown()["JobState"] in ("CANCELLED", "PENDING"), 60, lambda: str(shown()), every_s=0.2)
+    assert shown()["JobState"] == "CANCELLED" and shown()["Restarts"] == "0"
 
 
 def trained(run_dir: Path) -> list[tuple]:
