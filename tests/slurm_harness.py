@@ -86,8 +86,17 @@ def slurm(nodes: int = 1, *, cpus: int = 2) -> Iterator[dict[str, str]]:
             return done.stdout.split() == ["idle"] * nodes
 
         wait_until(idle, 60, lambda: "\n".join(log.read_text() for log in folder.glob("*.log")), every_s=0.2)
-        stack.callback(subprocess.run, ["scancel", "--full", "--signal=KILL", "--user=root"], env=environment)
+        stack.callback(_end_jobs, environment)
         yield environment
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """All jobs and the processes of their steps, while there are daemons to see to it."""
+    for words in (["--full", "--signal=KILL"], []):
+        subprocess.run(["scancel", *words, "--user=root"], env=environment)
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not subprocess.run(["squeue", "--noheader"], env=environment, text=True,
+                                              capture_output=True).stdout.strip(), 20, "", every_s=0.2)
 
 
 def _path() -> str:
