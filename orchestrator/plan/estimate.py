@@ -56,12 +56,13 @@ def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
 def stage_times(work: Workload, ranges: list[range]) -> list[StageTime]:
     """Of every stage, for one microbatch."""
     layers = {moe: layer_time(work, moe) for moe in {work.model.is_moe(i) for i in range(work.model.n_layers)}}
-    found = []
+    found, known = [], {}
     for stage, layers_of in enumerate(ranges):
-        total = sum((layers[work.model.is_moe(i)] for i in layers_of), LayerTime())
-        if is_last(work, stage, len(ranges)):
-            total += head_time(work)
-        found.append(_stage_time(work, total))
+        kinds = tuple(work.model.is_moe(layer) for layer in layers_of), is_last(work, stage, len(ranges))
+        if kinds not in known:
+            head = head_time(work) if kinds[1] else LayerTime()
+            known[kinds] = _stage_time(work, sum((layers[moe] for moe in kinds[0]), head))
+        found.append(known[kinds])
     return found
 
 

@@ -4,9 +4,11 @@ State is counted parameter by parameter, activations tensor by tensor (`activati
 flight is read off the schedule's table. The peak is the largest sum over a rank's actions.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
-from orchestrator.config import Schedule
+from model.config import ModelConfig
+from orchestrator.config import HardwareConfig, Schedule
 from orchestrator.plan.activations import backward_bytes, block_bytes, head_bytes, loss_bytes, stream
 from orchestrator.plan.layout import stages_of
 from orchestrator.plan.schedule import actions, dualpipe
@@ -14,27 +16,61 @@ from orchestrator.plan.workload import Workload, is_last, largest_block, stage_l
 
 GIB = 2**30
 FULL = "needs {total:.0f} GiB of {have:.0f} usable, {most:.0f} of them {component}"
-
-
 def memory_gib(work: Workload) -> dict[str, float]:
     """By component, with `total`, of the pipeline rank that needs most."""
-    return max(rank_memory_gib(work), key=lambda parts: parts["total"])
+    return max(group_memory_gib(work, activation_peaks(work)), key=lambda parts: parts["total"])
 
 
 def rank_memory_gib(work: Workload) -> list[dict[str, float]]:
     """Of every pipeline rank."""
-    ranges = stage_layers(work)
-    return [_rank_gib(work, ranges, rank) for rank in range(work.pp)]
+    found = group_memory_gib(work, activation_peaks(work))
+    return [found[next(i for i, group in enumerate(_groups(work)) if rank in group.ranks)] for rank in range(work.pp)]
 
 
-def too_large(work: Workload) -> str | None:
-    """Why it does not fit, or None if it does: the fullest rank against the usable share of the device."""
+def too_large(work: Workload, peaks: list[tuple[float, float]] | None = None) -> str | None:
+    """Why it does not fit, or None if it does: the fullest rank against the usable share of the device.
+
+    peaks: `activation_peaks`, if known.
+    """
     have = work.hardware.memory_gib * work.assumptions.usable_memory
-    need = memory_gib(work)
+    need = max(group_memory_gib(work, peaks or activation_peaks(work)), key=lambda parts: parts["total"])
     if need["total"] <= have:
         return None
     component = max((name for name in need if name != "total"), key=need.get)
     return FULL.format(total=need["total"], have=have, most=need[component], component=component)
+
+
+def group_memory_gib(work: Workload, peaks: list[tuple[float, float]]) -> list[dict[str, float]]:
+    """Of every group of ranks that hold alike."""
+    found = []
+    for group, (held, logits) in zip(_groups(work), peaks, strict=True):
+        parts = state_bytes(work, group.dense / work.tp, group.routed / (work.ep * work.etp))
+        parts |= {"activations": held, "logits": logits, "buffers": _buffer_bytes(work, moe=group.routed > 0)}
+        gib = {name: size / GIB for name, size in parts.items()} | {"framework": work.keeping.framework_gib}
+        found.append(gib | {"total": sum(gib.values())})
+    return found
+
+
+def activation_peaks(work: Workload) -> list[tuple[float, float]]:
+    """Per group of ranks, bytes of activations and of logits at the action where their sum is largest. It depends on
+    the layout and on recompute, not on the ZeRO stage."""
+    groups = _groups(work)
+    kinds = {kind for group in groups for case in group.cases for kind in case.running}
+    block = {moe: block_bytes(work, moe) for moe in kinds}
+    backward = {moe: backward_bytes(work, moe) for moe in kinds}
+    head, loss = head_bytes(work), loss_bytes(work)
+    peaks = []
+    for group in groups:
+        best = 0.0, 0.0
+        for case in group.cases:
+            bodies = case.dense * block.get(False, 0.0) + case.moe * block.get(True, 0.0)
+            heads = case.heads * head
+            # A stage's backward begins with the loss, whose logits are gone when the blocks' turn comes.
+            at_loss = bodies, heads + case.last * loss
+            in_block = bodies + max([backward[kind] for kind in case.running]), heads - case.last * head
+            best = max(best, at_loss, in_block, key=sum)
+        peaks.append(best)
+    return peaks
 
 
 def stages_on(work: Workload, rank: int) -> list[int]:
@@ -57,57 +93,88 @@ def state_bytes(work: Workload, dense: float, experts: float) -> dict[str, float
     return total
 
 
-def _rank_gib(work: Workload, ranges: list[range], rank: int) -> dict[str, float]:
-    stages = stages_on(work, rank)
-    sizes = [stage_parameters(work, stage, ranges) for stage in stages]
-    parts = state_bytes(work, sum(size[0] for size in sizes), sum(size[1] for size in sizes))
-    held, logits = _peak(work, ranges, rank)
-    parts |= {"activations": held, "logits": logits, "buffers": _buffer_bytes(work, ranges, stages)}
-    found = {name: size / GIB for name, size in parts.items()} | {"framework": work.keeping.framework_gib}
-    return found | {"total": sum(found.values())}
+@dataclass(frozen=True)
+class _Case:
+    """What a rank holds while one of its stages runs."""
+
+    dense: int
+    """Microbatches in flight, each as often as its stage has dense blocks."""
+    moe: int
+    heads: int
+    last: bool
+    """The stage that runs has the head."""
+    running: tuple[bool, ...]
+    """Kinds of its blocks: routed or not."""
 
 
-def _peak(work: Workload, ranges: list[range], rank: int) -> tuple[float, float]:
-    """Activations held and what the loss needs, at the action of this rank where their sum is largest."""
-    kept, during = {}, {}
-    for stage in stages_on(work, rank):
-        blocks = [work.model.is_moe(layer) for layer in ranges[stage]]
-        last = is_last(work, stage, len(ranges))
-        if last:
-            blocks += [work.model.is_moe(work.model.n_layers + depth) for depth in range(work.model.n_mtp_layers)]
-        body = sum(block_bytes(work, moe) for moe in blocks)
-        block = max(backward_bytes(work, moe) for moe in set(blocks))
-        head = head_bytes(work) if last else 0.0
-        kept[stage] = body, head
-        # A stage's backward begins with the loss, whose logits are gone when the blocks' turn comes.
-        during[stage] = [(block, -head)] + ([(0.0, loss_bytes(work))] if last else [])
-    best = 0.0, 0.0
-    for running, counts in in_flight(work)[rank]:
-        bodies = sum(number * kept[stage][0] for stage, number in counts)
-        heads = sum(number * kept[stage][1] for stage, number in counts)
-        best = max([best, *((bodies + block, heads + loss) for block, loss in during[running])], key=sum)
-    return best
+@dataclass(frozen=True)
+class _Group:
+    """Ranks with as many parameters: their number before tensor and expert parallelism, and the fullest cases."""
+
+    ranks: tuple[int, ...]
+    dense: float
+    routed: float
+    cases: tuple[_Case, ...]
 
 
-def in_flight(work: Workload) -> list[list[tuple[int, tuple[tuple[int, int], ...]]]]:
-    """Per rank: a stage that runs, and how many microbatches of each stage are held then; the largest such cases."""
-    if work.pp == 1:
-        return [[(0, ((0, 1),))]]
-    return _in_flight(work.schedule, work.pp, _enough(work.microbatches, work.pp), work.stages_per_rank)
-
-
-def _enough(microbatches: int, pp: int) -> int:
-    """As many microbatches as show every case: beyond four rounds a schedule only repeats itself (gpipe: no)."""
-    return 4 * pp if microbatches > 4 * pp and microbatches % pp == 0 else microbatches
+def _groups(work: Workload) -> list[_Group]:
+    schedule = work.schedule if work.pp > 1 else "1f1b"
+    return _groups_of(tuple(vars(work.model).items()), work.seq_len, work.pp, schedule, work.stages_per_rank,
+                      work.even_stages, _enough(schedule, work.microbatches, work.pp))
 
 
 @lru_cache(maxsize=512)
-def _in_flight(schedule: str, pp: int, microbatches: int, requested_stages: int) -> list[list[tuple]]:
-    if schedule == "dualpipe":
-        table = dualpipe(pp, microbatches)
+def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_rank: int, even: bool,
+               microbatches: int) -> list[_Group]:
+    model = ModelConfig(**dict(shape))
+    work = Workload(model, HardwareConfig(), seq_len, 1, pp, 1, 1, schedule, microbatches, stages_per_rank,
+                    even_stages=even)
+    ranges, groups = stage_layers(work), {}
+    for rank, cases in enumerate(in_flight(work)):
+        stages = stages_on(work, rank)
+        sizes = [stage_parameters(work, stage, ranges) for stage in stages]
+        blocks = {stage: _blocks(work, stage, ranges) for stage in stages}
+        last = {stage: is_last(work, stage, len(ranges)) for stage in stages}
+        key = sum(dense for dense, _ in sizes), sum(routed for _, routed in sizes)
+        ranks, found = groups.setdefault(key, ([], set()))
+        ranks.append(rank)
+        for running, counts in cases:
+            moe = sum(number * blocks[stage].count(True) for stage, number in counts)
+            dense = sum(number * blocks[stage].count(False) for stage, number in counts)
+            heads = sum(number * last[stage] for stage, number in counts)
+            found.add(_Case(dense, moe, heads, last[running], tuple(sorted(set(blocks[running])))))
+    return [_Group(tuple(ranks), *key, tuple(case for case in cases if not any(_more(other, case) for other in cases)))
+            for key, (ranks, cases) in groups.items()]
+
+
+def _blocks(work: Workload, stage: int, ranges: list[range]) -> list[bool]:
+    """Kind of every block of a stage, MTP's included."""
+    layers = list(ranges[stage])
+    if is_last(work, stage, len(ranges)):
+        layers += range(work.model.n_layers, work.model.n_layers + work.model.n_mtp_layers)
+    return [work.model.is_moe(layer) for layer in layers]
+
+
+def _more(other: _Case, case: _Case) -> bool:
+    """Whether `other` is another case that needs at least as much, whatever the sizes."""
+    return other != case and other.last == case.last and set(case.running) <= set(other.running) and (
+        other.dense >= case.dense and other.moe >= case.moe and other.heads >= case.heads)
+
+
+def in_flight(work: Workload) -> list[list[tuple[int, tuple[tuple[int, int], ...]]]]:
+    """Per rank: a stage that runs, and how many microbatches of each stage are held then; every such case."""
+    if work.pp == 1:
+        return [[(0, ((0, 1),))]]
+    if work.schedule == "dualpipe":
+        table = dualpipe(work.pp, work.microbatches)
     else:
-        table = actions(Schedule[schedule], pp, microbatches, requested_stages=requested_stages)
+        table = actions(Schedule[work.schedule], work.pp, work.microbatches, requested_stages=work.stages_per_rank)
     return [_cases(row) for row in table]
+
+
+def _enough(schedule: str, microbatches: int, pp: int) -> int:
+    """As many microbatches as show every case: beyond two rounds a schedule only repeats itself; gpipe does not."""
+    return 2 * pp if microbatches > 2 * pp and microbatches % pp == 0 and schedule != "gpipe" else microbatches
 
 
 def _cases(row: list[tuple]) -> list[tuple]:
@@ -121,27 +188,18 @@ def _cases(row: list[tuple]) -> list[tuple]:
             seen.add((stage, tuple(sorted(now.items()))))
             if kind in "BW":
                 now[stage] -= 1
-    return [case for case in seen if not any(_covers(other, case) for other in seen)]
+    return list(seen)
 
 
-def _covers(other: tuple, case: tuple) -> bool:
-    """Whether `other` holds as much of every stage while the same stage runs, and is another case."""
-    if other == case or other[0] != case[0]:
-        return False
-    counts = dict(other[1])
-    return all(counts.get(stage, 0) >= number for stage, number in case[1])
-
-
-def _buffer_bytes(work: Workload, ranges: list[range], stages: list[int]) -> float:
+def _buffer_bytes(work: Workload, *, moe: bool) -> float:
     """In transit: rows of one all-to-all there and back, a microbatch to the next stage, one block's gradients where
     they are not reduced in place, and with ZeRO stage 3 two blocks' weights."""
     model, keep = work.model, work.keeping
     tokens = work.microbatch_tokens * stream(work) * keep.element
-    moe = any(model.is_moe(layer) for stage in stages for layer in ranges[stage])
     rows = 2 * tokens * model.n_activated_experts if moe and work.ep > 1 else 0.0
     sends = 2 * tokens if work.pp > 1 else 0.0
     if work.replicas == 1:
         return rows + sends
     gathered = 2 * keep.weight if work.zero >= 3 else 0.0
     reduced = keep.gradient if work.zero >= 2 or keep.reduce_copy else 0.0
-    return rows + sends + largest_block(work) * (gathered + reduced)
+    return rows + sends + (largest_block(work) * (gathered + reduced) if gathered + reduced else 0.0)

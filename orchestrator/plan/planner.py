@@ -1,134 +1,24 @@
-"""Which layouts fit, how long a step takes and what the run costs: every legal layout priced, the others with a reason.
+"""Which layouts fit, how long a step takes and what the run costs: a search, its prices, and plan.json.
 
 Everything here is predicted by `estimate`. The bill is *steady*: step time times steps, nothing for start-up, failures
 or validation, as in DeepSeek's published one.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from model.config import ModelConfig, divisors
-from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
-from orchestrator.plan.estimate import Estimate, estimate
-from orchestrator.plan.layout import SPLIT_BACKWARD, stages_per_rank
-from orchestrator.plan.memory import too_large
-from orchestrator.plan.workload import Assumptions, Calibration, Workload
+from orchestrator.plan.runs import cannot_run, overrides_of
+from orchestrator.plan.search import Candidate, Plan, Refused, Request, illegal, layout_of, search
 
-SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
-SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
+__all__ = ["Candidate", "Plan", "Refused", "Request", "illegal", "layout_of", "make_plan", "overrides_of", "price",
+           "to_json"]
 MAX_REFUSED = 200
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be planned."""
-
-    model: ModelConfig
-    hardware: HardwareConfig
-    devices: int
-    tokens: float
-    seq_len: int
-    batch_size: int
-    """Sequences per step."""
-    dtype: str = "bf16"
-    schedules: tuple[str, ...] = tuple(SCHEDULES)
-    assumptions: Assumptions = Assumptions()
-    calibration: Calibration = Calibration()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    work: Workload
-    found: Estimate
-
-
-@dataclass(frozen=True)
-class Refused:
-    layout: dict
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    request: Request
-    candidates: list[Candidate]
-    """That fit, fastest first."""
-    refused: list[Refused]
-    considered: int
-
-
 def make_plan(request: Request) -> Plan:
-    """Enumerate, refuse or price, rank."""
-    candidates, refused, considered = [], [], 0
-    for work in layouts(request):
-        considered += 1
-        reason = illegal(work)
-        if reason is None:
-            reason = too_large(work)
-        if reason is None:
-            candidates.append(Candidate(work, estimate(work)))
-            continue
-        refused.append(Refused(layout_of(work), reason))
-    candidates.sort(key=lambda candidate: (candidate.found.step_time_s, candidate.found.memory_gib["total"]))
-    return Plan(request, candidates, refused, considered)
-
-
-def layouts(request: Request) -> Iterator[Workload]:
-    """Degrees, schedule, microbatch of 1 to 8 sequences, recompute; powers of two are not asked for, divisors are."""
-    model = request.model
-    experts = model.n_routed_experts or 1
-    for pp in divisors(request.devices):
-        if pp > model.n_layers or pp > 64:
-            continue
-        dp = request.devices // pp
-        for ep in (ep for ep in divisors(dp) if experts % ep == 0 and (ep == 1 or model.n_routed_experts)):
-            for schedule in (request.schedules if pp > 1 else ("1f1b",)):
-                for sequences in (1, 2, 4, 8):
-                    if request.batch_size % (dp * sequences):
-                        continue
-                    for recompute in (Recompute.none, Recompute.full):
-                        yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp, ep,
-                                       schedule, request.batch_size // (dp * sequences), recompute=recompute,
-                                       dtype=request.dtype, assumptions=request.assumptions,
-                                       calibration=request.calibration)
-
-
-def illegal(work: Workload) -> str | None:
-    """Why the schedule cannot run this, or why it is not worth pricing; None if it can."""
-    pp, micro = work.pp, work.microbatches
-    if pp == 1:
-        return None
-    if work.schedule == "dualpipe":
-        stages = pp
-        if pp % 2 or micro % 2 or micro < 2 * pp:
-            return f"dualpipe wants even ranks and an even number of at least {2 * pp} microbatches, not {micro}"
-    else:
-        schedule = Schedule[work.schedule]
-        stages = pp * stages_per_rank(schedule, work.stages_per_rank)
-        least = stages if schedule in (Schedule["1f1b"], Schedule.zbv, Schedule.dualpipev) else pp
-        if micro < least:
-            return f"{work.schedule} wants at least {least} microbatches, not {micro}"
-        if schedule.name.startswith("interleaved") and micro % max(1, micro // pp):
-            return f"{work.schedule} wants microbatches in equal rounds of {pp} ranks, not {micro}"
-    if work.schedule in SPLIT and work.recompute is Recompute.full:
-        return f"{work.schedule} wants no recompute: its split backward cannot go with it"
-    if stages > work.model.n_layers:
-        return f"{stages} stages for {work.model.n_layers} layers"
-    return None
-
-
-def layout_of(work: Workload) -> dict:
-    return {"pp": work.pp, "dp": work.dp, "ep": work.ep, "schedule": work.schedule, "microbatches": work.microbatches,
-            "recompute": work.recompute.name}
-
-
-def overrides_of(work: Workload) -> list[str]:
-    """The same run as `sparing train` takes it."""
-    return [f"model={work.model.name}", *(f"layout.{key}={value}" for key, value in layout_of(work).items()),
-            f"train.batch_size={work.batch_size}", f"train.seq_len={work.seq_len}",
-            f"train.validate_sequences={work.dp * work.microbatches}"]
+    """`ValueError` if the hardware entry lacks a figure that the estimate needs."""
+    return search(request)
 
 
 def price(candidate: Candidate, request: Request) -> dict:
@@ -138,7 +28,7 @@ def price(candidate: Candidate, request: Request) -> dict:
     tokens_per_s = step_tokens / found.step_time_s
     flops_per_s = model_flops(work.model, tokens_per_s, work.seq_len)
     hours = request.tokens / tokens_per_s / 3600
-    usd = work.hardware.usd_per_h
+    usd, reason = work.hardware.usd_per_h, cannot_run(work)
     return {
         "layout": layout_of(work), "step_time_s": found.step_time_s, "parts_s": found.parts_s,
         "tokens_per_s": tokens_per_s, "tflops_per_gpu": flops_per_s / work.devices / 1e12,
@@ -147,7 +37,7 @@ def price(candidate: Candidate, request: Request) -> dict:
         "gpu_hours": hours * work.devices,
         "gpu_hours_per_trillion_tokens": hours * work.devices / request.tokens * 1e12,
         "usd_total": None if usd is None else hours * work.devices * usd,
-        "train": overrides_of(work) if work.schedule != "dualpipe" else None,
+        "train": None if reason else overrides_of(work), "train_not": reason,
     }
 
 

@@ -1,0 +1,315 @@
+"""Every layout of a model on so many devices: refused with its reason, or put on the clock if it can be among the best.
+
+The degrees (pp, tp, cp, ep, what is left is dp), the microbatch and the precision make a cell; cells are visited in the
+order of a lower bound of their step time, so that the search ends where the rest cannot be better. In a cell, every
+schedule takes the cheapest recompute and ZeRO stage that fits: what costs more time for memory that is not needed is
+refused. Predicted, all of it.
+"""
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+
+from model.config import Attention, ModelConfig, divisors
+from orchestrator.config import HardwareConfig, Recompute, Schedule
+from orchestrator.plan.estimate import Estimate, LayerTime, estimate, head_time, layer_time, stage_times
+from orchestrator.plan.layout import LOOPED_SCHEDULES, SPLIT_BACKWARD, V_SCHEDULES, stages_per_rank
+from orchestrator.plan.memory import activation_peaks, stages_on, too_large
+from orchestrator.plan.runs import cannot_run, not_run
+from orchestrator.plan.simulate import StageTime
+from orchestrator.plan.workload import Assumptions, Workload, stage_layers
+
+SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
+SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
+VIRTUAL_STAGES = (2, 3, 4)
+MICROBATCH_SEQUENCES = (1, 2, 4, 8)
+MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
+SLOWER = "slower: takes at least {seconds:.3g} s a step"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned."""
+
+    model: ModelConfig
+    hardware: HardwareConfig
+    devices: int
+    tokens: float
+    seq_len: int
+    batch_size: int
+    """Sequences per step."""
+    dtype: str = "bf16"
+    """`bf16`, `fp8`, or `any` of the two."""
+    schedules: tuple[str, ...] = tuple(SCHEDULES)
+    keep: int = 10
+    """So many of the fastest layouts are put on the clock, and as many of the fastest that `train` runs."""
+    assumptions: Assumptions = Assumptions()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    work: Workload
+    found: Estimate
+
+
+@dataclass(frozen=True)
+class Refused:
+    layout: dict
+    reason: str
+    number: int = 1
+    """Layouts that this stands for: the same but for what the reason does not depend on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    request: Request
+    candidates: list[Candidate]
+    """That fit, fastest first."""
+    refused: list[Refused]
+    considered: int
+
+
+@dataclass(frozen=True)
+class _Cell:
+    work: Workload
+    floor_s: float
+    """No schedule is quicker: products and attention, shared evenly by the pipeline's ranks."""
+
+
+def search(request: Request) -> Plan:
+    """Enumerate, refuse or price, rank. `ValueError` if the hardware entry lacks a figure.
+
+    Always the least lower bound next: a cell is opened into its layouts, a layout is put on the clock.
+    """
+    best, refused, considered, number = _Best(request.keep), _too_short(request), 0, 0
+    queue: list[tuple] = []
+    for cell in _cells(request):
+        variants = list(_variants(cell.work, request))
+        considered += len(variants) * len(SAVINGS)
+        while queue and queue[0][0] <= cell.floor_s:
+            _clock_next(queue, best, refused)
+        if best.out_of_reach(cell.floor_s, runs=not_run(cell.work) is None):
+            refused.append(_slower(cell.work, cell.floor_s, len(variants) * len(SAVINGS)))
+            continue
+        for work in variants:
+            for each, floor, runs in _fitting(work, best, refused):
+                heappush(queue, (floor, number, each, runs))
+                number += 1
+    while queue:
+        _clock_next(queue, best, refused)
+    kept, slower = best.kept()
+    refused += [_slower(work, seconds, 1) for work, seconds in slower]
+    found = [Candidate(work, estimate(work)) for work in kept]
+    found.sort(key=lambda candidate: (candidate.found.step_time_s, candidate.found.memory_gib["total"]))
+    return Plan(request, found, refused, considered + sum(item.number for item in _too_short(request)))
+
+
+def _clock_next(queue: list[tuple], best: "_Best", refused: list[Refused]) -> None:
+    floor, _, work, runs = heappop(queue)
+    if best.out_of_reach(floor, runs=runs):
+        refused.append(_slower(work, floor, 1))
+    else:
+        best.add(work, runs=runs)
+
+
+def _cells(request: Request) -> list[_Cell]:
+    layers: dict[tuple, float] = {}
+    cells = [_Cell(work, _even_s(work, layers)) for work in layouts(request)]
+    return sorted(cells, key=lambda cell: cell.floor_s)
+
+
+def layouts(request: Request) -> Iterator[Workload]:
+    """Degrees, microbatch and precision, before schedule, recompute and ZeRO stage; all divisors, not powers of two."""
+    model, devices = request.model, request.devices
+    experts = model.n_routed_experts or 1
+    dtypes = ("bf16", "fp8") if request.dtype == "any" else (request.dtype,)
+    for pp in (pp for pp in divisors(devices) if pp <= min(model.n_layers, MAX_PP)):
+        for tp in (tp for tp in divisors(devices // pp) if tp <= min(MAX_TP, request.hardware.scale_up_devices)
+                   and _divides_heads(model, tp)):
+            for cp in (cp for cp in divisors(devices // (pp * tp)) if request.seq_len >= MIN_CONTEXT * cp or cp == 1):
+                dp = devices // (pp * tp * cp)
+                for ep in (ep for ep in divisors(dp * cp * tp) if experts % ep == 0):
+                    for sequences in MICROBATCH_SEQUENCES:
+                        if request.batch_size % (dp * sequences) == 0:
+                            for dtype in dtypes:
+                                yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp,
+                                               ep, "1f1b", request.batch_size // (dp * sequences), tp=tp, cp=cp,
+                                               dtype=dtype, assumptions=request.assumptions)
+
+
+def _divides_heads(model: ModelConfig, tp: int) -> bool:
+    return model.n_heads % tp == 0 and (model.attention is Attention.mla or model.n_kv_heads % tp == 0)
+
+
+def _variants(work: Workload, request: Request) -> Iterator[Workload]:
+    """The cell's schedules, and virtual stages where they loop."""
+    if work.pp == 1:
+        yield work
+        return
+    for name in request.schedules:
+        looped = name != "dualpipe" and Schedule[name] in LOOPED_SCHEDULES
+        for stages in VIRTUAL_STAGES if looped else (2,):
+            yield replace(work, schedule=name, stages_per_rank=stages)
+
+
+SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 3))
+"""Ways to need less memory, each dearer than those before it; ZeRO stage 3 aside, which a recompute may beat."""
+
+
+def _fitting(work: Workload, best: "_Best", refused: list[Refused]) -> Iterator[tuple[Workload, float, bool]]:
+    """The ways of this layout that are worth a clock, with their lower bound and whether `train` runs them; why the
+    others are not goes to `refused`."""
+    reason = illegal(work)
+    floor = floor_s(work) if reason is None else 0.0
+    if reason is None and best.out_of_reach(floor, runs=not_run(work) is None):
+        reason = SLOWER.format(seconds=floor)
+    if reason is not None:
+        refused.append(Refused(layout_of(work), reason, len(SAVINGS)))
+        return
+    tried, peaks = 0, {}
+    for recompute, zero in SAVINGS:
+        each = replace(work, recompute=recompute, zero=zero)
+        tried += 1
+        reason = illegal(each) or (None if work.replicas > 1 or zero == 1 else "no replicas to shard over")
+        if reason is None:
+            if recompute not in peaks:
+                peaks[recompute] = activation_peaks(each)
+            reason = too_large(each, peaks[recompute])
+        if reason is not None:
+            refused.append(Refused(layout_of(each), reason))
+            continue
+        yield each, floor if recompute is Recompute.none else floor_s(each), cannot_run(each) is None
+        if zero < 3:
+            break
+    if tried < len(SAVINGS):
+        refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)),
+                               "saves memory that is not needed, for more time", len(SAVINGS) - tried))
+
+
+def _too_short(request: Request) -> list[Refused]:
+    """Context parallelism that cuts sequences shorter than a rank has reason to."""
+    degrees = [cp for cp in (2, 4, 8) if request.devices % cp == 0 and request.seq_len < MIN_CONTEXT * cp]
+    return [Refused({"cp": cp}, f"leaves a rank {request.seq_len // cp} tokens of a sequence; data parallelism takes "
+                                "whole ones for the same time") for cp in degrees]
+
+
+def illegal(work: Workload) -> str | None:
+    """Why the schedule cannot run this; None if it can."""
+    pp, micro = work.pp, work.microbatches
+    if pp == 1:
+        return None
+    if work.schedule == "dualpipe":
+        stages = pp
+        if pp % 2 or micro % 2 or micro < 2 * pp:
+            return f"dualpipe wants even ranks and an even number of at least {2 * pp} microbatches, not {micro}"
+    else:
+        schedule = Schedule[work.schedule]
+        stages = pp * stages_per_rank(schedule, work.stages_per_rank)
+        least = stages if schedule is Schedule["1f1b"] or schedule in V_SCHEDULES else pp
+        if micro < least:
+            return f"{work.schedule} wants at least {least} microbatches, not {micro}"
+        if schedule in LOOPED_SCHEDULES and micro % max(1, micro // pp):
+            return f"{work.schedule} wants microbatches in equal rounds of {pp} ranks, not {micro}"
+    if work.schedule in SPLIT and work.recompute is Recompute.full:
+        return f"{work.schedule} wants no recompute: its split backward cannot go with it"
+    if stages > work.model.n_layers:
+        return f"{stages} stages for {work.model.n_layers} layers"
+    return None
+
+
+def _even_s(work: Workload, layers: dict) -> float:
+    """Lower bound of a step in this cell: every rank an equal share of all layers, no communication, no bubble.
+
+    layers: seconds of blocks and head, by what they depend on; filled here.
+    """
+    key = work.tp, work.cp, work.ep, work.dtype, work.microbatch_tokens
+    if key not in layers:
+        model = work.model
+        moe = sum(model.is_moe(layer) for layer in range(model.n_layers))
+        parts = [(moe, lambda: layer_time(work, True)), (model.n_layers - moe, lambda: layer_time(work, False)),
+                 (1, lambda: head_time(work))]
+        layers[key] = sum(number * _compute_s(time()) for number, time in parts if number)
+    return layers[key] * work.microbatches / work.pp
+
+
+def _compute_s(time: LayerTime) -> float:
+    return time.forward + time.backward + time.weight
+
+
+def floor_s(work: Workload) -> float:
+    """Lower bound of a step, from its stages: a rank waits for the first forward, does all its work, and what it sent
+    back has to reach the first stage."""
+    if work.schedule == "dualpipe" and work.pp > 1:
+        return max(busy_s(work)) * work.microbatches
+    times, before, floor = stage_times(work, stage_layers(work)), 0.0, 0.0
+    for rank, busy in enumerate(busy_s(work, times)):
+        floor = max(floor, busy * work.microbatches + before)
+        before += times[rank].forward + (0.0 if work.schedule in SPLIT else times[rank].backward)
+    return floor
+
+
+def busy_s(work: Workload, times: list[StageTime] | None = None) -> list[float]:
+    """Per rank, seconds at work for each microbatch of the step, once a schedule is under way: pairs overlap where they
+    can. DualPipe runs half of the microbatches on either copy of a stage."""
+    times = times or stage_times(work, stage_layers(work))
+    overlaps, copies = work.pp > 1 and work.schedule in ("dualpipe", "dualpipev"), 1
+    if work.schedule == "dualpipe" and work.pp > 1:
+        copies = 2
+    each = [time.forward + time.backward + time.weight for time in times]
+    if overlaps:
+        each = [min(alone, time.overlapped or alone) for alone, time in zip(each, times, strict=True)]
+    return [sum(each[stage] for stage in stages_on(work, rank)) / copies for rank in range(work.pp)]
+
+
+class _Best:
+    """The fastest layouts met so far, and the fastest of those that `train` runs; by the clock."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.all: list[tuple[float, int, Workload]] = []
+        self.running: list[tuple[float, int, Workload]] = []
+
+    def out_of_reach(self, floor_s: float, *, runs: bool) -> bool:
+        """Whether a layout that takes at least so long can be among the kept ones no more."""
+        return all(len(kept) >= self.keep and kept[self.keep - 1][0] <= floor_s
+                   for kept in ([self.all, self.running] if runs else [self.all]))
+
+    def add(self, work: Workload, *, runs: bool) -> None:
+        timed = clock_s(work), len(self.all), work
+        insort(self.all, timed)
+        if runs:
+            insort(self.running, timed)
+
+    def kept(self) -> tuple[list[Workload], list[tuple[Workload, float]]]:
+        """Those that are kept, and the others with their time."""
+        numbers = {number for kept in (self.all, self.running) for _, number, _ in kept[: self.keep]}
+        return ([work for _, number, work in self.all if number in numbers],
+                [(work, seconds) for seconds, number, work in self.all if number not in numbers])
+
+
+def clock_s(work: Workload) -> float:
+    """Seconds of a step. Of many microbatches, by the clock for two rounds; after that the busiest rank sets the pace."""
+    rounds = work.microbatches // work.pp
+    if work.pp == 1 or rounds <= 3 or work.microbatches % work.pp:
+        return estimate(work).step_time_s
+    each = work.batch_size // work.microbatches
+    short = estimate(replace(work, microbatches=2 * work.pp, batch_size=2 * work.pp * each))
+    return short.step_time_s + (rounds - 2) * work.pp * max(busy_s(work))
+
+
+def _slower(work: Workload, seconds: float, number: int) -> Refused:
+    return Refused(layout_of(work), SLOWER.format(seconds=seconds), number)
+
+
+def layout_of(work: Workload) -> dict:
+    """As plan.json has it."""
+    return {"pp": work.pp, "dp": work.dp, "ep": work.ep, "tp": work.tp, "cp": work.cp, "schedule": work.schedule,
+            "stages_per_rank": _virtual(work), "microbatches": work.microbatches, "recompute": work.recompute.name,
+            "zero": work.zero, "dtype": work.dtype}
+
+
+def _virtual(work: Workload) -> int:
+    if work.pp == 1:
+        return 1
+    return 2 if work.schedule == "dualpipe" else stages_per_rank(Schedule[work.schedule], work.stages_per_rank)
