@@ -11,7 +11,7 @@ from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
-from orchestrator.plan_table import band_words, dollars, price_words
+from orchestrator.plan_table import band_words, dollars, layout_words, price_words
 from orchestrator.report_plots import format_number, stacked_bar
 from orchestrator.report_style import STYLE, details, figure, table
 
@@ -34,10 +34,6 @@ def document(title: str, body: list[str]) -> str:
             f'content="width=device-width, initial-scale=1"><title>{escape(title)} - Sparing plan</title>'
             f"<style>{STYLE}{PLOT_STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part)
             + "\n</main></body></html>\n")
-
-
-def layout_words(layout: dict) -> str:
-    return " ".join(str(value) if key == "schedule" else f"{key}={value}" for key, value in layout.items())
 
 
 def _header(data: dict, title: str) -> str:

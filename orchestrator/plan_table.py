@@ -7,6 +7,7 @@ from orchestrator.plan.planner import Plan
 from orchestrator.report_plots import format_number
 
 SHOWN = 8
+USUAL = {"tp": 1, "cp": 1, "zero": 1, "recompute": "none", "dtype": "bf16"}
 BUDGETS_SHOWN = ("GPT-4", "Llama 3.1 405B", "DeepSeek-V3")
 BAR = 36
 WIDTH = 150
@@ -23,11 +24,9 @@ def print_plan(plan: Plan, data: dict) -> None:
                   f"[bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
     if plan.candidates:
-        table = _grid("pp", "dp", "ep", "<schedule", "micro", "<recompute", "step s", "bubble", "GiB", "MFU", "days",
-                      "USD", "<why it is here")
+        table = _grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
         for row in data["candidates"][:SHOWN]:
-            layout = row["layout"]
-            table.add_row(*(str(layout[key]) for key in ("pp", "dp", "ep", "schedule", "microbatches", "recompute")),
+            table.add_row(layout_words(row["layout"]),
                           f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
                           f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", f"{row['days']:.1f}",
                           dollars(row["usd_total"]), row["why"])
@@ -164,24 +163,29 @@ def _print_dense(console, data: dict) -> None:
 
 def _print_train(console, data: dict) -> None:
     runs = next((row for row in data["candidates"] if row["train"]), None)
-    if runs is not None:
-        aside = "" if runs is data["candidates"][0] else (
-            f"  ({runs['step_time_s']:.2f} s a step; dualpipe is planned, not run, here)")
+    best = data["candidates"][0]
+    if runs is None:
+        console.print(f"\ntrain     cannot run what fits: {best['train_not']}")
+    else:
+        aside = "" if runs is best else f"  ({runs['step_time_s']:.2f} s a step; of the fastest: {best['train_not']})"
         console.print(f"\ntrain     {' '.join(runs['train'])}{aside}")
 
 
 def _telling(plan: Plan) -> list[str]:
     """One refusal of each kind, the commonest first."""
-    kinds: dict[str, list] = {}
-    for item in plan.refused:
-        kind = "memory" if item.reason.startswith("needs ") else item.reason.split(" wants ")[0].split(" stages ")[-1]
-        kinds.setdefault(kind, []).append(item)
     lines = []
-    for items in sorted(kinds.values(), key=len, reverse=True)[:4]:
-        layout = items[-1].layout
-        lines.append(f"{len(items)} layouts, such as pp={layout['pp']} dp={layout['dp']} ep={layout['ep']} "
-                     f"{layout['schedule']} recompute={layout['recompute']}: {items[-1].reason}")
+    for items in sorted(plan.kinds_refused().values(), key=lambda items: -sum(item.number for item in items))[:5]:
+        number = sum(item.number for item in items)
+        lines.append(f"{number:,} layouts, such as {layout_words(items[-1].layout)}: {items[-1].reason}")
     return lines
+
+
+def layout_words(layout: dict) -> str:
+    """A layout in a line; degrees of 1 and what is as usual are not said."""
+    short = {"microbatches": "m", "stages_per_rank": "stages"}
+    return " ".join(str(value) if key == "schedule" else f"{short.get(key, key)}={value}"
+                    for key, value in layout.items()
+                    if USUAL.get(key) != value and not (key == "stages_per_rank" and value <= 2))
 
 
 def _grid(*headers: str):

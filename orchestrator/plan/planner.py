@@ -13,7 +13,8 @@ from orchestrator.plan.search import Candidate, Plan, Refused, Request, illegal,
 
 __all__ = ["Candidate", "Plan", "Refused", "Request", "illegal", "layout_of", "make_plan", "overrides_of", "price",
            "to_json"]
-MAX_REFUSED = 200
+MAX_REFUSED = 40
+"""Of each kind in plan.json."""
 
 
 def make_plan(request: Request) -> Plan:
@@ -54,7 +55,7 @@ def to_json(plan: Plan) -> str:
         "predicted": True, "model": request.model.name, "hardware": hardware, "devices": request.devices,
         "tokens": request.tokens, "seq_len": request.seq_len, "batch_size": request.batch_size, "dtype": request.dtype,
         "assumptions": asdict(request.assumptions), "considered": plan.considered, "best": best, "candidates": priced,
-        "refused": [asdict(item) for item in plan.refused[:MAX_REFUSED]],
+        "refused": [asdict(item) for items in plan.kinds_refused().values() for item in items[-MAX_REFUSED:]],
         "dense": {"at": "the best layout's own MFU", **dense},
     }, indent=2) + "\n"
 

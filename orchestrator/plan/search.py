@@ -25,6 +25,8 @@ SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
 VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
+KINDS = ("needs ", "slower: ", "saves memory", "split backward", "at least", "equal rounds", " stages for ", "replicas",
+         "leaves a rank")
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
 
 
@@ -68,6 +70,13 @@ class Plan:
     """That fit, fastest first."""
     refused: list[Refused]
     considered: int
+
+    def kinds_refused(self) -> dict[str, list[Refused]]:
+        """By the rule that refused them."""
+        kinds: dict[str, list[Refused]] = {}
+        for item in self.refused:
+            kinds.setdefault(next((kind for kind in KINDS if kind in item.reason), item.reason), []).append(item)
+        return kinds
 
 
 @dataclass(frozen=True)
@@ -289,7 +298,7 @@ class _Best:
 
 
 def clock_s(work: Workload) -> float:
-    """Seconds of a step. Of many microbatches, by the clock for two rounds; after that the busiest rank sets the pace."""
+    """Seconds of a step. Of many microbatches, two rounds by the clock; then the busiest rank sets the pace."""
     rounds = work.microbatches // work.pp
     if work.pp == 1 or rounds <= 3 or work.microbatches % work.pp:
         return estimate(work).step_time_s
