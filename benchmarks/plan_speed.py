@@ -30,7 +30,8 @@ def main() -> None:
         print(f"one step of pp=16 with 120 microbatches, {schedule:10s} {step * 1e3:6.1f} ms, with its table the first "
               f"time {table * 1e3:6.0f} ms")
     took, plan = seconds(make_plan, Request(model, h800, 2048, 14.8e12, 4096, 15360, "fp8"))
-    print(f"DeepSeek-V3 on 2,048 H800: {plan.considered:,} layouts in {took:.1f} s, {plan.considered / took:,.0f} a second")
+    rate = plan.considered / took
+    print(f"DeepSeek-V3 on 2,048 H800: {plan.considered:,} layouts in {took:.1f} s, {rate:,.0f} a second")
 
 
 if __name__ == "__main__":

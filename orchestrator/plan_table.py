@@ -24,7 +24,7 @@ def print_plan(plan: Plan, data: dict) -> None:
                   f"[bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
     if plan.candidates:
-        table = _grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
+        table = grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
         for row in data["candidates"][:SHOWN]:
             table.add_row(layout_words(row["layout"]),
                           f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
@@ -99,7 +99,7 @@ def _print_step(console, data: dict) -> None:
 def _print_bills(console, bill: dict) -> None:
     price, steady, expected = bill["price"], bill["steady"], bill["expected"]
     console.print(f"\nat {price_words(price)}")
-    table = _grid("<bill", "GPU-hours", "days", "USD", "<what it counts")
+    table = grid("<bill", "GPU-hours", "days", "USD", "<what it counts")
     own = {term["name"]: term for term in expected["terms"]}
     table.add_row("steady", *_sums(steady), f"step time x steps, as DeepSeek's published bill; {band_words(bill)}")
     for name in [term["name"] for term in steady["terms"]][1:]:
@@ -126,7 +126,7 @@ def _sums(side: dict) -> list[str]:
 
 
 def _print_dense(console, data: dict) -> None:
-    table = _grid("<beside it, steady", "parameters", "GPU-hours", "USD", "x", "<how")
+    table = grid("<beside it, steady", "parameters", "GPU-hours", "USD", "x", "<how")
     steady = data["bill"]["steady"]["terms"][0]
 
     def line(name: str, low: dict, high: dict, how: str, parameters: str = "") -> None:
@@ -151,7 +151,7 @@ def _print_dense(console, data: dict) -> None:
     console.print()
     if table.row_count:
         console.print(table)
-    table = _grid("<published", "<kind", "GPU-hours", "USD", "<source")
+    table = grid("<published", "<kind", "GPU-hours", "USD", "<source")
     for row in data["published"]:
         if row["name"] in BUDGETS_SHOWN:
             usd = " - ".join(dollars(each) for each in sorted(set(row["usd"]))) if "usd" in row else ""
@@ -188,7 +188,7 @@ def layout_words(layout: dict) -> str:
                     if USUAL.get(key) != value and not (key == "stages_per_rank" and value <= 2))
 
 
-def _grid(*headers: str):
+def grid(*headers: str):
     """A table without lines; a header that starts with < is left-aligned; only the last column may wrap."""
     from rich.table import Table
 

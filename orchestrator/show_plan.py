@@ -4,21 +4,20 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from orchestrator.compose import compose_config
-from orchestrator.errors import BadRequest, NotFit
+from orchestrator.errors import BadRequest
 from orchestrator.plan.bill import Terms
-from orchestrator.plan.forecast import shared_cores
-from orchestrator.plan.hardware import at_market
 from orchestrator.plan.money import money, terms_of
-from orchestrator.plan.planner import Plan, Request, default_batch, make_plan, to_json
-from orchestrator.plan.workload import Assumptions
+from orchestrator.plan.planner import Plan, make_plan, to_json
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
+from orchestrator.plan_questions import OPTIONS as QUESTIONS
+from orchestrator.plan_questions import settle, too_small
+from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.plan_table import print_plan, reasons
-from orchestrator.train.expected import read_calibration
 
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
-OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", "calibrate", *TERMS)
+OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", "calibrate", *QUESTIONS,
+           *TERMS)
 
 
 def run(arguments: list[str]) -> int:
@@ -50,15 +49,18 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     """Print the best layouts, the bills and why others were refused; write the whole as JSON where `out` says."""
     if options.get("explain", "false") not in ("true", "false"):
         raise BadRequest(f"explain={options['explain']}: must be true or false; use explain=true")
-    found, data = planned(options, overrides)
+    answer = settle(options, overrides)
+    options = answer.options
+    found, data = planned(options, answer.overrides)
+    if answer.question:
+        data["question"] = answer.question
     if options.get("out"):
         write("out", options["out"], json.dumps(data, indent=2) + "\n")
     if options.get("html") and found.candidates:
         write("html", options["html"], page(found, data))
     print_plan(found, data)
     if not found.candidates:
-        raise NotFit(f"gpus={found.request.devices}: no layout of model={found.request.model.name} fits; use more "
-                     "devices, devices with more memory, or a smaller model")
+        raise too_small(found.request)
     if options.get("explain") == "true":
         print_explained(found, data)
     for key in ("out", "html"):
@@ -76,8 +78,7 @@ def write(key: str, path: str, text: str) -> None:
 
 def planned(options: dict[str, str], overrides: list[str], compared: dict | None = None) -> tuple[Plan, dict]:
     """The plan and what plan.json says of it. compared: the result of `sparing compare`, instead of its file."""
-    config = compose_config(overrides)
-    given = {text.lstrip("+").split("=", 1)[0] for text in overrides}
+    config, given = compose_plan(overrides)
     request = read_request(options, config, given)
     compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else compared
     try:
@@ -96,34 +97,6 @@ def planned(options: dict[str, str], overrides: list[str], compared: dict | None
     return found, data
 
 
-def read_request(options: dict[str, str], config, given: set[str]) -> Request:
-    calibration = read_calibration(options.get("calibrate"), "calibrate")
-    if config.hardware.device != "cuda" and not calibration.cores:
-        raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
-                         "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
-    devices = config.cluster.nodes * config.cluster.ranks_per_node
-    if "gpus" in options:
-        devices = int(_number("gpus", options["gpus"]))
-    if devices < 1:
-        raise BadRequest("gpus: must be given; add gpus=64, or cluster.nodes and cluster.ranks_per_node")
-    if "tokens" not in options:
-        raise BadRequest("tokens: must be given; add the training tokens, as in tokens=1e12")
-    dtype = options.get("dtype", "bf16")
-    if dtype not in ("bf16", "fp8"):
-        raise BadRequest(f"dtype={dtype}: must be bf16 or fp8; use dtype=bf16")
-    try:
-        config.model.check()
-    except ValueError as error:
-        raise BadRequest(str(error)) from None
-    hardware, assumptions = at_market(config.hardware, options.get("market", config.hardware.market)), Assumptions()
-    if hardware.device != "cuda":
-        hardware, assumptions = shared_cores(hardware, devices, calibration)
-    seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
-    batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
-    return Request(config.model, hardware, devices, _number("tokens", options["tokens"]), seq_len, batch, dtype,
-                   assumptions=assumptions, calibration=calibration)
-
-
 def _terms(options: dict[str, str], config) -> Terms:
     train = config.train
     base = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
@@ -137,13 +110,3 @@ def _compared(path: str) -> dict:
     except (OSError, ValueError):
         raise BadRequest(f"multiplier_from={path}: is no readable JSON file; give the compare.json that "
                          "`sparing compare` wrote") from None
-
-
-def _number(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 1 <= value < 1e30:
-        raise BadRequest(f"{key}={text}: must be a positive number; use {key}={'1e12' if key == 'tokens' else '64'}")
-    return value

@@ -39,7 +39,7 @@ def estimate(work: Workload) -> Estimate:
 
 def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
     """The parts of a step's time, and its clock."""
-    _check_hardware(work)
+    check_hardware(work)
     ranges, table, chains = pipeline_of(work)
     times = stage_times(work, ranges)
     link = _link_bytes_per_s(work, crossing_nodes=work.dp * work.tp * work.cp >= work.hardware.scale_up_devices)
@@ -121,7 +121,7 @@ def _link_bytes_per_s(work: Workload, *, crossing_nodes: bool) -> float:
     return (hardware.scale_out_gb_per_s if crossing_nodes else hardware.scale_up_gb_per_s) * 1e9
 
 
-def _check_hardware(work: Workload) -> None:
+def check_hardware(work: Workload) -> None:
     needed = ["bf16_tflops", "memory_gb_per_s", "memory_gib", "scale_up_gb_per_s", "scale_out_gb_per_s"]
     needed += ["fp8_tflops"] if work.dtype != "bf16" else []
     missing = [key for key in needed if not getattr(work.hardware, key)]

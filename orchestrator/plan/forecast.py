@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.config import ComputeDtype, Config, HardwareConfig
 from orchestrator.plan.estimate import step_parts
+from orchestrator.plan.keeping import SPARING
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
@@ -52,7 +53,7 @@ def forecast(config: Config, machine: Machine, calibration: Calibration = Calibr
              "bubble": 1 - max(timeline.busy) / timeline.step_time,
              "tokens_per_s": config.train.batch_size * config.train.seq_len / step_s,
              "steps_usd": None if price is None else step_s * config.train.steps * work.devices / 3600 * price}
-    return found | ({"memory_peak_gib": memory_gib(work)["total"]} if machine.device != "cpu" else {})
+    return found | ({"memory_peak_gib": memory_gib(replace(work, zero=1, keeping=SPARING))["total"]} if machine.device != "cpu" else {})
 
 
 def calibrate(config: Config, machine: Machine, measured: dict, run: str) -> Calibration:

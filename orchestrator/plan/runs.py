@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from model.config import ModelConfig
 from orchestrator.config import Recompute, Schedule, conf_dir
 from orchestrator.plan.keeping import SPARING
 from orchestrator.plan.layout import LOOPED_SCHEDULES
@@ -39,6 +40,13 @@ def overrides_of(work: Workload) -> list[str]:
             "recompute": work.recompute.name}
     if work.pp > 1 and Schedule[work.schedule] in LOOPED_SCHEDULES:
         keys["stages_per_rank"] = work.stages_per_rank
-    return [f"model={work.model.name}", *(f"layout.{key}={value}" for key, value in keys.items()),
+    return [*_model_words(work.model), *(f"layout.{key}={value}" for key, value in keys.items()),
             f"precision={work.dtype}", f"train.batch_size={work.batch_size}", f"train.seq_len={work.seq_len}",
             f"train.validate_sequences={work.dp * work.microbatches}"]
+
+
+def _model_words(model: ModelConfig) -> list[str]:
+    """A shipped model by name, another by all its keys."""
+    if (conf_dir() / "model" / f"{model.name}.yaml").exists():
+        return [f"model={model.name}"]
+    return [f"model.{key}={getattr(value, 'name', value)}" for key, value in vars(model).items()]

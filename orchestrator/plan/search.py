@@ -10,15 +10,17 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from itertools import islice
 
 from model.config import Attention, ModelConfig, divisors
 from orchestrator.config import HardwareConfig, Recompute, Schedule
-from orchestrator.plan.estimate import Estimate, LayerTime, estimate, head_time, layer_time, stage_times
+from orchestrator.plan.block import LayerTime, head_time, layer_time
+from orchestrator.plan.estimate import Estimate, check_hardware, estimate, stage_times
 from orchestrator.plan.layout import LOOPED_SCHEDULES, SPLIT_BACKWARD, V_SCHEDULES, stages_per_rank
 from orchestrator.plan.memory import activation_peaks, stages_on, too_large
 from orchestrator.plan.runs import cannot_run, not_run
 from orchestrator.plan.simulate import StageTime
-from orchestrator.plan.workload import Assumptions, Workload, stage_layers
+from orchestrator.plan.workload import Assumptions, Calibration, Workload, stage_layers
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
 SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
@@ -26,7 +28,7 @@ VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
 KINDS = ("needs ", "slower: ", "saves memory", "split backward", "at least", "equal rounds", " stages for ", "replicas",
-         "leaves a rank")
+         "leaves a rank", "was asked for")
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
 
 
@@ -42,11 +44,19 @@ class Request:
     batch_size: int
     """Sequences per step."""
     dtype: str = "bf16"
-    """`bf16`, `fp8`, or `any` of the two."""
+    """`bf16`, `fp8`, or `any` that the hardware has."""
     schedules: tuple[str, ...] = tuple(SCHEDULES)
     keep: int = 10
     """So many of the fastest layouts are put on the clock, and as many of the fastest that `train` runs."""
+    pinned: tuple[tuple[str, object], ...] = ()
+    """Keys of `layout_of` and the only value each may have."""
     assumptions: Assumptions = Assumptions()
+    calibration: Calibration = Calibration()
+
+    def asks(self, work: Workload, *keys: str) -> bool:
+        """Whether nothing else was pinned in these keys."""
+        layout = layout_of(work)
+        return all(layout[key] == value for key, value in self.pinned if key in keys)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,8 @@ def search(request: Request) -> Plan:
     best, refused, considered, number = _Best(request.keep), _too_short(request), 0, 0
     queue: list[tuple] = []
     for cell in _cells(request):
-        variants = list(_variants(cell.work, request))
+        variants = [work for work in _variants(cell.work, request)
+                    if request.asks(work, "schedule", "stages_per_rank") or work.pp == 1]
         considered += len(variants) * len(SAVINGS)
         while queue and queue[0][0] <= cell.floor_s:
             _clock_next(queue, best, refused)
@@ -102,7 +113,7 @@ def search(request: Request) -> Plan:
             refused.append(_slower(cell.work, cell.floor_s, len(variants) * len(SAVINGS)))
             continue
         for work in variants:
-            for each, floor, runs in _fitting(work, best, refused):
+            for each, floor, runs in _fitting(work, best, refused, request):
                 heappush(queue, (floor, number, each, runs))
                 number += 1
     while queue:
@@ -124,7 +135,10 @@ def _clock_next(queue: list[tuple], best: "_Best", refused: list[Refused]) -> No
 
 def _cells(request: Request) -> list[_Cell]:
     layers: dict[tuple, float] = {}
-    cells = [_Cell(work, _even_s(work, layers)) for work in layouts(request)]
+    for work in islice(layouts(request), 1):
+        check_hardware(work)
+    cells = [_Cell(work, _even_s(work, layers)) for work in layouts(request)
+             if request.asks(work, "pp", "dp", "ep", "microbatches")]
     return sorted(cells, key=lambda cell: cell.floor_s)
 
 
@@ -132,7 +146,9 @@ def layouts(request: Request) -> Iterator[Workload]:
     """Degrees, microbatch and precision, before schedule, recompute and ZeRO stage; all divisors, not powers of two."""
     model, devices = request.model, request.devices
     experts = model.n_routed_experts or 1
-    dtypes = ("bf16", "fp8") if request.dtype == "any" else (request.dtype,)
+    dtypes = (request.dtype,)
+    if request.dtype == "any":
+        dtypes = ("bf16", "fp8") if request.hardware.fp8_tflops else ("bf16",)
     for pp in (pp for pp in divisors(devices) if pp <= min(model.n_layers, MAX_PP)):
         for tp in (tp for tp in divisors(devices // pp) if tp <= min(MAX_TP, request.hardware.scale_up_devices)
                    and _divides_heads(model, tp)):
@@ -144,7 +160,8 @@ def layouts(request: Request) -> Iterator[Workload]:
                             for dtype in dtypes:
                                 yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp,
                                                ep, "1f1b", request.batch_size // (dp * sequences), tp=tp, cp=cp,
-                                               dtype=dtype, assumptions=request.assumptions)
+                                               dtype=dtype, assumptions=request.assumptions,
+                                               calibration=request.calibration)
 
 
 def _divides_heads(model: ModelConfig, tp: int) -> bool:
@@ -166,7 +183,8 @@ SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 
 """Ways to need less memory, each dearer than those before it; ZeRO stage 3 aside, which a recompute may beat."""
 
 
-def _fitting(work: Workload, best: "_Best", refused: list[Refused]) -> Iterator[tuple[Workload, float, bool]]:
+def _fitting(work: Workload, best: "_Best", refused: list[Refused],
+             request: Request) -> Iterator[tuple[Workload, float, bool]]:
     """The ways of this layout that are worth a clock, with their lower bound and whether `train` runs them; why the
     others are not goes to `refused`."""
     reason = illegal(work)
@@ -181,6 +199,8 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused]) -> Iterator[
         each = replace(work, recompute=recompute, zero=zero)
         tried += 1
         reason = illegal(each) or (None if work.replicas > 1 or zero == 1 else "no replicas to shard over")
+        if not request.asks(each, "recompute", "zero"):
+            reason = "another recompute was asked for"
         if reason is None:
             if recompute not in peaks:
                 peaks[recompute] = activation_peaks(each)

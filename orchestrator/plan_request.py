@@ -1,0 +1,108 @@
+"""From a plan's words to what is asked of the planner; mistakes are told by key, value, rule and remedy."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from model.config import ModelConfig
+from orchestrator.compose import compose_config
+from orchestrator.config import Config
+from orchestrator.errors import BadRequest
+from orchestrator.plan.forecast import shared_cores
+from orchestrator.plan.hardware import at_market
+from orchestrator.plan.planner import Request, default_batch
+from orchestrator.plan.workload import Assumptions
+from orchestrator.train.expected import read_calibration
+
+PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
+
+
+def compose_plan(overrides: list[str]) -> tuple[Config, set[str]]:
+    """The config, and the keys that were given. A Hugging Face config.json may stand for the model."""
+    given = {text.lstrip("+").split("=", 1)[0] for text in overrides}
+    file = next((text.split("=", 1)[1] for text in overrides if text.startswith("model=") and text.endswith(".json")),
+                None)
+    if file is None:
+        return compose_config(overrides), given
+    config = compose_config([text for text in overrides if not text.startswith("model=")])
+    return replace(config, model=_from_hf(file)), given
+
+
+def _from_hf(file: str) -> ModelConfig:
+    """Its shape; a released checkpoint's own quantisation does not matter to a plan."""
+    from model.hf_config import config_from_hf
+
+    try:
+        values = json.loads(Path(file).read_text())
+        values.pop("quantization_config", None)
+        return config_from_hf(values, name=Path(file).resolve().parent.name or "custom")
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise BadRequest(f"model={file}: is no readable JSON object ({error}); give a Hugging Face config.json, or a "
+                         "model by name") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadRequest(f"model={file}: {error}") from None
+
+
+def read_request(options: dict[str, str], config: Config, given: set[str]) -> Request:
+    calibration = read_calibration(options.get("calibrate"), "calibrate")
+    if config.hardware.device != "cuda" and not calibration.cores:
+        raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
+                         "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
+    devices = config.cluster.nodes * config.cluster.ranks_per_node
+    if "gpus" in options:
+        devices = int(number("gpus", options["gpus"]))
+    if devices < 1:
+        raise BadRequest("gpus: must be given; add gpus=64, or cluster.nodes and cluster.ranks_per_node")
+    if "tokens" not in options:
+        raise BadRequest("tokens: must be given; add the training tokens, as in tokens=1e12")
+    dtype = options.get("dtype", "bf16")
+    if dtype not in ("bf16", "fp8", "any"):
+        raise BadRequest(f"dtype={dtype}: must be bf16 or fp8, or any of the two; use dtype=bf16")
+    try:
+        config.model.check()
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    hardware, assumptions = at_market(config.hardware, options.get("market", config.hardware.market)), Assumptions()
+    if hardware.device != "cuda":
+        hardware, assumptions = shared_cores(hardware, devices, calibration)
+    seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
+    batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
+    tokens = number("tokens", options["tokens"])
+    if tokens < batch * seq_len:
+        raise BadRequest(f"tokens={options['tokens']}: is less than one step of {batch:,} sequences of {seq_len:,}; "
+                         f"use tokens={batch * seq_len} or more, or a smaller train.batch_size")
+    asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype, pinned=_pinned(config, given),
+                    assumptions=assumptions, calibration=calibration)
+    _check_degrees(asked)
+    return asked
+
+
+def _pinned(config: Config, given: set[str]) -> tuple[tuple[str, object], ...]:
+    """Keys of the layout that were given hold for every layout."""
+    values = {key: getattr(config.layout, key) for key in PINNED if f"layout.{key}" in given}
+    return tuple((key, getattr(value, "name", value)) for key, value in values.items())
+
+
+def _check_degrees(asked: Request) -> None:
+    pinned, experts = dict(asked.pinned), asked.model.n_routed_experts
+    product = pinned.get("pp", 1) * pinned.get("dp", 1)
+    if asked.devices % product:
+        which = next(key for key in ("pp", "dp") if key in pinned)
+        raise BadRequest(f"layout.{which}={pinned[which]}: layout.pp x layout.dp = {product} must divide the "
+                         f"{asked.devices:,} GPUs; change one of the three, or leave a degree to the plan")
+    ep = pinned.get("ep", 1)
+    if ep > 1 and (not experts or experts % ep):
+        raise BadRequest(f"layout.ep={ep}: must divide the model's {experts} routed experts; leave it to the plan")
+    if (asked.devices // pinned.get("pp", 1)) % ep:
+        raise BadRequest(f"layout.ep={ep}: must divide the {asked.devices // pinned.get('pp', 1):,} GPUs of a stage; "
+                         "leave it to the plan")
+
+
+def number(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 1 <= value < 1e30:
+        raise BadRequest(f"{key}={text}: must be a positive number; use {key}={'1e12' if key == 'tokens' else '64'}")
+    return value
