@@ -46,13 +46,19 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
 Groups: model layout data optim precision checkpoint tracker hardware cluster experiment; `model=x` lists what there is.
 Flags:  --cfg job (print the config), --multirun (one run per value), --shell-completion, --hydra-help""",
     "plan": """\
-usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8] [market=on_demand|reserved|spot] [out=plan.json]
-                    [html=plan.html] [explain=true] [-m]
+usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8|any] [market=on_demand|reserved|spot]
+                    [out=plan.json] [html=plan.html] [explain=true] [-m]
        sparing plan diff A.json B.json
        sparing plan prices | budgets
 
   sparing plan model=deepseek_v3 cluster=h800_2048 tokens=14.8e12 dtype=fp8
   sparing plan model=moonlight_16b hardware=h100 gpus=64 tokens=1e12 train.batch_size=1024 market=spot
+  sparing plan model=path/to/config.json hardware=h100 gpus=64 tokens=1e12      a Hugging Face config.json
+  sparing plan model=moonlight_16b hardware=h100 tokens=1e12 deadline_days=30   GPUs needed (gpus=fit: to hold it)
+  sparing plan model=moonlight_16b hardware=h100 tokens=1e12 budget_usd=5e4     the fastest for that; without tokens
+                                                       but with gpus: the tokens it buys
+  sparing plan model=moonlight_16b hardware=h100,h200 gpus=32,64 tokens=1e12    front of dollars against days;
+                                                       hardware=all objective=dollars: the cheapest type
   sparing plan -m cluster=h100_1024,h200_1024 model=deepseek_v3,qwen3_235b_a22b tokens=1e12    every combination
   sparing plan diff before.json after.json             what a change does to days and dollars, by term
   sparing plan prices                                  published API prices beside what serving costs

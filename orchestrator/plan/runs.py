@@ -30,7 +30,8 @@ def not_run(work: Workload) -> str | None:
 
 def cannot_run(work: Workload) -> str | None:
     """The same, and whether it fits with what `train` keeps in memory."""
-    reason = not_run(work) or too_large(replace(work, keeping=SPARING))
+    keeping = replace(SPARING, moments=4) if work.dtype == "fp8" else SPARING  # as conf/precision/fp8.yaml has it
+    reason = not_run(work) or too_large(replace(work, keeping=keeping))
     return f"as train keeps it, it {reason}" if reason and reason.startswith("needs ") else reason
 
 
