@@ -53,7 +53,9 @@ def forecast(config: Config, machine: Machine, calibration: Calibration = Calibr
              "bubble": 1 - max(timeline.busy) / timeline.step_time,
              "tokens_per_s": config.train.batch_size * config.train.seq_len / step_s,
              "steps_usd": None if price is None else step_s * config.train.steps * work.devices / 3600 * price}
-    return found | ({"memory_peak_gib": memory_gib(replace(work, zero=1, keeping=SPARING))["total"]} if machine.device != "cpu" else {})
+    if machine.device == "cpu":
+        return found
+    return found | {"memory_peak_gib": memory_gib(replace(work, zero=1, keeping=SPARING))["total"]}
 
 
 def calibrate(config: Config, machine: Machine, measured: dict, run: str) -> Calibration:
