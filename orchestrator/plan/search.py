@@ -15,15 +15,14 @@ from itertools import islice
 from model.config import Attention, ModelConfig, divisors
 from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.block import LayerTime, head_time, layer_time
-from orchestrator.plan.estimate import Estimate, check_hardware, estimate, stage_times
-from orchestrator.plan.layout import LOOPED_SCHEDULES, SPLIT_BACKWARD, V_SCHEDULES, stages_per_rank
-from orchestrator.plan.memory import activation_peaks, stages_on, too_large
+from orchestrator.plan.bound import SPLIT, clock_s, floor_s
+from orchestrator.plan.estimate import Estimate, check_hardware, estimate
+from orchestrator.plan.layout import LOOPED_SCHEDULES, V_SCHEDULES, stages_per_rank
+from orchestrator.plan.memory import activation_peaks, too_large
 from orchestrator.plan.runs import cannot_run, not_run
-from orchestrator.plan.simulate import StageTime
-from orchestrator.plan.workload import Assumptions, Calibration, Workload, stage_layers
+from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
-SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
 VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
@@ -266,31 +265,6 @@ def _compute_s(time: LayerTime) -> float:
     return time.forward + time.backward + time.weight
 
 
-def floor_s(work: Workload) -> float:
-    """Lower bound of a step, from its stages: a rank waits for the first forward, does all its work, and what it sent
-    back has to reach the first stage."""
-    if work.schedule == "dualpipe" and work.pp > 1:
-        return max(busy_s(work)) * work.microbatches
-    times, before, floor = stage_times(work, stage_layers(work)), 0.0, 0.0
-    for rank, busy in enumerate(busy_s(work, times)):
-        floor = max(floor, busy * work.microbatches + before)
-        before += times[rank].forward + (0.0 if work.schedule in SPLIT else times[rank].backward)
-    return floor
-
-
-def busy_s(work: Workload, times: list[StageTime] | None = None) -> list[float]:
-    """Per rank, seconds at work for each microbatch of the step, once a schedule is under way: pairs overlap where they
-    can. DualPipe runs half of the microbatches on either copy of a stage."""
-    times = times or stage_times(work, stage_layers(work))
-    overlaps, copies = work.pp > 1 and work.schedule in ("dualpipe", "dualpipev"), 1
-    if work.schedule == "dualpipe" and work.pp > 1:
-        copies = 2
-    each = [time.forward + time.backward + time.weight for time in times]
-    if overlaps:
-        each = [min(alone, time.overlapped or alone) for alone, time in zip(each, times, strict=True)]
-    return [sum(each[stage] for stage in stages_on(work, rank)) / copies for rank in range(work.pp)]
-
-
 class _Best:
     """The fastest layouts met so far, and the fastest of those that `train` runs; by the clock."""
 
@@ -315,16 +289,6 @@ class _Best:
         numbers = {number for kept in (self.all, self.running) for _, number, _ in kept[: self.keep]}
         return ([work for _, number, work in self.all if number in numbers],
                 [(work, seconds) for seconds, number, work in self.all if number not in numbers])
-
-
-def clock_s(work: Workload) -> float:
-    """Seconds of a step. Of many microbatches, two rounds by the clock; then the busiest rank sets the pace."""
-    rounds = work.microbatches // work.pp
-    if work.pp == 1 or rounds <= 3 or work.microbatches % work.pp:
-        return estimate(work).step_time_s
-    each = work.batch_size // work.microbatches
-    short = estimate(replace(work, microbatches=2 * work.pp, batch_size=2 * work.pp * each))
-    return short.step_time_s + (rounds - 2) * work.pp * max(busy_s(work))
 
 
 def _slower(work: Workload, seconds: float, number: int) -> Refused:

@@ -13,13 +13,14 @@ from orchestrator.compose import compose_config
 from orchestrator.config import Recompute, Schedule
 from orchestrator.errors import BadRequest
 from orchestrator.plan.block import layer_time
+from orchestrator.plan.bound import clock_s, floor_s
 from orchestrator.plan.estimate import estimate, phases_s
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.memory import memory_gib, too_large
 from orchestrator.plan.planner import Request, make_plan, to_json
 from orchestrator.plan.runs import cannot_run, not_run, overrides_of
-from orchestrator.plan.search import clock_s, floor_s, illegal, layouts
+from orchestrator.plan.search import illegal, layouts
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
 
