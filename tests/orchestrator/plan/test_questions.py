@@ -89,7 +89,7 @@ def test_a_degree_that_is_given_holds_for_every_layout(request_):
 
 @pytest.mark.parametrize("words, error, told", [
     (["hardware=h100", "gpus=8", "tokens=1e9", "model=deepseek_v3"], NotFit, "the smallest that holds it is gpus="),
-    (["hardware=h100", "gpus=8", "tokens=1000"], BadRequest, "tokens=1000: is less than one step of 60 sequences"),
+    (["hardware=h100", "gpus=8", "tokens=1000"], BadRequest, "tokens=1000: must be at least one step of 60 sequences"),
     (["hardware=gb200", "gpus=8", "budget_usd=100"], BadRequest, "hardware.usd_per_h: is not known for hardware=gb200"),
     (["hardware=gb200", "gpus=8,16", "tokens=1e9", "objective=dollars"], BadRequest, "set hardware.usd_per_h"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=3"], BadRequest, "layout.pp=3: layout.pp x layout.dp = 3"),
