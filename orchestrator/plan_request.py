@@ -69,8 +69,8 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
     batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
     tokens = number("tokens", options["tokens"])
     if tokens < batch * seq_len:
-        raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of {seq_len:,}; "
-                         f"use tokens={batch * seq_len} or more, or a smaller train.batch_size")
+        raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
+                         f"{seq_len:,}; use tokens={batch * seq_len} or more, or a smaller train.batch_size")
     asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype, pinned=_pinned(config, given),
                     assumptions=assumptions, calibration=calibration)
     _check_degrees(asked)
