@@ -89,7 +89,7 @@ def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) ->
 
 def simulated_twin(request: Request, twin: ModelConfig) -> dict:
     """The best layout of the dense twin on the same devices; if none fits, why."""
-    plan = make_plan(replace(request, model=twin, schedules=DENSE_SCHEDULES))
+    plan = make_plan(replace(request, model=twin, schedules=DENSE_SCHEDULES, keep=1))
     if not plan.candidates:
         needs = [item.reason for item in plan.refused if item.reason.startswith("needs ")]
         return {"refused": f"no layout of it fits: {min(needs, key=_gib, default='none is legal')}"}

@@ -3,10 +3,10 @@
 import json
 import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-import orchestrator.train.rank  # noqa: F401  imported once, then forked
 from model import count
 from orchestrator import compare
 from orchestrator.__main__ import main
@@ -39,22 +39,25 @@ def test_bad_input_is_refused_before_anything_is_trained(words, said, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def _train_as_one_rank(words: list[str], port: int) -> None:
-    """What torchrun would do, without importing torch again."""
+def _train_as_one_rank(words: list[str], port: int) -> int:
+    """What torchrun would do, in a process that has imported torch already."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK="0",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    os._exit(main(["train", *words]))
+    return main(["train", *words])
 
 
-def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+@pytest.fixture
+def process():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatch, process):
     trained = []
 
     def train(words: list[str]) -> int:
         trained.append(words)
-        child = multiprocessing.get_context("fork").Process(target=_train_as_one_rank, args=(words, free_port()))
-        child.start()
-        child.join()
-        return child.exitcode
+        return process.submit(_train_as_one_rank, words, free_port()).result(240)
 
     monkeypatch.setattr(compare, "_train", train)
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 400)

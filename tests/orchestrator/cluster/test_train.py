@@ -253,16 +253,25 @@ PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secr
 def cluster():
     """A Ray head with four CPUs and a job server, on loopback, with token authentication; its session's folder."""
     port, dashboard, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    done = subprocess.run([*ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
-                           f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
-                           f"--temp-dir={folder}"],
-                          env=environment(RAY_AUTH_MODE="token", RAY_JOB_STOP_WAIT_TIME_S="60", **PLANTED),
-                          capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+    log = Path(folder, "start.log")
+    with open(log, "w") as out:
+        head = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--head",
+                                 "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
+                                 f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+                                 "--disable-usage-stats", f"--temp-dir={folder}"], stdout=out, stderr=out,
+                                env=environment(RAY_AUTH_MODE="token", RAY_JOB_STOP_WAIT_TIME_S="60", **PLANTED))
+    deadline = time.monotonic() + 180
+    while "Ray runtime started" not in log.read_text():
+        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
     yield ({"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", **PLANTED}, f"http://127.0.0.1:{dashboard}",
            Path(folder))
-    subprocess.run([*ray, "stop", "--force"], env=environment(), capture_output=True, timeout=60)
+    head.terminate()  # not `ray stop`, which ends every Ray of the machine
+    head.wait(60)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
 
 
