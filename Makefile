@@ -10,7 +10,7 @@ train: install  ## a first run: four ranks on this machine, about two minutes on
 	$(BIN)/sparing train experiment=tiny
 
 test: install  ## the whole suite, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

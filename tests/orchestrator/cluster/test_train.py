@@ -264,6 +264,10 @@ def cluster():
     while "Ray runtime started" not in log.read_text():
         assert head.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
+    there = environment(RAY_AUTH_MODE="token", PYTHONPATH="")
+    while subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address",
+                          f"http://127.0.0.1:{dashboard}", "--", "true"], capture_output=True, env=there).returncode:
+        assert time.monotonic() < deadline, "no agent takes a job"
     yield ({"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", **PLANTED}, f"http://127.0.0.1:{dashboard}",
            Path(folder))
     head.terminate()  # not `ray stop`, which ends every Ray of the machine

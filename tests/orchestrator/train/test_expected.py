@@ -37,12 +37,12 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
     before = forecast(config, machine)
     measured = {key: 3 * before[key] for key in ("forward_backward_s", "optimizer_s")} | {"machine": vars(machine)}
     (tmp_path / "summary.json").write_text(json.dumps({"measured": measured}))
-    words = ["model=tiny", "hardware=cpu", "train.batch_size=16", "train.seq_len=256"]
+    layout = ["layout.pp=2", "layout.dp=2", "layout.ep=2", "layout.schedule=1f1b", "layout.microbatches=2"]
+    words = ["model=tiny", "hardware=cpu", "train.batch_size=16", "train.seq_len=256", *layout]
     options = {"gpus": "4", "tokens": "1e6", "calibrate": str(tmp_path)}
     _, data = planned(options, words)
-    same = next(row for row in data["candidates"] if {"pp": 2, "ep": 2, "schedule": "1f1b", "microbatches": 2,
-                                                      "recompute": "none"}.items() <= row["layout"].items())
-    assert 1 <= same["step_time_s"] / (3 * before["step_time_s"]) < 1.5, "cores that idle ranks lend are not counted"
+    ratio = data["best"]["step_time_s"] / (3 * before["step_time_s"])
+    assert 0.9 < ratio < 1.5, "but for cores that idle ranks lend, and ZeRO stages that train does not have"
     with pytest.raises(BadRequest, match="hardware=cpu: a plan needs a GPU's data sheet"):
         planned({"gpus": "4", "tokens": "1e6"}, words)
     with pytest.raises(BadRequest, match="calibrate=/nowhere: holds no finished run"):
