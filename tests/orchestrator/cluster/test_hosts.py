@@ -19,7 +19,7 @@ RUN = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter
 @pytest.fixture(scope="module")
 def cluster():
     """Room for four ranks: two on one node, so that one expert-parallel group lies inside a node, one across."""
-    with hosts(3, cpus=[2, 1, 1], hidden=[ROOT]) as running:
+    with hosts(3, cpus=[2, 1, 1], hidden=[ROOT / "model", ROOT / "orchestrator", ROOT / "conf"]) as running:
         yield running
 
 
