@@ -264,7 +264,7 @@ def cluster():
     while "Ray runtime started" not in log.read_text():
         assert head.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
-    there = environment(RAY_AUTH_MODE="token", PYTHONPATH="")
+    there = environment(RAY_AUTH_MODE="token", PYTHONPATH="", **PLANTED)
     while subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address",
                           f"http://127.0.0.1:{dashboard}", "--", "true"], capture_output=True, env=there).returncode:
         assert time.monotonic() < deadline, "no agent takes a job"
