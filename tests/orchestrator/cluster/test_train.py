@@ -258,6 +258,7 @@ def cluster():
         head = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--head",
                                  "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
                                  f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+                                 f"--dashboard-agent-listen-port={free_port()}",
                                  "--disable-usage-stats", f"--temp-dir={folder}"], stdout=out, stderr=out,
                                 env=environment(RAY_AUTH_MODE="token", RAY_JOB_STOP_WAIT_TIME_S="60", **PLANTED))
     deadline = time.monotonic() + 180
