@@ -26,6 +26,18 @@ def options(verb: str, arguments: list[str], known: tuple[str, ...], help: str) 
     return named, [argument for argument in arguments if argument.partition("=")[0] not in named]
 
 
+def taken(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """KEY=VALUE arguments of these keys, and the rest, where the rest are overrides of the config."""
+    named, rest = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in known:
+            named[key] = value
+        else:
+            rest.append(argument)
+    return named, rest
+
+
 def number(named: dict[str, str], key: str, default: float, low: float, high: float = math.inf, *,
            whole: bool = True) -> float:
     """The option `key` as a number in [low, high]."""

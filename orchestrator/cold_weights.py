@@ -21,11 +21,10 @@ from model.transformer import Transformer
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.inference import Loaded, Weights, finish_loading, open_weights, read_tokenizer
 from orchestrator.train import storage
-from orchestrator.train.export import StateDict
+from orchestrator.train.export import EXPERTS, StateDict
 
 CACHE = "~/.cache/sparing/experts"
 GIB = 2**30
-EXPERTS = ".moe.experts."
 
 
 def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str = "", cache_tokens: int = 0,
@@ -50,7 +49,7 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
         if max_gib * GIB < least:
             raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3f}, what all but the "
                              f"experts ({rest / GIB:.3f}), keys and values ({cache_bytes / GIB:.3f}) and two experts "
-                             f"take; use memory.max_gib={_up(least / GIB)}")
+                             f"take; use memory.max_gib={least / GIB * 1.1:.2g}")
         text = read_tokenizer(weights, tokenizer)
         folder, kept = _prepare(weights, form, Path(cache_dir).expanduser())
         tensors = kept or _all_but_experts(weights)
@@ -104,16 +103,12 @@ def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, 
 
 def _streamed(weights: Weights) -> Iterator[tuple[str, Tensor | Iterator[Tensor]]]:
     """Every tensor by name; of stacked experts, one after the other where the checkpoint keeps them apart."""
-    if not isinstance(weights.tensors, StateDict):
+    tensors = weights.tensors
+    if not isinstance(tensors, StateDict):
         yield from weights.items()
         return
-    loader = weights.tensors.loader
-    for name in weights.tensors:
-        if EXPERTS in name:
-            prefix, matrix = name.rsplit(".", 1)
-            yield name, (loader.read(f"model.{prefix}.{e}.{matrix}") for e in range(weights.config.n_routed_experts))
-        else:
-            yield name, weights.tensors[name]
+    for name in tensors:
+        yield name, tensors.experts(name) if EXPERTS in name else tensors[name]
 
 
 def _all_but_experts(weights: Weights) -> dict[str, Tensor]:
@@ -136,10 +131,6 @@ def _identity(weights: Weights) -> str:
 def _first_layer(shapes: dict[str, torch.Size]) -> str:
     name = next(name for name in shapes if EXPERTS in name)
     return name[: name.index(EXPERTS) + len(EXPERTS)]
-
-
-def _up(gib: float) -> str:
-    return f"{gib * 1.1:.2g}"
 
 
 def experts_of(model: nn.Module) -> list[ColdExperts]:

@@ -12,12 +12,15 @@ import time
 
 from model import count
 from model.config import ModelConfig
+from orchestrator.arguments import taken
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import BadRequest, SparingError
 from orchestrator.plan.cost import model_flops
 from orchestrator.plan.layout import check_run
+from orchestrator.plan.money import TWINS, equal_loss_of
 from orchestrator.plan.multiplier import Curve, multiplier, spread
+from orchestrator.plan.planner import Request
 from orchestrator.report_plots import Series, line_chart
 from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import STYLE, figure, table
@@ -37,12 +40,10 @@ so that each validation stands for a run of its length.
 at= takes the words of a plan, and says what both would cost there: an extrapolation, far beyond what was measured."""
 OPTIONS = ("seeds", "out", "at")
 COSTS = {"flops": "FLOPs", "device_s": "device-seconds", "usd": "dollars"}
-TWINS = {"equal_active": count.dense_equal_active, "equal_total": count.dense_equal_total}
 
 
 def run(arguments: list[str]) -> int:
-    named = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
-    overrides = [word for word in arguments if word.split("=", 1)[0] not in OPTIONS]
+    named, overrides = taken(arguments, OPTIONS)
     reserved = [word for word in overrides if word.startswith(("run.dir=", "seed=", "resume=", "-"))]
     if reserved:
         raise BadRequest(f"{reserved[0]}: is set by compare for each of its runs; leave it out, use seeds=0,1 or "
@@ -50,14 +51,14 @@ def run(arguments: list[str]) -> int:
     seeds = _seeds(named.get("seeds", "0,1"))
     config = compose_config(overrides)
     commands = {name: [*overrides, *changes] for name, changes in variants(config).items()}
-    for words in commands.values():
-        check_run(compose_config(words))
+    configs = {name: compose_config(words) for name, words in commands.items()}
+    for each in configs.values():
+        check_run(each)
     at = plan_at(named["at"]) if "at" in named else None
     out = named.get("out") or f"runs/compare-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    runs = _train_all(commands, seeds, out)
-    result = compare(runs, compose_config(commands["moe"]), {k: compose_config(v) for k, v in commands.items()})
+    result = compare(_train_all(commands, seeds, out, steps=config.train.steps), configs)
     if at is not None:
-        result["extrapolated"] = at | extrapolate(named["at"], result)
+        result["extrapolated"] = extrapolate(named["at"], *at, result)
     storage.write_bytes(storage.join(out, "compare.json"), (json.dumps(result, indent=1) + "\n").encode())
     storage.write_bytes(storage.join(out, "compare.html"), page(result).encode())
     print("\n" + "\n".join(lines(result)) + f"\nwrote     {storage.join(out, 'compare.json')}, compare.html")
@@ -83,8 +84,9 @@ def variants(config: Config) -> dict[str, list[str]]:
     return found
 
 
-def compare(runs: dict[str, list[Run]], config: Config, configs: dict[str, Config]) -> dict:
+def compare(runs: dict[str, list[Run]], configs: dict[str, Config]) -> dict:
     """The result: curves of every run, and the ratio at equal loss by each cost, over the seeds. JSON."""
+    config = configs["moe"]
     result = {"model": config.model.name, "steps": config.train.steps, "seq_len": config.train.seq_len,
               "batch_size": config.train.batch_size, "hardware": config.hardware.name, "variants": {}, "multiplier": {}}
     curves = {}
@@ -119,29 +121,27 @@ def curve_of(one: Run, model: ModelConfig, seq_len: int, cost: str) -> Curve:
     return points
 
 
-def plan_at(words: str) -> dict:
-    """The mixture's own steady bill at a size that the user names; `BadRequest` before anything is trained."""
+def plan_at(words: str) -> tuple[Request, dict]:
+    """The plan at a size that the user names; `BadRequest` before anything is trained."""
     from orchestrator.show_plan import planned, split_words
 
     found, data = planned(*split_words(words.split()))
     if not found.candidates:
         raise BadRequest(f"at={words}: no layout of it fits; name more devices")
-    request = found.request
+    if "equal_loss" not in data["dense"]:
+        raise BadRequest(f"at={words}: model={found.request.model.name} has no experts to compare with a dense model; "
+                         "name a mixture of experts")
+    return found.request, data
+
+
+def extrapolate(words: str, request: Request, data: dict, result: dict) -> dict:
+    """The mixture's own steady bill there, and what a dense model of equal loss would cost, were the multiplier that
+    was measured here to hold."""
     return {"at": words, "model": request.model.name, "devices": request.devices, "hardware": request.hardware.name,
             "tokens": request.tokens, "flops": model_flops(request.model, request.tokens, request.seq_len),
-            "usd": data["bill"]["steady"]["usd"], "device_hours": data["bill"]["steady"]["gpu_hours"]}
-
-
-def extrapolate(words: str, result: dict) -> dict:
-    """What a dense model of equal loss would cost there, were the multiplier that was measured here to hold."""
-    from orchestrator.plan.dense import measured_multiplier
-    from orchestrator.show_plan import planned, split_words
-
-    if measured_multiplier(result) is None:
-        return {"dense": None}
-    _, data = planned(*split_words(words.split()), compared=result)
-    ours = result["variants"]["moe"]["curves"]["flops"][0][-1][0]
-    return {"dense": data["dense"]["equal_loss"]["measured"], "measured_flops": ours}
+            "usd": data["bill"]["steady"]["usd"], "device_hours": data["bill"]["steady"]["gpu_hours"],
+            "dense": equal_loss_of(request, data["dense"]["equal_active"], result)["measured"],
+            "measured_flops": result["variants"]["moe"]["curves"]["flops"][0][-1][0]}
 
 
 def lines(result: dict) -> list[str]:
@@ -198,7 +198,7 @@ def page(result: dict) -> str:
                      table(head, rows), wide=True) + "</main></body></html>\n")
 
 
-def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str) -> dict[str, list[Run]]:
+def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, steps: int) -> dict[str, list[Run]]:
     """One `sparing train` per variant and seed, in turns over the seeds; those that are complete are read back."""
     runs = {name: [] for name in commands}
     total, done = len(commands) * len(seeds), 0
@@ -212,7 +212,7 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str) -> di
                     raise SparingError(f"compare: {path} ended with exit code {code}; its message stands above, and "
                                        f"the same command with out={out} goes on from there")
             one = read_run(path)
-            if one.summary["status"] != "completed" or one.summary["steps"] != int(_steps(words)):
+            if one.summary["status"] != "completed" or one.summary["steps"] != steps:
                 raise BadRequest(f"out={out}: holds {name}-seed{seed}, a run of {one.summary['steps']} steps that "
                                  f"ended as {one.summary['status']}; give another out=DIR, or the command that made it")
             runs[name].append(one)
@@ -222,10 +222,6 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str) -> di
 def _train(words: list[str]) -> int:
     """A process of its own, so that nothing of one run is left in the next."""
     return subprocess.run([sys.executable, "-m", "orchestrator", "train", *words], check=False).returncode
-
-
-def _steps(words: list[str]) -> int:
-    return compose_config(words).train.steps
 
 
 def _changes(model: ModelConfig, twin: ModelConfig) -> list[str]:

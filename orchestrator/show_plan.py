@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+from orchestrator.arguments import taken
 from orchestrator.errors import BadRequest
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.money import money, terms_of
@@ -41,8 +42,7 @@ def run(arguments: list[str]) -> int:
 
 def split_words(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """The plan's own options, and overrides of the config."""
-    named = dict(word.split("=", 1) for word in arguments if word.split("=", 1)[0] in OPTIONS and "=" in word)
-    return named, [word for word in arguments if word.split("=", 1)[0] not in OPTIONS]
+    return taken(arguments, OPTIONS)
 
 
 def plan(options: dict[str, str], overrides: list[str]) -> None:
@@ -76,11 +76,11 @@ def write(key: str, path: str, text: str) -> None:
                          "may be written") from None
 
 
-def planned(options: dict[str, str], overrides: list[str], compared: dict | None = None) -> tuple[Plan, dict]:
-    """The plan and what plan.json says of it. compared: the result of `sparing compare`, instead of its file."""
+def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
+    """The plan and what plan.json says of it."""
     config, given = compose_plan(overrides)
     request = read_request(options, config, given)
-    compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else compared
+    compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else None
     try:
         terms = _terms(options, config)
         found = make_plan(request)

@@ -81,7 +81,7 @@ def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) ->
     if model.n_routed_experts:
         for name, twin in TWINS.items():
             found[name] |= simulated_twin(request, twin(model))
-        found["equal_loss"] = _equal_loss(request, found["equal_active"], compared)
+        found["equal_loss"] = equal_loss_of(request, found["equal_active"], compared)
     for line in (found["equal_active"], found["equal_total"]):
         line["over_pre_training"] = line["device_hours"] / bill["steady"]["terms"][0]["gpu_hours"]
     return found
@@ -103,7 +103,7 @@ def _gib(reason: str) -> float:
     return float(reason.split()[1].replace(",", ""))
 
 
-def _equal_loss(request: Request, twin: dict, compared: dict | None) -> dict:
+def equal_loss_of(request: Request, twin: dict, compared: dict | None) -> dict:
     """FLOPs times a multiplier, at the MFU of the equal-active twin."""
     model, hardware = request.model, request.hardware
     flops = model_flops(model, request.tokens, request.seq_len)

@@ -50,6 +50,10 @@ def import_hf(directory: str, out: str) -> str:
     return result.path
 
 
+EXPERTS = ".moe.experts."
+"""Part of the names of stacked experts; a checkpoint keeps each apart."""
+
+
 class StateDict(Mapping[str, Tensor]):
     """A checkpoint's weights under the model's names, each read when asked for, experts stacked again."""
 
@@ -61,10 +65,14 @@ class StateDict(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        if ".moe.experts." not in name:
+        if EXPERTS not in name:
             return self.loader.read(f"model.{name}")
+        return torch.stack(list(self.experts(name)))
+
+    def experts(self, name: str) -> Iterator[Tensor]:
+        """One after the other, those that `self[name]` stacks."""
         prefix, matrix = name.rsplit(".", 1)
-        return torch.stack([self.loader.read(f"model.{prefix}.{e}.{matrix}") for e in range(self.num_experts)])
+        return (self.loader.read(f"model.{prefix}.{e}.{matrix}") for e in range(self.num_experts))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -74,7 +82,7 @@ class StateDict(Mapping[str, Tensor]):
 
 
 def _pieces(name: str, tensor: Tensor) -> list[Piece]:
-    if ".moe.experts." not in name:
+    if EXPERTS not in name:
         return [Piece(f"model.{name}", tuple(tensor.shape), 0, tensor)]
     prefix, matrix = name.rsplit(".", 1)
     return [Piece(f"model.{prefix}.{e}.{matrix}", tuple(rows.shape), 0, rows) for e, rows in enumerate(tensor)]

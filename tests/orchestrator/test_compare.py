@@ -10,7 +10,7 @@ import pytest
 from model import count
 from orchestrator import compare
 from orchestrator.__main__ import main
-from orchestrator.compare import curve_of, run, variants
+from orchestrator.compare import curve_of, extrapolate, extrapolated, plan_at, run, variants
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.plan.cost import model_flops
@@ -37,6 +37,24 @@ def test_bad_input_is_refused_before_anything_is_trained(words, said, tmp_path, 
     with pytest.raises(BadRequest, match=said):
         run(words)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_size_is_one_plan_times_the_measured_multiplier():
+    at = "model=deepseek_v2_lite hardware=h100 gpus=8 tokens=1e11 layout.pp=1 layout.ep=8"
+    request, data = plan_at(at)
+    ratio = {"low": 1.1, "median": 1.5, "high": 2.0, "seeds": 2}
+    measured = {"variants": {"moe": {"curves": {"flops": [[(1e12, 5.0), (1e15, 3.0)]]}}},
+                "multiplier": {"equal_active": {"flops": ratio}, "equal_total": {}}}
+    far = extrapolate(at, request, data, measured)
+    assert far["usd"] == data["bill"]["steady"]["usd"]
+    dense = far["dense"]["median"]
+    assert dense["flops"] == pytest.approx(1.5 * far["flops"])
+    assert far["dense"]["high"]["usd"] == pytest.approx(dense["usd"] * 2 / 1.5)
+    assert "EXTRAPOLATED" in "\n".join(extrapolated(far))
+    never_met = measured | {"multiplier": {"equal_active": {}, "equal_total": {}}}
+    assert "no multiplier was measured" in extrapolated(extrapolate(at, request, data, never_met))[1]
+    with pytest.raises(BadRequest, match="llama_3_1_8b has no experts to compare"):
+        plan_at("model=llama_3_1_8b hardware=h100 gpus=8 tokens=1e11 layout.pp=1")
 
 
 def _train_as_one_rank(words: list[str], port: int) -> int:

@@ -39,7 +39,7 @@ FILLED = {
 def filled(*arguments: str) -> Job:
     config = compose_config(list(arguments))
     check_run(config)
-    return fill(config, list(arguments), stamp="20261125-120000", python="/env/bin/python", cwd=Path("/work"))
+    return fill(config, list(arguments), stamp="20261125-120000", python="/env/bin/python", cwd=Path("/shared/sparing"))
 
 
 @pytest.mark.parametrize("file, arguments", FILLED.items(), ids=FILLED.keys())
@@ -59,7 +59,7 @@ def test_the_command_in_a_manifest_composes_to_the_run_that_was_asked_for():
     assert words[:4] == ["python", "-m", "orchestrator", "train"]
     config = compose_config(words[4:])
     assert config.data.path == "/corpus/a b.txt" and config.layout.pp == 2 and config.hardware.name == "h100"
-    assert config.resume == "auto" and config.run.dir == "/work/runs/tiny-20261125-120000"
+    assert config.resume == "auto" and config.run.dir == "/shared/sparing/runs/tiny-20261125-120000"
 
 
 @pytest.mark.parametrize("hardware", ["h100", "cpu"])
