@@ -3,6 +3,7 @@
 import difflib
 import math
 
+from orchestrator.config import Config
 from orchestrator.errors import BadRequest
 
 
@@ -27,14 +28,18 @@ def options(verb: str, arguments: list[str], known: tuple[str, ...], help: str) 
 
 
 def taken(arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """KEY=VALUE arguments of these keys, and the rest, where the rest are overrides of the config."""
+    """KEY=VALUE arguments of these keys, and the rest, which are overrides of the config; what is nearly one of the
+    keys, and no key of the config, is a mistake."""
     named, rest = {}, []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key in known:
             named[key] = value
-        else:
-            rest.append(argument)
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if near and key.isidentifier() and key not in Config.__dataclass_fields__:
+            raise BadRequest(f"{argument}: no such key; did you mean {near[0]}={value or '...'}?")
+        rest.append(argument)
     return named, rest
 
 
