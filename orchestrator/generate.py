@@ -34,7 +34,6 @@ Text goes to stdout, what it took to stderr."""
 
 OPTIONS = ("prompt", "file", "max_tokens", "temperature", "top_p", "seed", "stop", "speculative", "tokenizer",
            "memory.max_gib", "weights")
-FORMATS = ("fp32", "bf16", "fp8", "int4")
 SLOTS = 16
 """Prompts of a file that are decoded at once."""
 TURNS = 3
@@ -115,7 +114,7 @@ def read_request(named: dict[str, str]) -> Request:
     return Request(prompts, lines, int(number(named, "max_tokens", 200, 1)), temperature, top_p,
                    int(number(named, "seed", 0, 0, 2**40)), _read_stops(named.get("stop", "")),
                    choice(named, "speculative", ("false", "true", "compare")), named.get("tokenizer", ""),
-                   max_gib, choice(named, "weights", FORMATS))
+                   max_gib, named.get("weights", "fp32"))
 
 
 def encode_prompts(loaded, request: Request) -> list[list[int]]:
