@@ -66,15 +66,16 @@ def restarted(folder: Path, overrides: list[str], times: int) -> list[dict]:
     process, found = start(folder, overrides), []
     try:
         for _ in range(times):
+            saved = len(events(folder, "checkpoint_saved"))
+            until(lambda saved=saved: len(events(folder, "checkpoint_saved")) > saved, process)
             reached = last_step(folder)
             until(lambda reached=reached: last_step(folder) >= reached + 12, process)
-            rows = metrics(folder)
+            rows, resumed = metrics(folder), len(events(folder, "resumed"))
             killed_at = time.time()
             for rank in status(folder)["ranks"]:
                 os.kill(rank["pid"], signal.SIGKILL)
             end(process)
             process = start(folder, [*overrides, "resume=auto"])
-            resumed = len(events(folder, "resumed"))
             until(lambda resumed=resumed: len(events(folder, "resumed")) > resumed, process)
             step = events(folder, "resumed")[-1]["step"]
             until(lambda step=step: last_step(folder) > step, process)

@@ -52,6 +52,12 @@ class Mesh:
         return dist.new_group(pair, timeout=self.timeout, use_local_synchronization=True)
 
     def close(self) -> None:
+        """Give the groups back. Their connections close with the last reference, and only then does a rank that waits
+        for this one hear of it; torch's caches of sharded operations keep device meshes, and those their groups, as
+        long as the process lives."""
+        for mesh in (self.dp_mesh, self.edp_mesh):
+            if mesh is not None:
+                getattr(mesh._get_root_mesh(), "_pg_registry", {}).clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -4,9 +4,12 @@ Tolerance: 1e-5 relative, per loss and per parameter (norm of the difference ove
 decisions, counted per expert and step, and expert biases are identical.
 """
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from model.config import ModelConfig
 from model.transformer import routers
@@ -161,3 +164,25 @@ def test_bf16_computes_over_fp32_masters_and_gradients(ranks, reference, pp, dp,
         assert dtypes == {"torch.float32"}
         for ours, exact in zip(losses, reference[1, False]["losses"], strict=False):
             assert ours[0] == pytest.approx(exact[0], rel=2e-2) and ours[0] != exact[0]
+
+
+def leave_or_wait(info: RankInfo) -> str:
+    """Rank 1 leaves the group after a sharded operation, its process lives on; what rank 0 hears while it waits."""
+    mesh = connect(layout_of(make_config(1, 2, 2, "1f1b")), info, torch.device("cpu"), timeout_s=30)
+    distribute_tensor(torch.ones(4), mesh.dp_mesh, [Shard(0)]).add(1)
+    group = mesh.ep
+    if info.rank == 1:
+        mesh.close()
+        del mesh, group
+        gc.collect()
+        return ""
+    try:
+        dist.recv(torch.empty(1), 1, group=group)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        mesh.close()
+
+
+def test_who_waits_for_a_rank_that_has_left_hears_of_it(ranks):
+    assert "closed by peer" in ranks.run(leave_or_wait, world=2)[0]
