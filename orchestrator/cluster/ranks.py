@@ -109,17 +109,19 @@ class Ranks:
 
     def drain(self, group: Group, lost: set[int]) -> list[int]:
         """End the lost ranks for good and let the others come back from their broken group; the ranks to replace."""
-        lost = lost | {rank for rank, record in group.ended.items() if record.get("dead")}
-        for rank, member in enumerate(self.members):
-            if rank in lost:
-                kill(member.worker)
-            elif rank not in group.ended:
-                member.worker.leave.remote()
-        deadline = time.monotonic() + DRAIN_S
-        while len(group.ended.keys() | lost) < len(group.runs) and time.monotonic() < deadline:
+        deadline, told = time.monotonic() + DRAIN_S, None
+        while True:
+            lost = lost | {rank for rank, record in group.ended.items() if record.get("dead")}
+            if told != (silent := self._silent_addresses(lost)):  # the ranks of a node are found dead one by one
+                told = silent
+                for rank, member in enumerate(self.members):
+                    if rank not in group.ended.keys() | lost:
+                        member.worker.leave.remote(silent)
+            for rank in lost:
+                kill(self.members[rank].worker)
+            if len(group.ended.keys() | lost) == len(group.runs) or time.monotonic() > deadline:
+                return sorted(lost | {rank for rank in range(len(group.runs)) if rank not in group.ended})
             self._collect(group, POLL_S)
-        return sorted(lost | {rank for rank in range(len(group.runs)) if rank not in group.ended}
-                      | {rank for rank, record in group.ended.items() if record.get("dead")})
 
     def refill(self, lost: list[int], *, wanted: int, timeout_s: float, patient: bool) -> None:
         """Give up the lost ranks and wait until `wanted` actors have a place. Who is not patient waits only for as
@@ -160,6 +162,14 @@ class Ranks:
         for member in [*self.members, *self.reserve]:
             kill(member.worker)
         remove_placement_group(self.group)
+
+    def _silent_addresses(self, lost: set[int]) -> set[str]:
+        """Of machines that only lost ranks live on: they may be gone without having closed a connection. Not those of
+        Ray's head and of this process, which are heard of."""
+        context = ray.get_runtime_context()
+        known = {context.gcs_address.rpartition(":")[0], ray.util.get_node_ip_address()}
+        known |= {member.home["address"] for rank, member in enumerate(self.members) if rank not in lost}
+        return {self.members[rank].home["address"] for rank in lost} - known
 
     def _collect(self, group: Group, timeout_s: float) -> None:
         """Wait a moment for ranks to end; note how they did."""

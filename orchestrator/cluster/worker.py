@@ -1,8 +1,10 @@
 """The actor around one rank: runs the rank program in one of its threads while others answer questions about it."""
 
+import contextlib
 import gc
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -86,15 +88,29 @@ class Worker:
         if self.control.generation == generation:
             self.control.request_stop(cause)
 
-    def leave(self) -> None:
-        """Leave the group of ranks: one of them is lost, even if its process lives on and the steps go on with it."""
+    def leave(self, silent: set[str] = frozenset()) -> None:
+        """Leave the group of ranks: one of them is lost, even if its process lives on and the steps go on with it.
+
+        silent: addresses of machines that nothing more is to be expected from."""
         self.control.must_leave = True
+        hang_up(silent)
 
     def _keep_lease(self) -> None:
         while True:
             time.sleep(1.0)
             if time.monotonic() - self.asked_at > self.lease_s:
                 os._exit(33)
+
+
+def hang_up(addresses: set[str]) -> None:
+    """Shut this process's connections to those addresses: TCP would wait for a machine whose cable is cut for many
+    minutes, and gloo with it."""
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.stat(int(entry)).st_mode):
+                with socket.socket(fileno=os.dup(int(entry))) as connection:
+                    if connection.getpeername()[0].removeprefix("::ffff:") in addresses:
+                        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
