@@ -2,24 +2,31 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster_harness import ROOT, hosts, why_no_hosts
+from tests.cluster_harness import ROOT, hosts, wait_until, why_no_hosts
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))]
 RUN = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
        "train.steps=6", "train.validate_every=3", "train.validate_sequences=16", "checkpoint.every=3",
        "data.validation_fraction=0.2", "optim.warmup_steps=2", "cluster.threads_per_rank=1", "tracker=off"]
+QUICK = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "1000",
+         "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+"""To call a node dead whose cable is cut within seconds."""
+COMPARED = 150
+"""Steps. Later ones differ more and more: rounding decides a choice of experts."""
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """Room for four ranks: two on one node, so that one expert-parallel group lies inside a node, one across."""
-    with hosts(3, cpus=[2, 1, 1], hidden=[ROOT / "model", ROOT / "orchestrator", ROOT / "conf"]) as running:
+    with hosts(3, cpus=[2, 1, 1], hidden=[ROOT / "model", ROOT / "orchestrator", ROOT / "conf"],
+               environment=QUICK) as running:
         yield running
 
 
@@ -35,19 +42,73 @@ def test_nobody_talks_to_the_cluster_without_its_token(cluster):
     assert (cluster.folder / "token").stat().st_mode & 0o077 == 0
 
 
-def test_a_job_from_outside_runs_across_the_nodes_with_the_local_losses(cluster, tmp_path):
+@pytest.fixture
+def run(tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
-    run = [*RUN, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache"]
+    return [*RUN, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache"]
+
+
+def start_here(run: list[str], tmp_path: Path) -> subprocess.Popen:
     here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    local = subprocess.Popen([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
-                             cwd=ROOT, env=here, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    job = subprocess.run([sys.executable, "-m", "orchestrator", "launch", "launch=ray_job", *run,
-                          f"run.dir={tmp_path}/hosts"], cwd=tmp_path, text=True, capture_output=True, timeout=240,
-                         env=cluster.client | {"PYTHONPATH": str(ROOT)})
+    return subprocess.Popen([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
+                            cwd=ROOT, env=here, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def launched(cluster, tmp_path: Path, run: list[str]) -> dict:
+    command = [sys.executable, "-m", "orchestrator", "launch", "launch=ray_job", *run, f"run.dir={tmp_path}/hosts"]
+    return {"args": command, "cwd": tmp_path, "text": True,
+            "env": cluster.client | {"PYTHONPATH": str(ROOT)}}
+
+
+def test_a_job_from_outside_runs_across_the_nodes_with_the_local_losses(cluster, run, tmp_path):
+    local = start_here(run, tmp_path)
+    job = subprocess.run(**launched(cluster, tmp_path, run), capture_output=True, timeout=240)
     assert job.returncode == 0 and "completed: 6 steps" in job.stdout, job.stdout + job.stderr
     assert local.wait(240) == 0, local.stdout.read()
     ranks = json.loads((tmp_path / "hosts" / "status.json").read_text())["ranks"]
     assert [rank["node_rank"] for rank in ranks] == [0, 0, 1, 2]
     assert {rank["host"] for rank in ranks} == {node.name for node in cluster.nodes}
     assert losses(tmp_path / "hosts") == losses(tmp_path / "local")
+
+
+def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, run, tmp_path):
+    """One node powered off and on again, then a cable cut: no step lost or doubled, losses as if nothing had been."""
+    run = [*run, "train.validate_every=0", "checkpoint.every=1000", "checkpoint.memory_every=0", "optim.lr=1e-5",
+           "optim.decay_fraction=0", "layout.pp=1", "layout.dp=4"]
+    local = start_here([*run, f"train.steps={COMPARED}"], tmp_path)
+    elastic = launched(cluster, tmp_path, [*run, "train.steps=1000000", "cluster.min_ranks=2"])
+    with subprocess.Popen(**elastic, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+        try:
+            decided(tmp_path, "attempt_started", job)
+            wait_until(lambda: len(losses(tmp_path / "hosts")) > 5, 120, "no steps")
+            cluster.nodes[2].kill()
+            assert decided(tmp_path, "decision", job, 1)["ranks"] == 2
+            cluster.boot(cluster.nodes[2])
+            assert decided(tmp_path, "decision", job, 2)["ranks"] == 4
+            decided(tmp_path, "recovered", job, 2)
+            cluster.nodes[1].cut()
+            assert decided(tmp_path, "decision", job, 3)["ranks"] == 2
+            decided(tmp_path, "recovered", job, 3)
+            cluster.head.signal(cluster.head.processes("orchestrator train")[-1], signal.SIGTERM)
+            out, _ = job.communicate(timeout=60)
+        finally:
+            job.kill()
+    assert job.returncode == 34, out
+    assert local.wait(240) == 0, local.stdout.read()
+    there, here = losses(tmp_path / "hosts"), losses(tmp_path / "local")
+    assert [row[0] for row in there] == list(range(1, len(there) + 1))
+    compared = min(len(there), len(here))
+    assert [row[1] for row in there[:compared]] == pytest.approx([row[1] for row in here[:compared]], rel=1e-5)
+
+
+def decided(tmp_path: Path, kind: str, job: subprocess.Popen, number: int = 1) -> dict:
+    """The run's event of a kind, as soon as there are so many."""
+    def found() -> dict | None:
+        assert job.poll() is None, job.stdout.read()
+        path = tmp_path / "hosts" / "events.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [row for row in rows if row["kind"] == kind]
+        return rows[number - 1] if len(rows) >= number else None
+
+    return wait_until(found, 150, f"no {kind} {number}")
