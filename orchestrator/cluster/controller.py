@@ -8,9 +8,11 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from orchestrator.cluster import placement
 from orchestrator.cluster.group import FINAL, Group, cause_of, fault_of, silent_s, state_of
@@ -36,7 +38,7 @@ from orchestrator.train.control import Recovery
 from orchestrator.train.finish import finish_run
 from orchestrator.train.metrics import append_event
 from orchestrator.train.progress import Progress
-from orchestrator.train.run_dir import STATUS, claim_run_dir
+from orchestrator.train.run_dir import STATUS, claim_run_dir, named
 
 STATUS_EVERY_S, REMOTE_STATUS_EVERY_S = 2.0, 15.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -45,8 +47,8 @@ ERRORS = FINAL | {"Transient": Transient}
 
 def train(config: Config) -> dict:
     """Run to the end and return the summary; a failed run raises the error of the rank to blame."""
+    from orchestrator.cluster.keeper import keep
     from orchestrator.cluster.preflight import check_data, checked_request, has_gpus
-    from orchestrator.cluster.ranks import place
     from orchestrator.cluster.session import gpu_name, ray_session
 
     kind = config.cluster.kind
@@ -60,19 +62,29 @@ def train(config: Config) -> dict:
         config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))
         check_run(config)
         check_data(config, progress, here=here)
-        request = checked_request(config, gpu=gpu, simulated=here)
-        claim = stack.enter_context(claim_run_dir(config))
+        attempt = partial(run_attempt, checked_request(config, gpu=gpu, simulated=here))
+        return attempt(config, progress=progress) if here else keep(attempt, named(config), progress)
+
+
+def run_attempt(request: placement.Request, config: Config, *, progress: Progress,
+                notice: Callable[[], str | None] = lambda: None) -> dict:
+    """Claim the run directory, place the ranks and control them to the end. `notice()`: see `Controller`."""
+    from orchestrator.cluster.ranks import place
+
+    with claim_run_dir(config) as claim:
         ranks = f"{request.ranks} rank" + "s" * (request.ranks > 1)
         progress.say(f"run {claim.config.run.dir}: {ranks} on {claim.config.hardware.name}")
-        controller = Controller(claim.config, claim.attempt, progress)
+        controller = Controller(claim.config, claim.attempt, progress, notice=notice)
         return controller.run(lambda: place(claim.config, request))
 
 
 class Controller:
     """One attempt at a run, from placement to release."""
 
-    def __init__(self, config: Config, attempt: int, progress: Progress, *, clock: Callable[[], float] = time.time):
-        self.config, self.attempt, self.progress, self.clock = config, attempt, progress, clock
+    def __init__(self, config: Config, attempt: int, progress: Progress, *, clock: Callable[[], float] = time.time,
+                 notice: Callable[[], str | None] = lambda: None):
+        """notice: gives a reason why the run should stop with a checkpoint, once there is one."""
+        self.config, self.attempt, self.progress, self.clock, self.notice = config, attempt, progress, clock, notice
         self.layouts = placement.layouts(config)
         self.layout = config.layout
         self.state = State.placing
@@ -139,6 +151,7 @@ class Controller:
         cluster = self.config.cluster
         limits = Limits(cluster.start_timeout_s, cluster.step_timeout_s, cluster.save_timeout_s)
         while True:
+            self.stop_cause = self.stop_cause or self.notice()
             ranks.poll(group, self.stop_cause or self.regroup_cause)
             now = self.clock()
             states = [state_of(rank, group, now) for rank in range(len(group.infos))]
@@ -279,6 +292,9 @@ class Controller:
                 raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
             self.stop_cause = signal.Signals(number).name  # no print: the signal may have come in the middle of one
 
+        if threading.current_thread() is not threading.main_thread():  # a keeper's: its driver hears the signals
+            yield
+            return
         before = {number: signal.signal(number, caught) for number in STOP_SIGNALS}
         try:
             yield

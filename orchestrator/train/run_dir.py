@@ -38,7 +38,7 @@ class Claim:
 @contextlib.contextmanager
 def claim_run_dir(config: Config) -> Iterator[Claim]:
     """Make or re-open the run directory and hold it."""
-    config = _named(config)
+    config = named(config)
     run_dir = config.run.dir
     with contextlib.ExitStack() as stack:
         local = storage.local_path(run_dir)
@@ -50,7 +50,8 @@ def claim_run_dir(config: Config) -> Iterator[Claim]:
         yield Claim(config, attempt)
 
 
-def _named(config: Config) -> Config:
+def named(config: Config) -> Config:
+    """With `run.dir` and `checkpoint.dir` filled in; a default run directory is made."""
     run = config.run
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
         raise BadRequest(f"run.name={run.name}: must be letters, digits, dots, dashes and underscores; choose another")

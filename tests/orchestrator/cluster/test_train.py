@@ -260,7 +260,7 @@ def cluster():
                                  f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
                                  f"--dashboard-agent-listen-port={free_port()}",
                                  "--disable-usage-stats", f"--temp-dir={folder}"], stdout=out, stderr=out,
-                                env=environment(RAY_AUTH_MODE="token", RAY_JOB_STOP_WAIT_TIME_S="60", **PLANTED))
+                                env=environment(RAY_AUTH_MODE="token", **PLANTED))
     deadline = time.monotonic() + 180
     while "Ray runtime started" not in log.read_text():
         assert head.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -324,7 +324,24 @@ def test_launch_hands_a_run_to_a_ray_cluster_and_no_secret_is_left_anywhere(clus
         assert [path for path, content in left.items() if secret.encode() in content] == [], name
 
 
+def test_a_cluster_ends_a_run_whose_driver_is_killed_with_a_checkpoint(cluster, text, clean, tmp_path):
+    process = subprocess.Popen([sys.executable, *command(text, tmp_path, "cluster=ray", *LONG, "checkpoint.every=0")],
+                               cwd=ROOT, env=environment(**cluster[0]), stdout=subprocess.DEVNULL)
+    wait_for_step(tmp_path, 13, process)
+    pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "ranks outlive their driver")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "preempted" and summary["checkpoint"]["step"] == summary["steps"] >= 13
+    assert "its driver is gone" in (tmp_path / "events.jsonl").read_text()
+    done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto", **cluster[0])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row[:3] for row in losses(tmp_path)] == [row[:3] for row in clean]
+
+
 def test_ray_job_stop_ends_a_run_with_a_checkpoint(cluster, text, tmp_path):
+    """Ray gives the driver three seconds, its keeper does the rest."""
     job = [sys.executable, "-m", "ray.scripts.scripts", "job"]
     there = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 180,
              "env": environment(**cluster[0], PYTHONPATH="")}
