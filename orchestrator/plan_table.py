@@ -20,8 +20,8 @@ def print_plan(plan: Plan, data: dict) -> None:
     request, console = plan.request, Console(highlight=False, soft_wrap=True)
     console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
     console.print(f"{request.model.name} on {request.devices:,} x {request.hardware.name}, {request.tokens:.4g} tokens,"
-                  f" {request.batch_size:,} sequences of {request.seq_len:,} a step, {request.dtype}. "
-                  f"[bold]All figures are predicted.[/bold]")
+                  f" {request.batch_size:,} sequences of {request.seq_len:,} a step, {request.dtype}, "
+                  f"stack {request.stack.name}{_routed(request)}. [bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
     if plan.candidates:
         table = grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
@@ -37,6 +37,10 @@ def print_plan(plan: Plan, data: dict) -> None:
         _print_train(console, data)
     for refused in _telling(plan):
         console.print(f"refused   {refused}")
+
+
+def _routed(request) -> str:
+    return f", routing {request.routing.name}" if request.model.n_routed_experts else ""
 
 
 def reasons(rows: list[dict]) -> list[str]:

@@ -17,8 +17,8 @@ from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.plan_table import print_plan, reasons
 
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
-OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", "calibrate", *QUESTIONS,
-           *TERMS)
+OPTIONS = ("tokens", "gpus", "dtype", "stack", "routing", "out", "html", "explain", "market", "multiplier_from",
+           "calibrate", *QUESTIONS, *TERMS)
 
 
 def run(arguments: list[str]) -> int:

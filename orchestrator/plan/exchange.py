@@ -6,6 +6,7 @@ over the scale-out link, and from there to its ranks over the scale-up link.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from orchestrator.plan.workload import Workload
 
@@ -13,16 +14,35 @@ NAMED = {"balanced": 1.0, "bias": 1.15, "unbalanced": 2.0}
 """Forced balance, as most benchmarks run; kept balanced by a bias (1.05 to 1.3 in print); no balancing (1.3 to 4)."""
 
 
+@dataclass(frozen=True)
+class Routing:
+    """How evenly tokens reach the experts: a named distribution, or what a run counted."""
+
+    name: str = "balanced"
+    """One of `NAMED`, or the run."""
+    counts: tuple[tuple[float, ...], ...] = ()
+    """Tokens per expert, of each layer and step that was counted."""
+
+    def imbalance(self, ep: int) -> float:
+        """Load of the fullest of `ep` ranks over the mean; of counts the mean over them, since ranks wait for the
+        fullest one in every layer. ValueError as of `imbalance_of`."""
+        if ep == 1:
+            return 1.0
+        if not self.counts:
+            return imbalance_of(self.name, ep)
+        return sum(imbalance_of(each, ep) for each in self.counts) / len(self.counts)
+
+
 def imbalance_of(tokens_per_expert: Sequence[float] | str, ep: int) -> float:
-    """Load of the fullest of `ep` ranks over the mean, of a named distribution or of a run's own counts, whose
-    experts are placed in order. ValueError if the counts do not go into `ep` ranks."""
+    """Load of the fullest of `ep` ranks over the mean, of a named distribution or of one histogram, whose experts are
+    placed in order. ValueError if the counts do not go into `ep` ranks."""
     if isinstance(tokens_per_expert, str):
         if tokens_per_expert not in NAMED:
-            raise ValueError(f"imbalance={tokens_per_expert}: must be one of {', '.join(NAMED)}, or counts per expert")
+            raise ValueError(f"routing={tokens_per_expert}: must be one of {', '.join(NAMED)}, or counts per expert")
         return NAMED[tokens_per_expert]
     each, rest = divmod(len(tokens_per_expert), ep)
     if rest or not sum(tokens_per_expert):
-        raise ValueError(f"imbalance: {len(tokens_per_expert)} counts do not go into {ep} ranks, or are all zero")
+        raise ValueError(f"routing: {len(tokens_per_expert)} counts do not go into {ep} ranks, or are all zero")
     loads = [sum(tokens_per_expert[rank * each:(rank + 1) * each]) for rank in range(ep)]
     return max(loads) * ep / sum(loads)
 

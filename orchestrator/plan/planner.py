@@ -34,8 +34,8 @@ def price(candidate: Candidate, request: Request) -> dict:
         "layout": layout_of(work), "step_time_s": found.step_time_s, "parts_s": found.parts_s,
         "tokens_per_s": tokens_per_s, "tflops_per_gpu": flops_per_s / work.devices / 1e12,
         "mfu": mfu(flops_per_s, devices=work.devices, peak_flops_per_s=work.hardware.bf16_tflops * 1e12),
-        "bubble_fraction": found.bubble_fraction, "memory_gib": found.memory_gib, "days": hours / 24,
-        "gpu_hours": hours * work.devices,
+        "bubble_fraction": found.bubble_fraction, "imbalance": work.imbalance, "memory_gib": found.memory_gib,
+        "days": hours / 24, "gpu_hours": hours * work.devices,
         "gpu_hours_per_trillion_tokens": hours * work.devices / request.tokens * 1e12,
         "usd_total": None if usd is None else hours * work.devices * usd,
         "train": None if reason else overrides_of(work), "train_not": reason,
@@ -54,6 +54,7 @@ def to_json(plan: Plan) -> str:
     return json.dumps({
         "predicted": True, "model": request.model.name, "hardware": hardware, "devices": request.devices,
         "tokens": request.tokens, "seq_len": request.seq_len, "batch_size": request.batch_size, "dtype": request.dtype,
+        "stack": request.stack.name, "routing": request.routing.name,
         "assumptions": asdict(request.assumptions), "considered": plan.considered, "best": best, "candidates": priced,
         "refused": [asdict(item) for items in plan.kinds_refused().values() for item in items[-MAX_REFUSED:]],
         "dense": {"at": "the best layout's own MFU", **dense},

@@ -17,9 +17,11 @@ from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.block import LayerTime, head_time, layer_time
 from orchestrator.plan.bound import SPLIT, clock_s, floor_s
 from orchestrator.plan.estimate import Estimate, check_hardware, estimate
+from orchestrator.plan.exchange import Routing
 from orchestrator.plan.layout import LOOPED_SCHEDULES, V_SCHEDULES, stages_per_rank
 from orchestrator.plan.memory import activation_peaks, too_large
 from orchestrator.plan.runs import cannot_run, not_run
+from orchestrator.plan.stack import Stack
 from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
@@ -51,6 +53,9 @@ class Request:
     """Keys of `layout_of` and the only value each may have."""
     assumptions: Assumptions = Assumptions()
     calibration: Calibration = Calibration()
+    stack: Stack = Stack()
+    """The software that trains."""
+    routing: Routing = Routing()
 
     def asks(self, work: Workload, *keys: str) -> bool:
         """Whether nothing else was pinned in these keys."""
@@ -145,6 +150,7 @@ def layouts(request: Request) -> Iterator[Workload]:
     """Degrees, microbatch and precision, before schedule, recompute and ZeRO stage; all divisors, not powers of two."""
     model, devices = request.model, request.devices
     experts = model.n_routed_experts or 1
+    uneven = {ep: request.routing.imbalance(ep) for ep in divisors(experts)}
     dtypes = (request.dtype,)
     if request.dtype == "any":
         dtypes = ("bf16", "fp8") if request.hardware.fp8_tflops else ("bf16",)
@@ -159,8 +165,8 @@ def layouts(request: Request) -> Iterator[Workload]:
                             for dtype in dtypes:
                                 yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp,
                                                ep, "1f1b", request.batch_size // (dp * sequences), tp=tp, cp=cp,
-                                               dtype=dtype, assumptions=request.assumptions,
-                                               calibration=request.calibration)
+                                               dtype=dtype, imbalance=uneven[ep], stack=request.stack,
+                                               assumptions=request.assumptions, calibration=request.calibration)
 
 
 def _divides_heads(model: ModelConfig, tp: int) -> bool:

@@ -9,7 +9,7 @@ from orchestrator.errors import BadRequest
 from orchestrator.plan.block import expert_rows, layer_time
 from orchestrator.plan.confidence import band, made
 from orchestrator.plan.estimate import estimate
-from orchestrator.plan.exchange import imbalance_of
+from orchestrator.plan.exchange import Routing, imbalance_of
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.kernels import fill, product_s, rates_of
 from orchestrator.plan.stack import stack_named, stacks
@@ -47,6 +47,9 @@ def test_imbalance_comes_from_a_runs_own_counts_and_makes_the_fullest_rank_slowe
     assert imbalance_of([30, 10, 10, 10], 2) == pytest.approx(40 / 30)
     with pytest.raises(ValueError, match="do not go into 3 ranks"):
         imbalance_of([1, 2, 3, 4], 3)
+    counted = Routing("runs/a", ((30, 10, 10, 10), (10, 10, 10, 10)))
+    assert counted.imbalance(2) == pytest.approx((40 / 30 + 1) / 2), "mean over layers: ranks wait in every one"
+    assert counted.imbalance(1) == 1.0 == Routing("unbalanced").imbalance(1)
     uneven = replace(moe, imbalance=1.5)
     assert expert_rows(uneven) == 1.5 * expert_rows(moe)
     assert layer_time(uneven, True).sent_bytes == 0 and layer_time(uneven, True).up_bytes > 0

@@ -87,7 +87,27 @@ def test_a_degree_that_is_given_holds_for_every_layout(request_):
     assert found and {(each.work.pp, each.work.schedule) for each in found} == {(2, "zbv")}
 
 
+def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with(tmp_path, request_):
+    counts = [[300, *[100] * 63], [100] * 64]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "moe/tokens_per_expert": counts}) + "\n")
+    options = {"gpus": "8", "tokens": "1e9"}
+    asked = read_request(options | {"stack": "megatron_bridge_2604", "routing": str(tmp_path)}, *compose_plan(SMALL))
+    found = offer(asked).plan.candidates
+    for each in found:
+        assert each.work.stack.name == "megatron_bridge_2604"
+        fullest = 1 + 200 * each.work.ep / 6600 - 200 / 6600
+        assert each.work.imbalance == pytest.approx((fullest + 1) / 2)
+    times = [offer(read_request(options | {"routing": name}, *compose_plan(SMALL))).best["step_time_s"]
+             for name in ("balanced", "bias", "unbalanced")]
+    assert times == sorted(times) and times[0] == offer(request_).best["step_time_s"]
+
+
 @pytest.mark.parametrize("words, error, told", [
+    (["hardware=h100", "gpus=8", "tokens=1e9", "stack=torchtitn"], BadRequest, "stack=torchtitn: no such software sta"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "stack=torchtitn"], BadRequest, "did you mean torchtitan"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "routing=even"], BadRequest, "routing=even: must be one of balanced, b"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "model=llama_3_1_70b", "routing=bias"], BadRequest,
+     "routing=bias: model=llama_3_1_70b has no routed experts; leave it out"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "model=deepseek_v3"], NotFit, "the smallest that holds it is gpus="),
     (["hardware=h100", "gpus=8", "tokens=1000"], BadRequest, "tokens=1000: must be at least one step of 60 sequences"),
     (["hardware=gb200", "gpus=8", "budget_usd=100"], BadRequest, "hardware.usd_per_h: is not known for hardware=gb200"),
