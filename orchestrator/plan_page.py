@@ -156,13 +156,13 @@ def _dense(data: dict) -> str:
 
 
 def _cost(data: dict) -> str:
-    """Cost against days: the search's Pareto front where there is one, else what was priced."""
-    front = data.get("pareto") or []
-    points = [(row["hardware"], row["days"], row["usd_total"]) for row in front if row.get("usd_total") is not None]
-    if not points:
-        return ""
-    return figure("Cost against days", "layouts that no other beats in both; a line for each kind of GPU",
-                  cost_chart(points))
+    """Of the offers of a question, else of the best layout on fewer and more replicas."""
+    offers = data.get("question", {}).get("offers", [])
+    note = "every offer, a line for each kind of GPU" if offers else (
+        "the best layout on fewer and more replicas, the same batch")
+    points = [(row.get("hardware", data["hardware"]["name"]), row["days"], row["usd_total"])
+              for row in offers or data.get("scaling", []) if row.get("usd_total") is not None]
+    return figure("Cost against days", note, cost_chart(points)) if points else ""
 
 
 def _published(data: dict) -> str:

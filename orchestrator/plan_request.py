@@ -9,7 +9,7 @@ from orchestrator.compose import compose_config
 from orchestrator.config import Config
 from orchestrator.errors import BadRequest
 from orchestrator.plan.exchange import NAMED, Routing
-from orchestrator.plan.forecast import shared_cores
+from orchestrator.plan.forecast import on_cores
 from orchestrator.plan.hardware import at_market
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
@@ -69,15 +69,15 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
     except ValueError as error:
         raise BadRequest(str(error)) from None
     hardware, assumptions = at_market(config.hardware, options.get("market", config.hardware.market)), Assumptions()
+    stack, routing = stack_named(options.get("stack", "default")), _routing(options.get("routing"), config.model)
     if hardware.device != "cuda":
-        hardware, assumptions = shared_cores(hardware, devices, calibration)
+        hardware, assumptions, stack = on_cores(hardware, devices, calibration)
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
     batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
     tokens = number("tokens", options["tokens"])
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
                          f"{seq_len:,}; use tokens={batch * seq_len} or more, or a smaller train.batch_size")
-    stack, routing = stack_named(options.get("stack", "default")), _routing(options.get("routing"), config.model)
     asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype, pinned=_pinned(config, given),
                     assumptions=assumptions, calibration=calibration, stack=stack, routing=routing)
     _check_degrees(asked)

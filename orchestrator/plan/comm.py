@@ -48,12 +48,13 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     alone = _link(work, ranks) / work.assumptions.network
     others = (work.replicas - 1) / work.replicas, (work.expert_replicas - 1) / work.expert_replicas
     per_byte = (dense * others[0] / together + experts * others[1] / alone) / work.assumptions.network
-    shown = 1 - work.stack.reduce_hidden
+    shown, blocks = 1 - work.stack.reduce_hidden, max(map(len, ranges)) * len({a.stage for s in table[0] for a in s})
+    buckets = (blocks + 1) + blocks * (work.expert_replicas > 1 and experts > 0)
     if work.zero == 0:
         return 2 * work.stack.gradient_bytes * per_byte * shown
     whole = (work.stack.gradient_bytes + 2) * per_byte
     if work.zero < 3:
-        return whole * shown
+        return whole * shown + 2 * buckets * work.assumptions.bucket_s
     whole = (work.stack.gradient_bytes + 4) * per_byte * work.microbatches
     return max(0.0, whole - compute_s) + (1 - work.assumptions.behind) * min(whole, compute_s)
 

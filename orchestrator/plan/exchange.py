@@ -5,9 +5,11 @@ Node-limited routing as in the V3 report, section 3.2.2: a token goes once to ev
 over the scale-out link, and from there to its ranks over the scale-up link.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from model.config import ModelConfig
 from orchestrator.plan.workload import Workload
 
 NAMED = {"balanced": 1.0, "bias": 1.15, "unbalanced": 2.0}
@@ -56,12 +58,28 @@ def dispatch_bytes(work: Workload) -> tuple[float, float]:
     element = (2 if work.dtype == "bf16" else 1) + 2
     payload = work.microbatch_tokens / work.tp * model.dim * element * work.imbalance
     nodes = max(1, work.ep * work.etp // domain)
-    reached = nodes * (1 - (1 - 1 / nodes) ** model.n_activated_experts)
-    if model.n_limited_groups < model.n_expert_groups:
-        reached = min(reached, model.n_limited_groups * nodes / model.n_expert_groups)
+    reached = nodes_reached(model, nodes)
     ranks = min(work.ep, domain)
-    targets = ranks * (1 - (1 - 1 / ranks) ** (model.n_activated_experts / max(1.0, reached)))
+    targets = _distinct(ranks, model.n_activated_experts / max(1.0, reached))
     return payload * reached * (nodes - 1) / nodes, payload * max(1.0, reached) * targets * (ranks - 1) / ranks
+
+
+def nodes_reached(model: ModelConfig, nodes: int) -> float:
+    """Nodes that hold at least one of a token's experts, on average, were all choices equally likely. Limited groups
+    limit the nodes where a node holds a group or more; with fewer nodes than groups, even few groups lie on most."""
+    experts, groups, limit = model.n_activated_experts, model.n_expert_groups, model.n_limited_groups
+    reached = _distinct(nodes, experts)
+    if limit >= groups:
+        return reached
+    if nodes >= groups:
+        return min(reached, limit * _distinct(nodes / groups, experts / limit))
+    missed = math.comb(groups - groups // nodes, limit) / math.comb(groups, limit)
+    return min(reached, nodes * (1 - missed))
+
+
+def _distinct(places: float, draws: float) -> float:
+    """Different places that so many draws hit on average."""
+    return places * (1 - (1 - 1 / places) ** draws)
 
 
 def all_to_all_s(work: Workload, sent_bytes: float, up_bytes: float, share: float) -> float:

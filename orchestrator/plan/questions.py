@@ -9,8 +9,9 @@ from math import inf
 
 from orchestrator.config import Recompute
 from orchestrator.plan.cost import model_flops
+from orchestrator.plan.estimate import estimate
 from orchestrator.plan.memory import too_large
-from orchestrator.plan.planner import Plan, Request, default_batch, make_plan, price
+from orchestrator.plan.planner import Candidate, Plan, Request, default_batch, make_plan, price
 from orchestrator.plan.search import illegal, layouts
 
 MOST_DEVICES = 16384
@@ -118,6 +119,21 @@ def for_budget(request: Request, usd: float, tell: Callable[[Offer], None]) -> l
             break
         devices *= 2
     return offers
+
+
+def scaled(best: Candidate, request: Request) -> list[dict]:
+    """The same layout on fewer and more replicas, the batch unchanged: what other numbers of GPUs make of days and
+    dollars, without a search of their own. `devices`, `days` and `usd_total`; those that fit and that can run."""
+    work, found = best.work, []
+    for power in range(-3, 4):
+        dp, microbatches = work.dp * 2**power, work.microbatches / 2**power
+        if dp != int(dp) or microbatches != int(microbatches) or dp * work.cp * work.tp % work.ep:
+            continue
+        each = replace(work, dp=int(dp), microbatches=int(microbatches))
+        if illegal(each) is None and too_large(each) is None:
+            row = price(Candidate(each, estimate(each)), request)
+            found.append({"devices": each.devices} | {key: row[key] for key in ("days", "usd_total")})
+    return found
 
 
 def tokens_for(found: Offer, usd: float) -> float | None:

@@ -9,6 +9,7 @@ Durations are in any one unit (seconds in the planner); all results are *simulat
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 from orchestrator.plan.schedule import Action
 
@@ -61,16 +62,28 @@ class Timeline:
 
 
 def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, transfer: float = 0.0,
-             weights: list[float] | None = None, chains: int = 1) -> Timeline:
+             weights: list[float] | None = None, chains: int = 1, cores: float | None = None) -> Timeline:
     """Run the table on the clock.
 
     times: one per stage. transfer: from the end of an action until its neighbour on another rank has the result.
     weights: activation of one microbatch per stage, any unit; one each by default. Activations are held from the
     forward until the weight part is done. chains: copies of the pipeline whose stages are numbered on (DualPipe: 2).
+    cores: that all ranks share, where they have none of their own (a CPU's): those at work progress alike.
     Raises ValueError if the table can never end.
     """
     num_stages = len(times) // chains
     rank_of = {action.stage: rank for rank, row in enumerate(table) for slot in row for action in slot}
+    counts, peak = held(table, weights or [1.0] * len(times))
+    run = _alone if cores is None or cores >= len(table) else partial(_shared, cores=cores)
+    spans = run(table, times, rank_of, num_stages, transfer)
+    busy = [0.0] * len(table)
+    for span in spans:
+        busy[span.rank] += span.end - span.start
+    return Timeline(spans, max(span.end for span in spans), busy, counts, peak)
+
+
+def _alone(table: list, times: list[StageTime], rank_of: dict, num_stages: int, transfer: float) -> list[Span]:
+    """Every rank runs at full speed whenever it has what it needs."""
     done: dict[tuple[str, int, int], float] = {}
     free, cursor = [0.0] * len(table), [0] * len(table)
     spans: list[Span] = []
@@ -93,11 +106,42 @@ def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, t
             free[rank], cursor[rank] = end, cursor[rank] + 1
     if any(cursor[rank] < len(row) for rank, row in enumerate(table)):
         raise ValueError(f"the schedule deadlocks: nobody provides {sorted(waiting)[:3]}")
-    busy = [0.0] * len(table)
-    for span in spans:
-        busy[span.rank] += span.end - span.start
-    counts, peak = held(table, weights or [1.0] * len(times))
-    return Timeline(spans, max(free), busy, counts, peak)
+    return spans
+
+
+def _shared(table: list, times: list[StageTime], rank_of: dict, num_stages: int, transfer: float, *,
+            cores: float) -> list[Span]:
+    """Ranks at work share the cores evenly; one that waits leaves its share to the others."""
+    now, spans = 0.0, []
+    done: dict[tuple[str, int, int], float] = {}
+    cursor, began = [0] * len(table), [0.0] * len(table)
+    left: dict[int, float] = {}
+    while True:
+        arrivals = []
+        for rank, row in enumerate(table):
+            if rank in left or cursor[rank] == len(row):
+                continue
+            start, missing = _start(row[cursor[rank]], now, done, rank_of, num_stages, transfer)
+            if missing is None and start <= now * (1 + 1e-9):
+                left[rank], began[rank] = _length(row[cursor[rank]], times), now
+            elif missing is None:
+                arrivals.append(start - now)
+        speed = min(1.0, cores / max(1, len(left)))
+        if not left and not arrivals:
+            break
+        step = min([*(work / speed for work in left.values()), *arrivals])
+        now += step
+        for rank in list(left):
+            left[rank] -= step * speed
+            if left[rank] <= 1e-9 * now:
+                slot = table[rank][cursor[rank]]
+                del left[rank]
+                done |= dict.fromkeys(_finished(slot), now)
+                spans.append(Span(rank, began[rank], now, slot))
+                cursor[rank] += 1
+    if any(cursor[rank] < len(row) for rank, row in enumerate(table)):
+        raise ValueError("the schedule deadlocks")
+    return spans
 
 
 def _start(slot: tuple[Action, ...], free: float, done: dict, rank_of: dict, num_stages: int,
