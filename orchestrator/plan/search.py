@@ -185,7 +185,8 @@ def _variants(work: Workload, request: Request) -> Iterator[Workload]:
 
 
 SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 3))
-"""Ways to need less memory, each dearer than those before it; ZeRO stage 3 aside, which a recompute may beat."""
+"""Ways to need less memory, dearer from left to right in both; a recompute may beat a ZeRO stage above 1."""
+UNNEEDED = "saves memory that is not needed, for more time"
 
 
 def _fitting(work: Workload, best: "_Best", refused: list[Refused],
@@ -199,10 +200,13 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
     if reason is not None:
         refused.append(Refused(layout_of(work), reason, len(SAVINGS)))
         return
-    tried, peaks = 0, {}
+    tried, peaks, enough = 0, {}, None
     for recompute, zero in SAVINGS:
         each = replace(work, recompute=recompute, zero=zero)
         tried += 1
+        if recompute is enough:
+            refused.append(Refused(layout_of(each), UNNEEDED))
+            continue
         reason = illegal(each) or (None if work.replicas > 1 or zero == 1 else "no replicas to shard over")
         if not request.asks(each, "recompute", "zero"):
             reason = "another recompute was asked for"
@@ -214,11 +218,11 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
             refused.append(Refused(layout_of(each), reason))
             continue
         yield each, floor if recompute is Recompute.none else floor_s(each), cannot_run(each) is None
-        if zero < 3:
+        enough = recompute
+        if zero == 1:
             break
     if tried < len(SAVINGS):
-        refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)),
-                               "saves memory that is not needed, for more time", len(SAVINGS) - tried))
+        refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)), UNNEEDED, len(SAVINGS) - tried))
 
 
 def _too_short(request: Request) -> list[Refused]:
