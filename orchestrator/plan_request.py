@@ -56,7 +56,7 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
                          "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
     devices = config.cluster.nodes * config.cluster.ranks_per_node
     if "gpus" in options:
-        devices = int(number("gpus", options["gpus"]))
+        devices = int(number("gpus", options["gpus"], whole=True))
     if devices < 1:
         raise BadRequest("gpus: must be given; add gpus=64, or cluster.nodes and cluster.ranks_per_node")
     if "tokens" not in options:
@@ -74,7 +74,7 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
         hardware, assumptions, stack = on_cores(hardware, devices, calibration)
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
     batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
-    tokens = number("tokens", options["tokens"])
+    tokens = number("tokens", options["tokens"], example="1e12")
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
                          f"{seq_len:,}; use tokens={batch * seq_len} or more, or a smaller train.batch_size")
@@ -128,11 +128,11 @@ def _check_degrees(asked: Request) -> None:
                          "leave it to the plan")
 
 
-def number(key: str, text: str) -> float:
+def number(key: str, text: str, *, least: float = 1, whole: bool = False, example: str = "64") -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 1 <= value < 1e30:
-        raise BadRequest(f"{key}={text}: must be a positive number; use {key}={'1e12' if key == 'tokens' else '64'}")
+    if not least <= value < 1e30 or (whole and value % 1):
+        raise BadRequest(f"{key}={text}: must be a positive {'whole ' * whole}number; use {key}={example}")
     return value

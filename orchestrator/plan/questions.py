@@ -9,7 +9,7 @@ from math import inf
 
 from orchestrator.config import Recompute
 from orchestrator.plan.cost import model_flops
-from orchestrator.plan.estimate import estimate
+from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.planner import Candidate, Plan, Request, default_batch, make_plan, price
 from orchestrator.plan.search import illegal, layouts
@@ -69,8 +69,9 @@ def sizes(request: Request, most: int = MOST_DEVICES) -> Iterator[Request]:
     inside = [2**power for power in range(12) if 2**power < node]
     nodes = sorted({factor * 2**power for power in range(16) for factor in (1, 3)})
     for devices in [*inside, *(node * number for number in nodes)]:
-        if devices <= most:
-            yield resized(request, devices)
+        each = resized(request, devices)
+        if devices <= most and each.batch_size * each.seq_len <= each.tokens:
+            yield each
 
 
 def resized(request: Request, devices: int) -> Request:
@@ -80,8 +81,12 @@ def resized(request: Request, devices: int) -> Request:
 
 
 def fits(request: Request) -> bool:
-    """Whether some layout fits at all: the thriftiest ways, without a clock."""
+    """Whether some layout fits at all: the thriftiest ways, without a clock. ValueError if the hardware entry lacks a
+    figure."""
     for work in layouts(request):
+        check_hardware(work)
+        if not request.asks(work, "pp", "dp", "ep", "microbatches"):
+            continue
         thrifty = replace(work, recompute=Recompute.full, zero=3 if work.replicas > 1 else 1)
         if illegal(thrifty) is None and too_large(thrifty) is None:
             return True

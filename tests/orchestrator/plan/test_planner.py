@@ -171,7 +171,7 @@ def test_the_verb_prints_the_bill_and_writes_the_plan(tmp_path):
     (["model=mini", "gpus=8"], 2, "hardware=auto: a plan needs a GPU's data sheet"),
     (["model=mini", "hardware=h100", "tokens=1e9"], 2, "gpus: must be given"),
     (["model=mini", "hardware=h100", "gpus=8"], 2, "tokens: must be given"),
-    (["model=mini", "hardware=h100", "gpus=eight", "tokens=1e9"], 2, "gpus=eight: must be a positive number"),
+    (["model=mini", "hardware=h100", "gpus=eight", "tokens=1e9"], 2, "gpus=eight: must be a positive whole number"),
     (["model=mini", "hardware=h100", "gpus=8", "tokens=1e9", "dtype=int3"], 2, "dtype=int3: must be bf16 or fp8"),
     (["model=mini", "hardware=a100", "gpus=8", "tokens=1e9", "dtype=fp8"], 2, "hardware.fp8_tflops: is not known"),
     (["model=deepseek_v3", "hardware=h100", "gpus=8", "tokens=1e9"], 3, "no layout of model=deepseek_v3 fits"),
