@@ -9,7 +9,7 @@ from orchestrator.compose import compose_config
 from orchestrator.config import Config
 from orchestrator.errors import BadRequest
 from orchestrator.plan.exchange import NAMED, Routing
-from orchestrator.plan.forecast import on_cores
+from orchestrator.plan.forecast import OWN, on_cores
 from orchestrator.plan.hardware import at_market
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
@@ -71,7 +71,8 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
     hardware, assumptions = at_market(config.hardware, options.get("market", config.hardware.market)), Assumptions()
     stack, routing = stack_named(options.get("stack", "default")), _routing(options.get("routing"), config.model)
     if hardware.device != "cuda":
-        hardware, assumptions, stack = on_cores(hardware, devices, calibration)
+        hardware, assumptions = on_cores(hardware, devices, calibration)
+        stack = OWN if "stack" not in options else stack
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
     batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
     tokens = number("tokens", options["tokens"], example="1e12")

@@ -21,8 +21,8 @@ CPU = Assumptions(gemm=1.0, best_bf16=1.0, attention_forward=1.0, attention_back
 """A CPU under eager torch, read off profiles of `tiny` on one core and off its CPU seconds under two to four ranks. The
 device is its own host, so dispatch is a gap between operators: a block has about 100 of them in forward, 60 more with
 experts. gloo over loopback: each exchange and each of FSDP2's blocks costs more than its bytes."""
-CPU_STACK = Stack(name="cpu", gradient_bytes=6)
-"""fp32: four bytes of a gradient, and two more than a bf16 weight has."""
+OWN = Stack(name="sparing", gradient_bytes=6)
+"""This program: gradients and gathered weights are fp32, so that there are two bytes more than a bf16 weight has."""
 CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 1.0
 """Of one core's operators that are bound by memory, which bytes of fused bf16 kernels count; of one rank's exchange."""
 BARRIER_S = 18e-6
@@ -79,28 +79,28 @@ def calibrate(config: Config, machine: Machine, measured: dict, run: str) -> Cal
 def workload_of(config: Config, machine: Machine, calibration: Calibration = Calibration()) -> Workload:
     """The config's own run as the planner sees it."""
     layout, train, hardware, ranks = config.layout, config.train, config.hardware, config.layout.pp * config.layout.dp
-    assumptions, stack = Assumptions(), Stack()
+    assumptions = Assumptions()
     if machine.device == "cpu":
         calibration = calibration if calibration.cores else _uncalibrated(machine)
-        hardware, assumptions, stack = on_cores(hardware, ranks, calibration)
+        calibration = replace(calibration, cores=calibration.cores * max(1, ranks // machine.ranks_per_node))
+        hardware, assumptions = on_cores(hardware, ranks, calibration)
     elif config.precision.compute_dtype is ComputeDtype.fp32:
         hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
     return Workload(config.model, hardware, train.seq_len, train.batch_size, layout.pp, layout.dp, layout.ep,
                     layout.schedule.name, layout.microbatches, stages_per_rank=layout.stages_per_rank,
-                    recompute=layout.recompute, zero=1, stack=stack, assumptions=assumptions, calibration=calibration)
+                    recompute=layout.recompute, zero=1, stack=OWN, assumptions=assumptions, calibration=calibration)
 
 
-def on_cores(hardware: HardwareConfig, ranks: int,
-             calibration: Calibration) -> tuple[HardwareConfig, Assumptions, Stack]:
-    """A rank of `ranks` on the cores of the run that calibrated, as a device with a data sheet: all of a core, or some
-    of them. Figures that nobody gave are rough, and calibration makes up for them."""
+def on_cores(hardware: HardwareConfig, ranks: int, calibration: Calibration) -> tuple[HardwareConfig, Assumptions]:
+    """One of `ranks` on the cores that `calibration` names, as a device with a data sheet: all of a core, or some of
+    them. Figures that nobody gave are rough, and calibration makes up for them."""
     threads = _threads(calibration.cores, ranks)
     device = replace(hardware, bf16_tflops=calibration.peak_flops_per_s * threads / 1e12,
                      memory_gib=hardware.memory_gib or 1e6,
                      memory_gb_per_s=(hardware.memory_gb_per_s or CPU_GB_PER_S) * threads,
                      scale_up_gb_per_s=hardware.scale_up_gb_per_s or LOOPBACK_GB_PER_S,
                      scale_out_gb_per_s=hardware.scale_out_gb_per_s or LOOPBACK_GB_PER_S)
-    return device, replace(CPU, gap_s=CPU.gap_s + (BARRIER_S if threads > 1 else 0.0)), CPU_STACK
+    return device, replace(CPU, gap_s=CPU.gap_s + (BARRIER_S if threads > 1 else 0.0))
 
 
 def _uncalibrated(machine: Machine) -> Calibration:
