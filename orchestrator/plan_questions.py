@@ -29,7 +29,7 @@ from orchestrator.plan.questions import (
     tokens_for,
 )
 from orchestrator.plan_request import compose_plan, number, read_request
-from orchestrator.plan_table import dollars, grid, layout_words
+from orchestrator.plan_table import days, dollars, grid, layout_words
 
 OPTIONS = ("objective", "deadline_days", "budget_usd")
 MANY = ("hardware", "cluster", "gpus")
@@ -244,7 +244,7 @@ def _priceless(offers: list[Offer], objective: str) -> None:
 
 
 def _words(each: Offer) -> str:
-    return f"{each.request.devices} x {each.request.hardware.name}: {each.days:.1f} days, {dollars(each.usd)}"
+    return f"{each.request.devices} x {each.request.hardware.name}: {days(each.days)} days, {dollars(each.usd)}"
 
 
 def _question(offers: list[Offer], pareto: list[Offer], best: Offer, **asked) -> dict:
@@ -278,7 +278,7 @@ class _Told:
                 table.add_row(name, devices, "", "", "", each.reason.split("; ")[0], "")
                 continue
             marks = ["on the front of dollars against days"] * (each in pareto) + ["chosen"] * (each is best)
-            table.add_row(name, devices, f"{each.days:.1f}", f"{each.best['gpu_hours']:,.0f}", dollars(each.usd),
+            table.add_row(name, devices, days(each.days), f"{each.best['gpu_hours']:,.0f}", dollars(each.usd),
                           layout_words(each.best["layout"]), ", ".join(marks))
         console.print(table)
         console.print("Steady bills, predicted.\n")
