@@ -23,7 +23,7 @@ device is its own host, so dispatch is a gap between operators: a block has abou
 experts. gloo over loopback: each exchange and each of FSDP2's blocks costs more than its bytes."""
 OWN = Stack(name="sparing", gradient_bytes=6)
 """This program: gradients and gathered weights are fp32, so that there are two bytes more than a bf16 weight has."""
-CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 1.0
+CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 0.4
 """Of one core's operators that are bound by memory, which bytes of fused bf16 kernels count; of one rank's exchange."""
 BARRIER_S = 18e-6
 """What an operator costs beyond its dispatch where a rank has several threads."""
