@@ -9,7 +9,7 @@ depends on the shares, so the clock runs once per row and sweep.
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import published
 
@@ -28,14 +28,26 @@ class Run:
     published_s: float
     stretch: float = 1.0
     """Whole step over its busiest rank."""
+    known: dict = field(default_factory=dict)
+    """Busiest rank's seconds by the parameters that they depend on."""
+
+    @property
+    def device(self) -> str:
+        return self.work.hardware.name
+
+    @property
+    def stack(self) -> str:
+        return self.work.stack.name
 
     def error(self, gpu: dict, stack: dict) -> float:
         return abs(self.signed(gpu, stack))
 
     def signed(self, gpu: dict, stack: dict) -> float:
         """log(predicted / published)."""
-        work = with_parameters(self.work, gpu, stack)
-        return math.log(busiest_s(work) * self.stretch / self.published_s)
+        key = gpu.get(self.device), stack.get(self.stack)
+        if key not in self.known:
+            self.known[key] = busiest_s(with_parameters(self.work, gpu, stack))
+        return math.log(self.known[key] * self.stretch / self.published_s)
 
 
 def with_parameters(work: Workload, gpu: dict, stack: dict) -> Workload:
@@ -62,46 +74,85 @@ def fit_runs() -> list[Run]:
 
 def fit(runs: list[Run], sweeps: int = 3) -> tuple[dict, dict]:
     """GPU type -> (gemm_share, attention_share), stack -> overhead."""
-    gpu = {run.work.hardware.name: (run.work.hardware.gemm_share or 0.85, run.work.hardware.attention_share or 0.5)
+    gpu = {run.device: (run.work.hardware.gemm_share or 0.85, run.work.hardware.attention_share or 0.5)
            for run in runs}
-    stack = {run.work.stack.name: run.work.stack.overhead for run in runs}
+    stack = {run.stack: run.work.stack.overhead for run in runs}
     by_gpu, by_stack = defaultdict(list), defaultdict(list)
     for run in runs:
-        by_gpu[run.work.hardware.name].append(run)
-        by_stack[run.work.stack.name].append(run)
+        by_gpu[run.device].append(run)
+        by_stack[run.stack].append(run)
     for sweep in range(sweeps):
         for run in runs if sweep < 2 else ():
             work = with_parameters(run.work, gpu, stack)
             parts, _ = step_parts(work)
             run.stretch = sum(parts.values()) / busiest_s(work)
         for name, known in by_stack.items():
-            stack[name] = min(OVERHEAD, key=lambda x: _mean(known, gpu, stack | {name: x}))
+            stack[name] = _overhead(known, gpu, stack)
         for name, known in by_gpu.items():
-            for _ in range(2):
-                gemm, attention = gpu[name]
-                gemm = min(GEMM, key=lambda x: _mean(known, gpu | {name: (x, attention)}, stack))
-                attention = min(ATTENTION, key=lambda x: _mean(known, gpu | {name: (gemm, x)}, stack))
-                gpu[name] = gemm, attention
+            gpu[name] = _shares(known, gpu, stack)
         print(f"mean absolute log error {_mean(runs, gpu, stack):.2%}", flush=True)
     return gpu, stack
+
+
+def _overhead(runs: list[Run], gpu: dict, stack: dict) -> float:
+    """The best scalar of the one stack that these runs used."""
+    return min(OVERHEAD, key=lambda x: _mean(runs, gpu, stack | {runs[0].stack: x}))
+
+
+def _shares(runs: list[Run], gpu: dict, stack: dict) -> tuple[float, float]:
+    """The best shares of the one device that these runs used."""
+    name = runs[0].device
+    gemm, attention = gpu[name]
+    for _ in range(2):
+        gemm = min(GEMM, key=lambda x: _mean(runs, gpu | {name: (x, attention)}, stack))
+        attention = min(ATTENTION, key=lambda x: _mean(runs, gpu | {name: (gemm, x)}, stack))
+    return gemm, attention
 
 
 def _mean(runs: list[Run], gpu: dict, stack: dict) -> float:
     return statistics.mean(run.error(gpu, stack) for run in runs)
 
 
-def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[float]]:
-    """Sorted log(predicted / published) by how a prediction is made: with the stack's own scalar, with that of each
-    other stack in turn, and so without the device's own shares too."""
+def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[float, float]]]:
+    """log(published / predicted) and its weight, of runs that took no part in their prediction, by how it is made.
+
+    calibrated: the stack's scalar without this model's runs. formula: the device's shares without this stack's runs,
+    and every other stack's scalar in turn. extrapolated: those, and no shares of the device. The runs of one stack
+    are near copies of each other, so every stack weighs the same.
+    """
     found = defaultdict(list)
+    groups = defaultdict(list)
     for run in runs:
-        moe = "moe" if run.work.model.n_routed_experts else "dense"
-        found[f"calibrated_{moe}"].append(run.signed(gpu, stack))
-        for other in sorted(set(stack) - {run.work.stack.name}):
-            strange = {run.work.stack.name: stack[other]}
-            found[f"formula_{moe}"].append(run.signed(gpu, strange))
-            found[f"extrapolated_{moe}"].append(run.signed({run.work.hardware.name: (0.85, 0.65)}, strange))
-    return {kind: sorted(errors) for kind, errors in found.items()}
+        groups[run.stack].append(run)
+    for name, own in groups.items():
+        moved = {}
+        for device in {run.device for run in own}:
+            rest = [run for run in runs if run.device == device and run.stack != name]
+            if rest:
+                moved[device] = _shares(rest, gpu, stack)
+        for run in own:
+            moe = "moe" if run.work.model.n_routed_experts else "dense"
+            others = [each for each in own if each.row["model"] != run.row["model"]]
+            if others:
+                scalar = _overhead(others, gpu, stack)
+                found[f"calibrated_{moe}"].append((-run.signed(gpu, stack | {name: scalar}), 1 / len(own)))
+            for other in sorted(set(stack) - {name}):
+                strange, weight = {name: stack[other]}, 1 / len(own) / len(stack)
+                if run.device in moved:
+                    found[f"formula_{moe}"].append((-run.signed(moved, strange), weight))
+                assumed = {run.device: (0.85, 0.65)}
+                found[f"extrapolated_{moe}"].append((-run.signed(assumed, strange), weight))
+    return found
+
+
+def _quantile(weighted: list[tuple[float, float]], share: float) -> float:
+    """The value below which so much of the weight lies."""
+    left = share * sum(weight for _, weight in weighted)
+    for value, weight in sorted(weighted):
+        left -= weight
+        if left <= 0:
+            return value
+    return max(value for value, _ in weighted)
 
 
 def main() -> None:
@@ -110,15 +161,14 @@ def main() -> None:
     for name, (gemm, attention) in sorted(gpu.items()):
         print(f"conf/hardware/{name}.yaml: gemm_share: {gemm:.3g}, attention_share: {attention:.3g}")
     for name, overhead in sorted(stack.items()):
-        rows = sum(run.work.stack.name == name for run in runs)
+        rows = sum(run.stack == name for run in runs)
         print(f"conf/stacks.yaml: {name}: overhead: {overhead:.3g}, rows: {rows}")
     residuals = _residuals(runs, gpu, stack)
     for moe in ("dense", "moe"):
         low, high = math.inf, 0.0
         for kind in ("calibrated", "formula", "extrapolated"):
-            errors = residuals[f"{kind}_{moe}"]
-            low = min(low, math.exp(-errors[-1 - len(errors) // 10]))
-            high = max(high, math.exp(-errors[len(errors) // 10]))
+            low = min(low, math.exp(_quantile(residuals[f"{kind}_{moe}"], 0.1)))
+            high = max(high, math.exp(_quantile(residuals[f"{kind}_{moe}"], 0.9)))
             print(f"conf/bands.yaml: {kind}_{moe}: [{low:.3f}, {high:.3f}]")
 
 

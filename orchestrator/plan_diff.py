@@ -8,7 +8,7 @@ from orchestrator.plan_table import dollars
 
 USAGE = "usage: sparing plan diff A.json B.json"
 UNTOLD = ("match", "reserved", "spot", "source", "date")
-REQUEST = ("model", "devices", "tokens", "seq_len", "batch_size", "dtype")
+REQUEST = ("model", "devices", "tokens", "seq_len", "batch_size", "dtype", "stack", "routing")
 
 
 def plan_diff(paths: list[str]) -> None:
@@ -21,7 +21,7 @@ def plan_diff(paths: list[str]) -> None:
 def difference(a: dict, b: dict) -> dict:
     """`changed` (key: before, after), and `step`, `memory`, `bill`: rows of (term, before, after), in seconds, GiB and
     (GPU-hours, USD). The terms of a bill sum to its total, so the rows sum to the change."""
-    changed = {key: (a[key], b[key]) for key in REQUEST if a[key] != b[key]}
+    changed = {key: (a.get(key), b.get(key)) for key in REQUEST if a.get(key) != b.get(key)}
     changed |= _unequal("hardware", *({key: value for key, value in plan["hardware"].items() if key not in UNTOLD}
                                       for plan in (a, b)))
     changed |= _unequal("layout", a["best"]["layout"], b["best"]["layout"])

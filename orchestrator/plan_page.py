@@ -11,7 +11,7 @@ from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
-from orchestrator.plan_table import band_words, dollars, layout_words, price_words
+from orchestrator.plan_table import band_words, days, dollars, layout_words, price_words
 from orchestrator.report_plots import format_number, stacked_bar
 from orchestrator.report_style import STYLE, details, figure, table
 
@@ -48,8 +48,8 @@ def _tiles(data: dict) -> str:
     tiles = [("step", f"{best['step_time_s']:.2f} s", f"{best['bubble_fraction']:.0%} bubble"),
              ("MFU", f"{best['mfu']:.1%}", "bf16 peak, causal attention"),
              ("steady bill", dollars(bill["steady"]["usd"]), f"{bill['steady']['gpu_hours']:,.0f} GPU-hours, "
-              f"{bill['steady']['days']:.1f} days; {band_words(bill)}"),
-             ("expected bill", dollars(bill["expected"]["usd"]), f"{bill['expected']['days']:.1f} days; production "
+              f"{days(bill['steady']['days'])} days; {band_words(bill)}"),
+             ("expected bill", dollars(bill["expected"]["usd"]), f"{days(bill['expected']['days'])} days; production "
               f"factor {bill['production_factor']:.3f}")]
     return '<dl class="tiles">' + "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(note)}</small></div>"
@@ -100,7 +100,7 @@ def _layouts(data: dict) -> str:
         rows.append([f"{escape(layout_words(row['layout']))}<small>{escape(row['why'])}</small>",
                      f"{row['step_time_s']:.2f}",
                      f"{row['bubble_fraction']:.0%}", f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}",
-                     f"{row['days']:.1f}", dollars(row["usd_total"])])
+                     days(row["days"]), dollars(row["usd_total"])])
     return figure("The best layouts", "fastest first, steady bill", table(
         ["layout, and why it is here", "step s", "bubble", "GiB", "MFU", "days", "USD"], rows), wide=True)
 
@@ -114,7 +114,7 @@ def _bills(bill: dict) -> str:
                      f"{term['gpu_hours']:,.0f}", dollars(term["usd"])])
     for name in ("steady", "expected"):
         side = bill[name]
-        rows.append([f"<b>{name} bill</b>", "", "", f"{side['days']:.1f} days", f"<b>{side['gpu_hours']:,.0f}</b>",
+        rows.append([f"<b>{name} bill</b>", "", "", f"{days(side['days'])} days", f"<b>{side['gpu_hours']:,.0f}</b>",
                      f"<b>{dollars(side['usd'])}</b>"])
     energy = "" if bill["energy_kwh"] is None else (f"; {bill['energy_kwh']:,.0f} kWh at "
                                                     f"{bill['power_kw']:,.0f} kW ({bill['energy_equation']})")
@@ -156,13 +156,13 @@ def _dense(data: dict) -> str:
 
 
 def _cost(data: dict) -> str:
-    """Cost against days: the search's Pareto front where there is one, else what was priced."""
-    front = data.get("pareto") or []
-    points = [(row["hardware"], row["days"], row["usd_total"]) for row in front if row.get("usd_total") is not None]
-    if not points:
-        return ""
-    return figure("Cost against days", "layouts that no other beats in both; a line for each kind of GPU",
-                  cost_chart(points))
+    """Of the offers of a question, else of the best layout on fewer and more replicas."""
+    offers = data.get("question", {}).get("offers", [])
+    note = "every offer, a line for each kind of GPU" if offers else (
+        "the best layout on fewer and more replicas, the same batch")
+    points = [(row.get("hardware", data["hardware"]["name"]), row["days"], row["usd_total"])
+              for row in offers or data.get("scaling", []) if row.get("usd_total") is not None]
+    return figure("Cost against days", note, cost_chart(points)) if points else ""
 
 
 def _published(data: dict) -> str:

@@ -5,6 +5,8 @@
     gpus=fit                                         the smallest cluster that holds the model
     deadline_days=30                                 GPUs needed
     budget_usd=1e6                                   with tokens: the fastest within it; with gpus alone: tokens
+
+The last three go with several hardware= too: the best of what each of them offers.
 """
 
 import sys
@@ -15,9 +17,19 @@ from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.hardware import catalogue, hardware_named
 from orchestrator.plan.planner import Request
-from orchestrator.plan.questions import Offer, chosen, for_budget, for_deadline, front, offer, smallest, tokens_for
+from orchestrator.plan.questions import (
+    MOST_DEVICES,
+    Offer,
+    chosen,
+    for_budget,
+    for_deadline,
+    front,
+    offer,
+    smallest,
+    tokens_for,
+)
 from orchestrator.plan_request import compose_plan, number, read_request
-from orchestrator.plan_table import dollars, grid, layout_words
+from orchestrator.plan_table import days, dollars, grid, layout_words
 
 OPTIONS = ("objective", "deadline_days", "budget_usd")
 MANY = ("hardware", "cluster", "gpus")
@@ -34,35 +46,61 @@ class Answer:
 
 def settle(options: dict[str, str], overrides: list[str]) -> Answer:
     """Words of one plan stay as they are; of a question, the table is printed and the words of its answer returned."""
-    objective = options.get("objective", "time")
+    objective = options.get("objective", "dollars" if "deadline_days" in options else "time")
     if objective not in ("time", "dollars"):
         raise BadRequest(f"objective={objective}: must be time or dollars; use objective=dollars")
     words = {key: options.get(key) or _value(overrides, key) for key in MANY}
-    deadline, budget = (number(key, options[key]) if key in options else None for key in OPTIONS[1:])
+    deadline, budget = (number(key, options[key], least=1e-6, example=example) if key in options else None
+                        for key, example in (("deadline_days", "30"), ("budget_usd", "1e6")))
     several = [key for key in MANY if words[key] and ("," in words[key] or (key, words[key]) == ("hardware", "all"))]
     rest = {key: value for key, value in options.items() if key not in OPTIONS}
     if not several and deadline is None and budget is None and words["gpus"] != "fit":
         return Answer(rest, overrides)
     if deadline is not None and budget is not None:
         raise BadRequest(f"deadline_days={deadline:g}: does not go with budget_usd; ask one at a time")
-    if several:
+    own = deadline is not None or budget is not None or words["gpus"] == "fit"
+    if several and not (own and several == ["hardware"]):
         for key in ("deadline_days", "budget_usd"):
             if key in options:
-                raise BadRequest(f"{key}={options[key]}: goes with one kind of GPU and one number, not with "
-                                 f"{several[0]}={words[several[0]]}; leave one of them out")
+                raise BadRequest(f"{key}={options[key]}: finds the number of GPUs itself, for one or several "
+                                 f"hardware=; it does not go with {several[0]}={words[several[0]]}")
         return _compared(rest, overrides, words, objective)
-    return _limited(rest, overrides, deadline, budget)
+    tokens_asked = budget is not None and "tokens" not in options
+    if own and not tokens_asked and words["gpus"] not in (None, "fit"):
+        limit = "deadline_days" if deadline is not None else "budget_usd"
+        tokens = ", or tokens, to ask for them" if deadline is None else ""
+        raise BadRequest(f"gpus={words['gpus']}: does not go with {limit}={options[limit]}, which finds the number of "
+                         f"GPUs; leave one of them out{tokens}")
+    if tokens_asked and several:
+        raise BadRequest(f"budget_usd={options['budget_usd']}: buys tokens on one kind of GPU; give tokens too, or one "
+                         f"of hardware={words['hardware']}")
+    if tokens_asked:
+        return _tokens_for(rest, overrides, budget)
+    return _limited(rest, overrides, words["hardware"], _Limit(deadline, budget, objective))
+
+
+@dataclass(frozen=True)
+class _Limit:
+    deadline: float | None
+    budget: float | None
+    objective: str
+
+    def __str__(self) -> str:
+        if self.deadline is None and self.budget is None:
+            return "gpus=fit"
+        return f"budget_usd={self.budget:g}" if self.deadline is None else f"deadline_days={self.deadline:g}"
+
+    def keeps(self, each: Offer) -> bool:
+        usd = float("inf") if each.usd is None else each.usd
+        return each.days <= (self.deadline or float("inf")) and (self.budget is None or usd <= self.budget)
 
 
 def _compared(options: dict[str, str], overrides: list[str], words: dict, objective: str) -> Answer:
     """An offer for every combination of the values."""
     values = {key: [text for text in (word or "").strip("[]").split(",") if text] or [None]
               for key, word in words.items()}
-    if values["hardware"] == ["all"]:
-        values["hardware"] = [name for name, entry in catalogue().items() if entry.device == "cuda"]
-    for name in values["hardware"]:
-        if name:
-            hardware_named(name)
+    if words["hardware"]:
+        values["hardware"] = _names(words["hardware"])
     told, offers = _Told(), {}
     fixed = [word for word in overrides if word.split("=", 1)[0] not in MANY]
     for combination in product(*(values[key] for key in MANY)):
@@ -81,37 +119,89 @@ def _compared(options: dict[str, str], overrides: list[str], words: dict, object
     return Answer(*offers[id(best)][1], _question(everyone, front(everyone), best, objective=objective))
 
 
-def _limited(options: dict[str, str], overrides: list[str], deadline: float | None, budget: float | None) -> Answer:
-    """GPUs for a deadline, the fastest for a budget, tokens for a budget, the smallest cluster that fits."""
-    told, fixed = _Told(), _sized(overrides)
-    if budget is not None and "tokens" not in options:
-        one = offer(_request(options | {"tokens": "1e12"}, overrides))
-        _need_price(one.request, "budget_usd")
-        if one.best is None:
-            raise NotFit(f"gpus={one.request.devices}: {one.reason or 'no layout fits'}")
-        tokens = tokens_for(one, budget)
-        print(f"{dollars(budget)} buy {tokens:.4g} tokens on {one.request.devices:,} x {one.request.hardware.name}\n")
-        return Answer(options | {"tokens": repr(tokens)}, overrides, {"budget_usd": budget, "tokens": tokens})
-    start = _request(options | {"gpus": "8"}, fixed)
-    if deadline is None and budget is None:
-        least = smallest(start)
-        if least is None:
-            raise NotFit(f"gpus=fit: no cluster up to 16,384 x {start.hardware.name} holds "
-                         f"model={start.model.name}; use larger devices")
-        return Answer(options | {"gpus": str(least.devices)}, fixed, {"smallest": least.devices})
-    if budget is not None:
-        _need_price(start, "budget_usd")
-    offers = for_deadline(start, deadline, told) if deadline else for_budget(start, budget, told)
-    able = [each for each in offers if each.days <= (deadline or float("inf"))
-            and (budget is None or (each.usd or float("inf")) <= budget)]
-    best = chosen(able, "time")
-    told.show(front(offers), best)
+def _tokens_for(options: dict[str, str], overrides: list[str], budget: float) -> Answer:
+    one = offer(_request(options | {"tokens": "1e12"}, overrides))
+    _need_price(one.request, "budget_usd")
+    if one.best is None:
+        raise NotFit(f"gpus={one.request.devices}: {one.reason or 'no layout fits'}")
+    tokens = tokens_for(one, budget)
+    if not tokens:
+        raise NotFit(f"budget_usd={budget:g}: does not pay for one step on {one.request.devices:,} x "
+                     f"{one.request.hardware.name}; use more money, fewer GPUs or a smaller train.batch_size")
+    print(f"{dollars(budget)} buy {tokens:.4g} tokens on {one.request.devices:,} x {one.request.hardware.name}\n")
+    return Answer(options | {"tokens": repr(tokens)}, overrides, {"budget_usd": budget, "tokens": tokens})
+
+
+def _limited(options: dict[str, str], overrides: list[str], asked: str | None, limit: _Limit) -> Answer:
+    """GPUs for a deadline, the fastest for a budget, the smallest cluster that fits; of one kind of GPU or the best of
+    several."""
+    told, known, fixed = _Told(), {}, _sized(overrides)
+    names = _names(asked) if asked else [None]
+    for name in names:
+        words = [f"hardware={name}" if name and word.startswith("hardware=") else word for word in fixed]
+        start = _request(options | {"gpus": "8"}, words)
+        if len(names) == 1 and str(limit) == "gpus=fit":
+            return _fit(options, words, start)
+        if len(names) == 1 and limit.budget is not None:
+            _need_price(start, "budget_usd")
+        for each in _offers(start, limit, told):
+            known[id(each)] = each, words
+    offers = [each for each, _ in known.values()]
+    able = [each for each in offers if limit.keeps(each)]
+    unpriced = limit.deadline is not None and all(each.usd is None for each in able)
+    best = chosen(able, "time" if unpriced else limit.objective)
+    if len(offers) > 1 or best is None or limit.objective == "dollars":
+        told.show(front(offers), best)
     if best is None:
-        asked = f"deadline_days={deadline:g}" if deadline else f"budget_usd={budget:g}"
-        least = f"; the nearest is {_words(offers[-1] if deadline else offers[0])}" if offers else ""
-        raise NotFit(f"{asked}: no number of {start.hardware.name} up to 16,384 meets it{least}")
-    return Answer(options | {"gpus": str(best.request.devices)}, fixed,
-                  _question(offers, front(offers), best, deadline_days=deadline, budget_usd=budget))
+        _priceless(able, limit.objective)
+        near = [each for each in offers if each.best]
+        nearest = min(near, key=lambda each: each.days if limit.deadline else each.usd or float("inf"), default=None)
+        least = f"; the nearest is {_words(nearest)}" if nearest else ""
+        of = start.hardware.name if len(names) == 1 else ", ".join(names)
+        raise NotFit(f"{limit}: no number of {of} up to {MOST_DEVICES:,} meets it{least}")
+    question = {"deadline_days": limit.deadline, "budget_usd": limit.budget}
+    if limit.deadline is None and limit.budget is None:
+        question["smallest"] = best.request.devices
+    return Answer(options | {"gpus": str(best.request.devices)}, known[id(best)][1],
+                  _question(offers, front(offers), best, **question))
+
+
+def _fit(options: dict[str, str], words: list[str], start: Request) -> Answer:
+    try:
+        least = smallest(start)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    if least is None:
+        raise NotFit(f"gpus=fit: no cluster up to {MOST_DEVICES:,} x {start.hardware.name} holds "
+                     f"model={start.model.name}; use larger devices")
+    return Answer(options | {"gpus": str(least.devices)}, words, {"smallest": least.devices})
+
+
+def _offers(start: Request, limit: _Limit, told: "_Told") -> list[Offer]:
+    """Of one kind of GPU; one that lacks a figure is an offer with its reason."""
+    try:
+        if limit.deadline is not None:
+            return for_deadline(start, limit.deadline, told)
+        if limit.budget is not None:
+            return for_budget(start, limit.budget, told)
+        least = smallest(start)
+        found = Offer(start, None, "no cluster holds it") if least is None else offer(least)
+    except BadRequest:
+        raise
+    except ValueError as error:
+        found = Offer(start, None, str(error))
+    told(found)
+    return [found]
+
+
+def _names(asked: str) -> list[str]:
+    """Hardware entries of a list, or all with a data sheet of a GPU."""
+    if asked == "all":
+        return [name for name, entry in catalogue().items() if entry.device == "cuda"]
+    names = [text for text in asked.strip("[]").split(",") if text]
+    for name in names:
+        hardware_named(name)
+    return names
 
 
 def too_small(request: Request) -> NotFit:
@@ -154,7 +244,7 @@ def _priceless(offers: list[Offer], objective: str) -> None:
 
 
 def _words(each: Offer) -> str:
-    return f"{each.request.devices} x {each.request.hardware.name}: {each.days:.1f} days, {dollars(each.usd)}"
+    return f"{each.request.devices} x {each.request.hardware.name}: {days(each.days)} days, {dollars(each.usd)}"
 
 
 def _question(offers: list[Offer], pareto: list[Offer], best: Offer, **asked) -> dict:
@@ -188,7 +278,7 @@ class _Told:
                 table.add_row(name, devices, "", "", "", each.reason.split("; ")[0], "")
                 continue
             marks = ["on the front of dollars against days"] * (each in pareto) + ["chosen"] * (each is best)
-            table.add_row(name, devices, f"{each.days:.1f}", f"{each.best['gpu_hours']:,.0f}", dollars(each.usd),
+            table.add_row(name, devices, days(each.days), f"{each.best['gpu_hours']:,.0f}", dollars(each.usd),
                           layout_words(each.best["layout"]), ", ".join(marks))
         console.print(table)
         console.print("Steady bills, predicted.\n")

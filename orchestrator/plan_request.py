@@ -8,12 +8,18 @@ from model.config import ModelConfig
 from orchestrator.compose import compose_config
 from orchestrator.config import Config
 from orchestrator.errors import BadRequest
-from orchestrator.plan.forecast import shared_cores
+from orchestrator.plan.exchange import NAMED, Routing
+from orchestrator.plan.forecast import OWN, on_cores
 from orchestrator.plan.hardware import at_market
 from orchestrator.plan.planner import Request, default_batch
+from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Assumptions
+from orchestrator.train import storage
 from orchestrator.train.expected import read_calibration
+from orchestrator.train.metrics import METRICS, read_rows
 
+COUNTED_STEPS = 20
+"""Of a run's end, whose routing is taken."""
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
 
 
@@ -50,7 +56,7 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
                          "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
     devices = config.cluster.nodes * config.cluster.ranks_per_node
     if "gpus" in options:
-        devices = int(number("gpus", options["gpus"]))
+        devices = int(number("gpus", options["gpus"], whole=True))
     if devices < 1:
         raise BadRequest("gpus: must be given; add gpus=64, or cluster.nodes and cluster.ranks_per_node")
     if "tokens" not in options:
@@ -63,18 +69,43 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
     except ValueError as error:
         raise BadRequest(str(error)) from None
     hardware, assumptions = at_market(config.hardware, options.get("market", config.hardware.market)), Assumptions()
+    stack, routing = stack_named(options.get("stack", "default")), _routing(options.get("routing"), config.model)
     if hardware.device != "cuda":
-        hardware, assumptions = shared_cores(hardware, devices, calibration)
+        hardware, assumptions = on_cores(hardware, devices, calibration)
+        stack = OWN if "stack" not in options else stack
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
     batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
-    tokens = number("tokens", options["tokens"])
+    tokens = number("tokens", options["tokens"], example="1e12")
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
                          f"{seq_len:,}; use tokens={batch * seq_len} or more, or a smaller train.batch_size")
     asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype, pinned=_pinned(config, given),
-                    assumptions=assumptions, calibration=calibration)
+                    assumptions=assumptions, calibration=calibration, stack=stack, routing=routing)
     _check_degrees(asked)
     return asked
+
+
+def _routing(asked: str | None, model: ModelConfig) -> Routing:
+    """A distribution by name, or what a run counted in its last steps."""
+    if asked is None:
+        return Routing()
+    if not model.n_routed_experts:
+        raise BadRequest(f"routing={asked}: model={model.name} has no routed experts; leave it out")
+    if asked in NAMED:
+        return Routing(asked)
+    names = ", ".join(NAMED)
+    at = storage.join(asked, METRICS)
+    rows = read_rows(storage.read_bytes(at).decode()) if storage.exists(at) else []
+    counted = [row["moe/tokens_per_expert"] for row in rows if row.get("moe/tokens_per_expert")][-COUNTED_STEPS:]
+    if not counted:
+        raise BadRequest(f"routing={asked}: must be one of {names}, or the directory of a run that counted its tokens "
+                         "per expert, as in runs/tiny-20260101-120000")
+    counts = tuple(tuple(layer) for step in counted for layer in step if sum(layer))
+    experts = len(counts[0])
+    if experts != model.n_routed_experts:
+        raise BadRequest(f"routing={asked}: counts {experts} experts a layer, and model={model.name} has "
+                         f"{model.n_routed_experts}; name a run of this model, or one of {names}")
+    return Routing(asked, counts)
 
 
 def _pinned(config: Config, given: set[str]) -> tuple[tuple[str, object], ...]:
@@ -98,11 +129,11 @@ def _check_degrees(asked: Request) -> None:
                          "leave it to the plan")
 
 
-def number(key: str, text: str) -> float:
+def number(key: str, text: str, *, least: float = 1, whole: bool = False, example: str = "64") -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 1 <= value < 1e30:
-        raise BadRequest(f"{key}={text}: must be a positive number; use {key}={'1e12' if key == 'tokens' else '64'}")
+    if not least <= value < 1e30 or (whole and value % 1):
+        raise BadRequest(f"{key}={text}: must be a positive {'whole ' * whole}number; use {key}={example}")
     return value

@@ -7,7 +7,7 @@ from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.plan_page import document
 from orchestrator.plan_plots import cost_chart
-from orchestrator.plan_table import dollars
+from orchestrator.plan_table import days, dollars
 from orchestrator.report_style import figure, table
 
 HEAD = ("best layout", "step s", "MFU", "days", "steady", "expected", "dense, equal loss")
@@ -93,5 +93,5 @@ def _cells(result: dict) -> list[str]:
     words = f"pp={layout['pp']} dp={layout['dp']} ep={layout['ep']} {layout['schedule']}"
     dense = "-" if loss is None else (f"{dollars(loss['low']['usd'])} - {dollars(loss['high']['usd'])}"
                                       + ("" if loss["inside_fits"] else " *"))
-    return [words, f"{best['step_time_s']:.2f}", f"{best['mfu']:.1%}", f"{bill['expected']['days']:.1f}",
+    return [words, f"{best['step_time_s']:.2f}", f"{best['mfu']:.1%}", days(bill["expected"]["days"]),
             dollars(bill["steady"]["usd"]), dollars(bill["expected"]["usd"]), dense]

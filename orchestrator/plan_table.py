@@ -20,15 +20,15 @@ def print_plan(plan: Plan, data: dict) -> None:
     request, console = plan.request, Console(highlight=False, soft_wrap=True)
     console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
     console.print(f"{request.model.name} on {request.devices:,} x {request.hardware.name}, {request.tokens:.4g} tokens,"
-                  f" {request.batch_size:,} sequences of {request.seq_len:,} a step, {request.dtype}. "
-                  f"[bold]All figures are predicted.[/bold]")
+                  f" {request.batch_size:,} sequences of {request.seq_len:,} a step, {request.dtype}, "
+                  f"stack {request.stack.name}{_routed(request)}. [bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
     if plan.candidates:
         table = grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
         for row in data["candidates"][:SHOWN]:
             table.add_row(layout_words(row["layout"]),
                           f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
-                          f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", f"{row['days']:.1f}",
+                          f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", days(row["days"]),
                           dollars(row["usd_total"]), row["why"])
         console.print(table)
         _print_step(console, data)
@@ -37,6 +37,10 @@ def print_plan(plan: Plan, data: dict) -> None:
         _print_train(console, data)
     for refused in _telling(plan):
         console.print(f"refused   {refused}")
+
+
+def _routed(request) -> str:
+    return f", routing {request.routing.name}" if request.model.n_routed_experts else ""
 
 
 def reasons(rows: list[dict]) -> list[str]:
@@ -61,6 +65,11 @@ def reasons(rows: list[dict]) -> list[str]:
 
 def dollars(usd: float | None) -> str:
     return "unknown" if usd is None else f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}"
+
+
+def days(number: float) -> str:
+    """A run of less than a day in two digits, so that it never takes 0.0."""
+    return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
 def price_words(price: dict) -> str:
@@ -122,7 +131,7 @@ def _print_bills(console, bill: dict) -> None:
 
 
 def _sums(side: dict) -> list[str]:
-    return [f"{side['gpu_hours']:,.0f}", f"{side['days']:.1f}", dollars(side["usd"])]
+    return [f"{side['gpu_hours']:,.0f}", days(side["days"]), dollars(side["usd"])]
 
 
 def _print_dense(console, data: dict) -> None:

@@ -9,6 +9,7 @@ from orchestrator.errors import BadRequest
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, make_plan, to_json
+from orchestrator.plan.questions import scaled
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
@@ -17,8 +18,8 @@ from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.plan_table import print_plan, reasons
 
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
-OPTIONS = ("tokens", "gpus", "dtype", "out", "html", "explain", "market", "multiplier_from", "calibrate", *QUESTIONS,
-           *TERMS)
+OPTIONS = ("tokens", "gpus", "dtype", "stack", "routing", "out", "html", "explain", "market", "multiplier_from",
+           "calibrate", *QUESTIONS, *TERMS)
 
 
 def run(arguments: list[str]) -> int:
@@ -89,7 +90,7 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
             best = found.candidates[0]
             if "train.validate_sequences" not in given:  # as the printed command for `train` has it
                 terms = terms_of({"validate_sequences": str(best.work.dp * best.work.microbatches)}, terms)
-            data |= money(request, best, terms, compared)
+            data |= money(request, best, terms, compared) | {"scaling": scaled(best, request)}
             for row, why in zip(data["candidates"], reasons(data["candidates"]), strict=True):
                 row["why"] = why
     except ValueError as error:

@@ -39,8 +39,9 @@ def backward_bytes(work: Workload, moe: bool) -> float:
     """Beyond what is kept while one block's backward runs: what it computes again, and gradients of its widest part."""
     model, tokens = work.model, work.microbatch_tokens
     again = block_bytes(work, moe, Recompute.none) - block_bytes(work, moe)
-    width = 3 * (model.n_activated_experts * model.moe_inter_dim if moe else model.inter_dim) / work.tp
-    rows = model.n_activated_experts * stream(work) if moe else 0
+    reached = model.n_activated_experts * work.imbalance
+    width = 3 * (reached * model.moe_inter_dim if moe else model.inter_dim) / work.tp
+    rows = reached * stream(work) if moe else 0
     return again + tokens * work.keeping.element * (width + rows + 2 * stream(work))
 
 
@@ -88,7 +89,8 @@ def _gated(work: Workload, inner: float, cheap: bool) -> float:
 def _experts(work: Workload, cheap: bool) -> float:
     """Router, the rows that arrive (as many as leave, were routing even), their SwiGLU, their outputs, shared experts.
 
-    Indices and weights are of 8 and 4 bytes. Ranks that split an expert see each other's rows.
+    The fullest rank's rows count. Indices and weights are of 8 and 4 bytes. Ranks that split an expert see each
+    other's rows.
     """
     model, keep = work.model, work.keeping
     share = work.tp if keep.sequence_parallel else 1
@@ -97,5 +99,5 @@ def _experts(work: Workload, cheap: bool) -> float:
     outputs = model.dim * keep.element if keep.routed_output else 0
     wide = work.etp * (model.dim * _product(work) + outputs)
     gathered = work.ep * work.etp / share * model.dim * keep.element if keep.gathers_tokens else 0
-    routed = gathered + rows * (wide + _gated(work, model.moe_inter_dim, cheap))
+    routed = gathered + rows * work.imbalance * (wide + _gated(work, model.moe_inter_dim, cheap))
     return router + routed + _gated(work, model.n_shared_experts * model.moe_inter_dim / work.tp, cheap)

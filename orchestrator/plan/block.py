@@ -28,6 +28,8 @@ class LayerTime:
     sent_bytes: float = 0.0
     """Scale-out bytes of forward; backward sends as many."""
     up_bytes: float = 0.0
+    exchanges: float = 0.0
+    """All-to-alls of forward; backward has as many."""
 
     def __add__(self, other: "LayerTime") -> "LayerTime":
         return LayerTime(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -55,7 +57,8 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
         again = _cheap_again(work, rates, tokens / work.tp)
     behind = max(behind, 2 * host - weights)
     sent, up = dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
-    return LayerTime(ahead + tensor + context, behind + again + tensor + context, weights, sent, up)
+    return LayerTime(ahead + tensor + context, behind + again + tensor + context, weights, sent, up,
+                     2.0 if moe and work.ep > 1 else 0.0)
 
 
 def _products(work: Workload, rates: Rates, moe: bool) -> tuple[float, float, float]:

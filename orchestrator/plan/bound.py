@@ -14,7 +14,7 @@ SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
 def clock_s(work: Workload) -> float:
     """Seconds of a step. Of many microbatches, two rounds by the clock; then the busiest rank sets the pace."""
     rounds = work.microbatches // work.pp
-    if work.pp == 1 or rounds <= 3 or work.microbatches % work.pp:
+    if work.pp == 1 or rounds <= 3 or work.microbatches % work.pp or work.cores:
         return estimate(work).step_time_s
     each = work.batch_size // work.microbatches
     short = estimate(replace(work, microbatches=2 * work.pp, batch_size=2 * work.pp * each))

@@ -34,8 +34,9 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     """Seconds a step of gradient reduce-scatter and weight all-gather.
 
     Dense parameters are the same on all ranks of a node, which share its way out; of experts every rank has others.
-    Stages 1 and 2 move fp32 gradients and bf16 weights once, after the last microbatch. Stage 3 gathers weights for
-    forward and backward and scatters gradients with every microbatch, behind computation as far as `compute_s` goes.
+    Stage 1 moves fp32 gradients and bf16 weights once, after the last microbatch. Stage 2 keeps no whole gradient, so
+    it scatters every microbatch's, and stage 3 gathers weights for forward and backward too; behind computation as far
+    as `compute_s` goes.
     """
     if work.replicas == 1:
         return 0.0
@@ -48,14 +49,16 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     alone = _link(work, ranks) / work.assumptions.network
     others = (work.replicas - 1) / work.replicas, (work.expert_replicas - 1) / work.expert_replicas
     per_byte = (dense * others[0] / together + experts * others[1] / alone) / work.assumptions.network
-    shown = 1 - work.stack.reduce_hidden
+    shown, blocks = 1 - work.stack.reduce_hidden, max(map(len, ranges)) * len({a.stage for s in table[0] for a in s})
+    buckets = (blocks + 1) + blocks * (work.expert_replicas > 1 and experts > 0)
     if work.zero == 0:
         return 2 * work.stack.gradient_bytes * per_byte * shown
-    whole = (work.stack.gradient_bytes + 2) * per_byte
-    if work.zero < 3:
-        return whole * shown
-    whole = (work.stack.gradient_bytes + 4) * per_byte * work.microbatches
-    return max(0.0, whole - compute_s) + (1 - work.assumptions.behind) * min(whole, compute_s)
+    if work.zero == 1:
+        return (work.stack.gradient_bytes + 2) * per_byte * shown + 2 * buckets * work.assumptions.bucket_s
+    once, each = (2, work.stack.gradient_bytes) if work.zero == 2 else (0, work.stack.gradient_bytes + 4)
+    whole = each * per_byte * work.microbatches
+    exposed = max(0.0, whole - compute_s) + (1 - work.assumptions.behind) * min(whole, compute_s)
+    return exposed + once * per_byte * shown
 
 
 def _link(work: Workload, ranks: int) -> float:

@@ -7,7 +7,7 @@ collectives of `comm`. These become stage times, `simulate` runs the schedule's 
 published runs (`conf/hardware`, `benchmarks/validate_planner.py --fit`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.config import Recompute
 from orchestrator.plan.block import LayerTime, head_time, layer_time
@@ -45,16 +45,20 @@ def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
     link = _link_bytes_per_s(work, crossing_nodes=work.dp * work.tp * work.cp >= work.hardware.scale_up_devices)
     scale = work.calibration.forward_backward
     transfer = scale * work.microbatch_tokens / work.tp * work.model.dim * 2 / (link * work.assumptions.network)
-    timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, chains=chains)
+    cores = work.cores * work.pp / work.devices if work.cores else None  # of one pipeline; its replicas keep step
+    if work.crowding > 1:
+        cores *= work.assumptions.crowded
+    timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, chains=chains, cores=cores)
     busiest = max(timeline.busy)
-    reduce = scale * reduce_s(work, ranges, table, busiest)
-    optimizer = work.calibration.optimizer * _optimizer_s(work, ranges, table)
+    reduce = scale * work.crowding * reduce_s(work, ranges, table, busiest)
+    optimizer = work.calibration.optimizer * work.crowding * _optimizer_s(work, ranges, table)
     parts = {"pipeline": busiest, "bubble": timeline.step_time - busiest, "reduce": reduce, "optimizer": optimizer}
     return parts, timeline
 
 
 def stage_times(work: Workload, ranges: list[range]) -> list[StageTime]:
-    """Of every stage, for one microbatch."""
+    """Of every stage, for one microbatch. A run overlaps in every pair or in none: the multiprocessors that it gives to
+    communication are missing in a stage without experts too."""
     layers = {moe: layer_time(work, moe) for moe in {work.model.is_moe(i) for i in range(work.model.n_layers)}}
     found, known = [], {}
     for stage, layers_of in enumerate(ranges):
@@ -63,7 +67,10 @@ def stage_times(work: Workload, ranges: list[range]) -> list[StageTime]:
             head = head_time(work) if kinds[1] else LayerTime()
             known[kinds] = _stage_time(work, sum((layers[moe] for moe in kinds[0]), head))
         found.append(known[kinds])
-    return found
+    in_turn = [time.forward + time.backward + time.weight for time in found]
+    if sum(time.overlapped for time in found) < sum(in_turn):
+        return found
+    return [replace(time, overlapped=each) for time, each in zip(found, in_turn, strict=True)]
 
 
 def busiest_s(work: Workload) -> float:
@@ -94,16 +101,16 @@ def _stage_time(work: Workload, total: LayerTime) -> StageTime:
     """Alone, communication follows computation; in an overlapped slot both run, each slowed by the other."""
     alone = all_to_all_s(work, total.sent_bytes, total.up_bytes, work.assumptions.network)
     alone *= 1 - work.stack.exchange_hidden
+    alone += total.exchanges * work.assumptions.exchange_s
     both = 2 * all_to_all_s(work, total.sent_bytes, total.up_bytes, work.assumptions.network_overlapped)
-    compute = total.forward + total.backward + total.weight
-    beside = compute
-    if both and work.hardware.multiprocessors:
+    beside = total.forward + total.backward + total.weight
+    if work.hardware.multiprocessors:
         beside *= work.hardware.multiprocessors / (work.hardware.multiprocessors - work.assumptions.communication_sms)
-    overlapped = max(beside, both) * work.assumptions.overlap_cost if both else compute
+    overlapped = max(beside, both) * work.assumptions.overlap_cost
     again = alone if work.recompute is Recompute.full else 0.0
     scale = work.calibration.forward_backward
     return StageTime(scale * (total.forward + alone), scale * (total.backward + alone + again), scale * total.weight,
-                     overlapped=scale * min(overlapped, compute + 2 * alone + again))
+                     overlapped=scale * overlapped)
 
 
 def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:

@@ -2,7 +2,8 @@
 
 The same arithmetic as a plan, for the one layout that a config names. A GPU's figures come from conf/hardware. A CPU
 has no data sheet worth the name: its products run at the rate of the GEMM measured at the start, every operator costs
-its dispatch, and ranks share the machine's cores. `calibrate` then scales the parts to what one run measured.
+its dispatch, and ranks share the machine's cores: those at work progress alike, and one that waits leaves its share to
+the others (`simulate`). `calibrate` then scales the parts to what one run measured.
 """
 
 from dataclasses import dataclass, replace
@@ -11,12 +12,21 @@ from orchestrator.config import ComputeDtype, Config, HardwareConfig
 from orchestrator.plan.estimate import step_parts
 from orchestrator.plan.keeping import SPARING
 from orchestrator.plan.memory import memory_gib
+from orchestrator.plan.stack import Stack
 from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
 CPU = Assumptions(gemm=1.0, best_bf16=1.0, attention_forward=1.0, attention_backward=1.0, memory=1.0, inner=16.0,
-                  gap_s=8e-6, host_s=0.0, network=1.0, latency_s=2e-4)
-"""A CPU under eager torch: the device is its own host, so dispatch is a gap between operators; gloo over loopback."""
-CPU_GB_PER_S, LOOPBACK_GB_PER_S = 10.0, 1.0
+                  core_ramp=0.0, operators=100.0, gap_s=10e-6, host_s=0.0, network=1.0, latency_s=2e-4, exchange_s=3e-4,
+                  bucket_s=3e-3, crowded=0.9)
+"""A CPU under eager torch, read off profiles of `tiny` on one core and off its CPU seconds under two to four ranks. The
+device is its own host, so dispatch is a gap between operators: a block has about 100 of them in forward, 60 more with
+experts. gloo over loopback: each exchange and each of FSDP2's blocks costs more than its bytes."""
+OWN = Stack(name="sparing", gradient_bytes=6)
+"""This program: gradients and gathered weights are fp32, so that there are two bytes more than a bf16 weight has."""
+CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 0.4
+"""Of one core's operators that are bound by memory, which bytes of fused bf16 kernels count; of one rank's exchange."""
+BARRIER_S = 18e-6
+"""What an operator costs beyond its dispatch where a rank has several threads."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,10 @@ class Machine:
     cores: int = 1
 
     @property
-    def crowding(self) -> float:
-        """Ranks to a core, at least 1."""
-        return max(1.0, self.ranks_per_node / self.cores) if self.device == "cpu" else 1.0
+    def core_flops_per_s(self) -> float:
+        """Of one core, which some ranks share or of which one rank has some."""
+        return self.peak_flops_per_s * max(1.0, self.ranks_per_node / self.cores) / _threads(self.cores,
+                                                                                            self.ranks_per_node)
 
 
 def forecast(config: Config, machine: Machine, calibration: Calibration = Calibration()) -> dict:
@@ -43,10 +54,7 @@ def forecast(config: Config, machine: Machine, calibration: Calibration = Calibr
     """
     work = workload_of(config, machine, calibration)
     parts, timeline = step_parts(work)
-    pipeline = timeline.step_time
-    if machine.device == "cpu":  # busy ranks share the cores; those that wait leave theirs to the others
-        pipeline = max(pipeline, sum(timeline.busy) * machine.crowding / len(timeline.busy))
-    working, updating = pipeline + parts["reduce"], parts["optimizer"] * machine.crowding
+    working, updating = timeline.step_time + parts["reduce"], parts["optimizer"]
     step_s, price = working + updating, config.hardware.usd_per_h
     found = {"how": f"calibrated on {calibration.run}" if calibration.run else "formula",
              "step_time_s": step_s, "forward_backward_s": working, "optimizer_s": updating,
@@ -61,9 +69,7 @@ def forecast(config: Config, machine: Machine, calibration: Calibration = Calibr
 def calibrate(config: Config, machine: Machine, measured: dict, run: str) -> Calibration:
     """What a finished run measured over what was to be expected of it. `measured` is its summary's; KeyError if the
     run kept no parts."""
-    on_cpu = machine.device == "cpu"
-    base = Calibration(peak_flops_per_s=machine.peak_flops_per_s * machine.crowding if on_cpu else None,
-                       cores=machine.cores if on_cpu else 0)
+    base = _uncalibrated(machine)
     expected = forecast(config, machine, base)
     return replace(base, forward_backward=measured["forward_backward_s"] / expected["forward_backward_s"],
                    optimizer=measured["optimizer_s"] / expected["optimizer_s"] if expected["optimizer_s"] else 1.0,
@@ -72,28 +78,36 @@ def calibrate(config: Config, machine: Machine, measured: dict, run: str) -> Cal
 
 def workload_of(config: Config, machine: Machine, calibration: Calibration = Calibration()) -> Workload:
     """The config's own run as the planner sees it."""
-    layout, train, hardware, assumptions = config.layout, config.train, config.hardware, Assumptions()
+    layout, train, hardware, ranks = config.layout, config.train, config.hardware, config.layout.pp * config.layout.dp
+    assumptions = Assumptions()
     if machine.device == "cpu":
-        hardware = cpu(hardware, calibration.peak_flops_per_s or machine.peak_flops_per_s * machine.crowding)
-        assumptions = CPU
+        calibration = calibration if calibration.cores else _uncalibrated(machine)
+        calibration = replace(calibration, cores=calibration.cores * max(1, ranks // machine.ranks_per_node))
+        hardware, assumptions = on_cores(hardware, ranks, calibration)
     elif config.precision.compute_dtype is ComputeDtype.fp32:
         hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
     return Workload(config.model, hardware, train.seq_len, train.batch_size, layout.pp, layout.dp, layout.ep,
                     layout.schedule.name, layout.microbatches, stages_per_rank=layout.stages_per_rank,
-                    recompute=layout.recompute, zero=3, assumptions=assumptions, calibration=calibration)
+                    recompute=layout.recompute, zero=1, stack=OWN, assumptions=assumptions, calibration=calibration)
 
 
-def shared_cores(hardware: HardwareConfig, ranks: int, calibration: Calibration) -> tuple[HardwareConfig, Assumptions]:
-    """`ranks` on the cores of the run that calibrated, each at its share of them: an upper bound where some wait."""
-    crowding = max(1.0, ranks / calibration.cores)
-    slow = replace(CPU, gap_s=CPU.gap_s * crowding, latency_s=CPU.latency_s * crowding)
-    found = cpu(hardware, calibration.peak_flops_per_s / crowding)
-    return replace(found, memory_gb_per_s=found.memory_gb_per_s / crowding), slow
+def on_cores(hardware: HardwareConfig, ranks: int, calibration: Calibration) -> tuple[HardwareConfig, Assumptions]:
+    """One of `ranks` on the cores that `calibration` names, as a device with a data sheet: all of a core, or some of
+    them. Figures that nobody gave are rough, and calibration makes up for them."""
+    threads = _threads(calibration.cores, ranks)
+    device = replace(hardware, bf16_tflops=calibration.peak_flops_per_s * threads / 1e12,
+                     memory_gib=hardware.memory_gib or 1e6,
+                     memory_gb_per_s=(hardware.memory_gb_per_s or CPU_GB_PER_S) * threads,
+                     scale_up_gb_per_s=hardware.scale_up_gb_per_s or LOOPBACK_GB_PER_S,
+                     scale_out_gb_per_s=hardware.scale_out_gb_per_s or LOOPBACK_GB_PER_S)
+    return device, replace(CPU, gap_s=CPU.gap_s + (BARRIER_S if threads > 1 else 0.0))
 
 
-def cpu(hardware: HardwareConfig, peak: float) -> HardwareConfig:
-    """A core as a device with a data sheet; figures that nobody gave are rough, and calibration makes up for them."""
-    return replace(hardware, bf16_tflops=peak / 1e12, memory_gib=hardware.memory_gib or 1e6,
-                   memory_gb_per_s=hardware.memory_gb_per_s or CPU_GB_PER_S,
-                   scale_up_gb_per_s=hardware.scale_up_gb_per_s or LOOPBACK_GB_PER_S,
-                   scale_out_gb_per_s=hardware.scale_out_gb_per_s or LOOPBACK_GB_PER_S)
+def _uncalibrated(machine: Machine) -> Calibration:
+    if machine.device != "cpu":
+        return Calibration()
+    return Calibration(peak_flops_per_s=machine.core_flops_per_s, cores=machine.cores)
+
+
+def _threads(cores: int, ranks: int) -> int:
+    return max(1, cores // ranks)

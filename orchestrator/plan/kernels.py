@@ -31,6 +31,8 @@ class Rates:
     """0: unknown, and no tile is lost."""
     inner: float
     """Inner size at which a product reaches half of its rate (prologue and epilogue)."""
+    core_ramp: float
+    """Sequence length at which the attention core does."""
 
 
 def rates_of(hardware: HardwareConfig, dtype: str, assumptions: Assumptions, attention: str = "flash") -> Rates:
@@ -43,7 +45,8 @@ def rates_of(hardware: HardwareConfig, dtype: str, assumptions: Assumptions, att
     if hardware.fp8_tflops:
         core *= {"flash2": assumptions.flash2, "triton": assumptions.triton}.get(attention, 1.0)
     moved = hardware.memory_gb_per_s * 1e9 * assumptions.memory
-    return Rates(bf16, low, size, core, moved, hardware.multiprocessors or 0, assumptions.inner)
+    return Rates(bf16, low, size, core, moved, hardware.multiprocessors or 0, assumptions.inner,
+                 assumptions.core_ramp)
 
 
 @lru_cache(maxsize=65536)
@@ -77,7 +80,7 @@ def fill(multiprocessors: int, rows: float, columns: float, groups: float = 1.0)
 
 def core_s(rates: Rates, flops: float, seq_len: int, width: int) -> float:
     """A fused attention core's forward. Short sequences and narrow heads fill its pipeline less."""
-    return flops / (rates.attention * seq_len / (seq_len + 512) * min(1.0, (width / 128) ** 0.5))
+    return flops / (rates.attention * seq_len / (seq_len + rates.core_ramp) * min(1.0, (width / 128) ** 0.5))
 
 
 def unfused_core_s(rates: Rates, tokens: float, seq_len: int, heads: float, width: int) -> float:

@@ -196,7 +196,7 @@ def _buffer_bytes(work: Workload, *, moe: bool) -> float:
     they are not reduced in place, and with ZeRO stage 3 two blocks' weights."""
     model, keep = work.model, work.keeping
     tokens = work.microbatch_tokens * stream(work) * keep.element
-    rows = 2 * tokens * model.n_activated_experts if moe and work.ep > 1 else 0.0
+    rows = 2 * tokens * model.n_activated_experts * work.imbalance if moe and work.ep > 1 else 0.0
     sends = 2 * tokens if work.pp > 1 else 0.0
     if work.replicas == 1:
         return rows + sends

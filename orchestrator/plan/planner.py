@@ -13,6 +13,7 @@ from orchestrator.plan.search import Candidate, Plan, Refused, Request, illegal,
 
 __all__ = ["Candidate", "Plan", "Refused", "Request", "illegal", "layout_of", "make_plan", "overrides_of", "price",
            "to_json"]
+V3_BATCH = 15360
 MAX_REFUSED = 40
 """Of each kind in plan.json."""
 
@@ -34,8 +35,8 @@ def price(candidate: Candidate, request: Request) -> dict:
         "layout": layout_of(work), "step_time_s": found.step_time_s, "parts_s": found.parts_s,
         "tokens_per_s": tokens_per_s, "tflops_per_gpu": flops_per_s / work.devices / 1e12,
         "mfu": mfu(flops_per_s, devices=work.devices, peak_flops_per_s=work.hardware.bf16_tflops * 1e12),
-        "bubble_fraction": found.bubble_fraction, "memory_gib": found.memory_gib, "days": hours / 24,
-        "gpu_hours": hours * work.devices,
+        "bubble_fraction": found.bubble_fraction, "imbalance": work.imbalance, "memory_gib": found.memory_gib,
+        "days": hours / 24, "gpu_hours": hours * work.devices,
         "gpu_hours_per_trillion_tokens": hours * work.devices / request.tokens * 1e12,
         "usd_total": None if usd is None else hours * work.devices * usd,
         "train": None if reason else overrides_of(work), "train_not": reason,
@@ -54,6 +55,7 @@ def to_json(plan: Plan) -> str:
     return json.dumps({
         "predicted": True, "model": request.model.name, "hardware": hardware, "devices": request.devices,
         "tokens": request.tokens, "seq_len": request.seq_len, "batch_size": request.batch_size, "dtype": request.dtype,
+        "stack": request.stack.name, "routing": request.routing.name,
         "assumptions": asdict(request.assumptions), "considered": plan.considered, "best": best, "candidates": priced,
         "refused": [asdict(item) for items in plan.kinds_refused().values() for item in items[-MAX_REFUSED:]],
         "dense": {"at": "the best layout's own MFU", **dense},
@@ -61,5 +63,6 @@ def to_json(plan: Plan) -> str:
 
 
 def default_batch(devices: int) -> int:
-    """Sequences a step: 7.5 a device, as in V3's run on 2,048, made a multiple of the devices' halves."""
-    return max(1, devices * 15 // 2)
+    """Sequences a step: 8 a device, so that every power of two divides it, up to V3's 15,360; more sequences would
+    make ever more devices useful on paper, and not in training."""
+    return min(8 * devices, V3_BATCH)

@@ -9,8 +9,9 @@ from math import inf
 
 from orchestrator.config import Recompute
 from orchestrator.plan.cost import model_flops
+from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.memory import too_large
-from orchestrator.plan.planner import Plan, Request, default_batch, make_plan, price
+from orchestrator.plan.planner import Candidate, Plan, Request, default_batch, make_plan, price
 from orchestrator.plan.search import illegal, layouts
 
 MOST_DEVICES = 16384
@@ -68,8 +69,9 @@ def sizes(request: Request, most: int = MOST_DEVICES) -> Iterator[Request]:
     inside = [2**power for power in range(12) if 2**power < node]
     nodes = sorted({factor * 2**power for power in range(16) for factor in (1, 3)})
     for devices in [*inside, *(node * number for number in nodes)]:
-        if devices <= most:
-            yield resized(request, devices)
+        each = resized(request, devices)
+        if devices <= most and each.batch_size * each.seq_len <= each.tokens:
+            yield each
 
 
 def resized(request: Request, devices: int) -> Request:
@@ -79,8 +81,12 @@ def resized(request: Request, devices: int) -> Request:
 
 
 def fits(request: Request) -> bool:
-    """Whether some layout fits at all: the thriftiest ways, without a clock."""
+    """Whether some layout fits at all: the thriftiest ways, without a clock. ValueError if the hardware entry lacks a
+    figure."""
     for work in layouts(request):
+        check_hardware(work)
+        if not request.asks(work, "pp", "dp", "ep", "microbatches"):
+            continue
         thrifty = replace(work, recompute=Recompute.full, zero=3 if work.replicas > 1 else 1)
         if illegal(thrifty) is None and too_large(thrifty) is None:
             return True
@@ -118,6 +124,21 @@ def for_budget(request: Request, usd: float, tell: Callable[[Offer], None]) -> l
             break
         devices *= 2
     return offers
+
+
+def scaled(best: Candidate, request: Request) -> list[dict]:
+    """The same layout on fewer and more replicas, the batch unchanged: what other numbers of GPUs make of days and
+    dollars, without a search of their own. `devices`, `days` and `usd_total`; those that fit and that can run."""
+    work, found = best.work, []
+    for power in range(-3, 4):
+        dp, microbatches = work.dp * 2**power, work.microbatches / 2**power
+        if dp != int(dp) or microbatches != int(microbatches) or dp * work.cp * work.tp % work.ep:
+            continue
+        each = replace(work, dp=int(dp), microbatches=int(microbatches))
+        if illegal(each) is None and too_large(each) is None:
+            row = price(Candidate(each, estimate(each)), request)
+            found.append({"devices": each.devices} | {key: row[key] for key in ("days", "usd_total")})
+    return found
 
 
 def tokens_for(found: Offer, usd: float) -> float | None:

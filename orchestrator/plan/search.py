@@ -17,9 +17,11 @@ from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.block import LayerTime, head_time, layer_time
 from orchestrator.plan.bound import SPLIT, clock_s, floor_s
 from orchestrator.plan.estimate import Estimate, check_hardware, estimate
+from orchestrator.plan.exchange import Routing
 from orchestrator.plan.layout import LOOPED_SCHEDULES, V_SCHEDULES, stages_per_rank
 from orchestrator.plan.memory import activation_peaks, too_large
 from orchestrator.plan.runs import cannot_run, not_run
+from orchestrator.plan.stack import Stack
 from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
@@ -51,6 +53,9 @@ class Request:
     """Keys of `layout_of` and the only value each may have."""
     assumptions: Assumptions = Assumptions()
     calibration: Calibration = Calibration()
+    stack: Stack = Stack()
+    """The software that trains."""
+    routing: Routing = Routing()
 
     def asks(self, work: Workload, *keys: str) -> bool:
         """Whether nothing else was pinned in these keys."""
@@ -145,6 +150,7 @@ def layouts(request: Request) -> Iterator[Workload]:
     """Degrees, microbatch and precision, before schedule, recompute and ZeRO stage; all divisors, not powers of two."""
     model, devices = request.model, request.devices
     experts = model.n_routed_experts or 1
+    uneven = {ep: request.routing.imbalance(ep) for ep in divisors(experts)}
     dtypes = (request.dtype,)
     if request.dtype == "any":
         dtypes = ("bf16", "fp8") if request.hardware.fp8_tflops else ("bf16",)
@@ -159,8 +165,8 @@ def layouts(request: Request) -> Iterator[Workload]:
                             for dtype in dtypes:
                                 yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp,
                                                ep, "1f1b", request.batch_size // (dp * sequences), tp=tp, cp=cp,
-                                               dtype=dtype, assumptions=request.assumptions,
-                                               calibration=request.calibration)
+                                               dtype=dtype, imbalance=uneven[ep], stack=request.stack,
+                                               assumptions=request.assumptions, calibration=request.calibration)
 
 
 def _divides_heads(model: ModelConfig, tp: int) -> bool:
@@ -179,7 +185,8 @@ def _variants(work: Workload, request: Request) -> Iterator[Workload]:
 
 
 SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 3))
-"""Ways to need less memory, each dearer than those before it; ZeRO stage 3 aside, which a recompute may beat."""
+"""Ways to need less memory, dearer from left to right in both; a recompute may beat a ZeRO stage above 1."""
+UNNEEDED = "saves memory that is not needed, for more time"
 
 
 def _fitting(work: Workload, best: "_Best", refused: list[Refused],
@@ -193,10 +200,13 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
     if reason is not None:
         refused.append(Refused(layout_of(work), reason, len(SAVINGS)))
         return
-    tried, peaks = 0, {}
+    tried, peaks, enough = 0, {}, None
     for recompute, zero in SAVINGS:
         each = replace(work, recompute=recompute, zero=zero)
         tried += 1
+        if recompute is enough:
+            refused.append(Refused(layout_of(each), UNNEEDED))
+            continue
         reason = illegal(each) or (None if work.replicas > 1 or zero == 1 else "no replicas to shard over")
         if not request.asks(each, "recompute", "zero"):
             reason = "another recompute was asked for"
@@ -208,11 +218,11 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
             refused.append(Refused(layout_of(each), reason))
             continue
         yield each, floor if recompute is Recompute.none else floor_s(each), cannot_run(each) is None
-        if zero < 3:
+        enough = recompute
+        if zero == 1:
             break
     if tried < len(SAVINGS):
-        refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)),
-                               "saves memory that is not needed, for more time", len(SAVINGS) - tried))
+        refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)), UNNEEDED, len(SAVINGS) - tried))
 
 
 def _too_short(request: Request) -> list[Refused]:

@@ -9,6 +9,9 @@ Durations are in any one unit (seconds in the planner); all results are *simulat
 
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple
 
 from orchestrator.plan.schedule import Action
 
@@ -61,56 +64,102 @@ class Timeline:
 
 
 def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, transfer: float = 0.0,
-             weights: list[float] | None = None, chains: int = 1) -> Timeline:
+             weights: list[float] | None = None, chains: int = 1, cores: float | None = None) -> Timeline:
     """Run the table on the clock.
 
     times: one per stage. transfer: from the end of an action until its neighbour on another rank has the result.
     weights: activation of one microbatch per stage, any unit; one each by default. Activations are held from the
     forward until the weight part is done. chains: copies of the pipeline whose stages are numbered on (DualPipe: 2).
+    cores: that all ranks share, where they have none of their own (a CPU's): those at work progress alike.
     Raises ValueError if the table can never end.
     """
-    num_stages = len(times) // chains
-    rank_of = {action.stage: rank for rank, row in enumerate(table) for slot in row for action in slot}
-    done: dict[tuple[str, int, int], float] = {}
-    free, cursor = [0.0] * len(table), [0] * len(table)
-    spans: list[Span] = []
-    waiting: dict[tuple[str, int, int], list[int]] = {}
-    ready = deque(range(len(table)))
-    while ready:
-        rank = ready.popleft()
-        row = table[rank]
-        while cursor[rank] < len(row):
-            slot = row[cursor[rank]]
-            start, missing = _start(slot, free[rank], done, rank_of, num_stages, transfer)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
-                break
-            end = start + _length(slot, times)
-            for key in _finished(slot):
-                done[key] = end
-                ready.extend(waiting.pop(key, ()))
-            spans.append(Span(rank, start, end, slot))
-            free[rank], cursor[rank] = end, cursor[rank] + 1
-    if any(cursor[rank] < len(row) for rank, row in enumerate(table)):
-        raise ValueError(f"the schedule deadlocks: nobody provides {sorted(waiting)[:3]}")
+    counts, peak = held(table, weights or [1.0] * len(times))
+    order = _order(tuple(map(tuple, table)), len(times) // chains)
+    seconds = _seconds(times)
+    lengths = [_length(slot.actions, seconds) for slot in order]
+    shared = cores is not None and cores < len(table)
+    spans = _on_cores(order, lengths, transfer, cores) if shared else _alone(order, lengths, transfer, len(table))
     busy = [0.0] * len(table)
     for span in spans:
         busy[span.rank] += span.end - span.start
-    counts, peak = held(table, weights or [1.0] * len(times))
-    return Timeline(spans, max(free), busy, counts, peak)
+    return Timeline(spans, max(span.end for span in spans), busy, counts, peak)
 
 
-def _start(slot: tuple[Action, ...], free: float, done: dict, rank_of: dict, num_stages: int,
-           transfer: float) -> tuple[float, tuple | None]:
-    """When the slot can start, or the first result that it still waits for."""
-    start = free
-    for action in slot:
-        for key in _needs(action, num_stages):
-            if key not in done:
-                return 0.0, key
-            delay = transfer if rank_of[key[1]] != rank_of[action.stage] else 0.0
-            start = max(start, done[key] + delay)
-    return start, None
+class _Slot(NamedTuple):
+    """What a rank runs next, and the earlier slots of other ranks whose results it needs."""
+
+    rank: int
+    actions: tuple[Action, ...]
+    needs: tuple[int, ...]
+
+
+@lru_cache(maxsize=512)
+def _order(table: tuple, num_stages: int) -> list[_Slot]:
+    """All slots, each after those that it needs: the same whatever they take. ValueError if there is no such order."""
+    done: dict[tuple[str, int, int], int] = {}
+    order: list[_Slot] = []
+    waiting: dict[tuple[str, int, int], list[int]] = {}
+    cursor, ready = [0] * len(table), deque(range(len(table)))
+    while ready:
+        rank = ready.popleft()
+        for slot in islice(table[rank], cursor[rank], None):
+            keys = [key for action in slot for key in _needs(action, num_stages)]
+            missing = next((key for key in keys if key not in done), None)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                break
+            needs = {done[key] for key in keys}
+            for key in _finished(slot):
+                done[key] = len(order)
+                ready.extend(waiting.pop(key, ()))
+            order.append(_Slot(rank, slot, tuple(i for i in needs if order[i].rank != rank)))
+            cursor[rank] += 1
+    if waiting:
+        raise ValueError(f"the schedule deadlocks: nobody provides {sorted(waiting)[:3]}")
+    return order
+
+
+def _alone(order: list[_Slot], lengths: list[float], transfer: float, ranks: int) -> list[Span]:
+    """Every rank runs at full speed whenever it has what it needs."""
+    free, ends, spans = [0.0] * ranks, [], []
+    for (rank, actions, needs), length in zip(order, lengths, strict=True):
+        start = free[rank]
+        for other in needs:
+            if ends[other] + transfer > start:
+                start = ends[other] + transfer
+        end = free[rank] = start + length
+        ends.append(end)
+        spans.append(Span(rank, start, end, actions))
+    return spans
+
+
+def _on_cores(order: list[_Slot], lengths: list[float], transfer: float, cores: float) -> list[Span]:
+    """Ranks at work share the cores evenly; one that waits leaves its share to the others."""
+    rows: dict[int, deque[int]] = {}
+    for number, slot in enumerate(order):
+        rows.setdefault(slot.rank, deque()).append(number)
+    now, began, ends, left = 0.0, {}, {}, {}
+    while rows:
+        arrivals = []
+        for rank, row in rows.items():
+            needs = order[row[0]].needs
+            if rank in left or any(other not in ends for other in needs):
+                continue
+            arrival = max([ends[other] + transfer for other in needs], default=0.0)
+            if arrival > now:
+                arrivals.append(arrival)
+            else:
+                left[rank], began[row[0]] = lengths[row[0]], now
+        speed = min(1.0, cores / max(1, len(left)))
+        then = min([*(now + work / speed for work in left.values()), *arrivals])
+        left = {rank: work - (then - now) * speed for rank, work in left.items()}
+        now = then
+        for rank in [rank for rank, work in left.items() if work <= 1e-9 * now]:
+            del left[rank]
+            ends[rows[rank].popleft()] = now
+            if not rows[rank]:
+                del rows[rank]
+    return [Span(order[number].rank, began[number], ends[number], order[number].actions) for number in ends]
 
 
 def _needs(action: Action, num_stages: int) -> list[tuple[str, int, int]]:
@@ -130,17 +179,18 @@ def _finished(slot: tuple[Action, ...]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _length(slot: tuple[Action, ...], times: list[StageTime]) -> float:
-    if len(slot) == 2:
-        backward = next(action for action in slot if action.kind != "F")
-        overlapped = times[backward.stage].overlapped
-        if overlapped is not None:
-            return overlapped
-    return sum(_one(action, times[action.stage]) for action in slot)
+def _seconds(times: list[StageTime]) -> list[dict[str, float]]:
+    """Of every stage, how long each kind of action takes; `FB` is an overlapped pair, if that is not in turn."""
+    return [{"F": time.forward, "I": time.backward, "W": time.weight, "B": time.backward + time.weight}
+            | ({} if time.overlapped is None else {"FB": time.overlapped}) for time in times]
 
 
-def _one(action: Action, time: StageTime) -> float:
-    return {"F": time.forward, "I": time.backward, "W": time.weight, "B": time.backward + time.weight}[action.kind]
+def _length(slot: tuple[Action, ...], seconds: list[dict[str, float]]) -> float:
+    if len(slot) == 1:
+        return seconds[slot[0].stage][slot[0].kind]
+    backward = slot[1] if slot[0].kind == "F" else slot[0]
+    together = seconds[backward.stage].get("FB")
+    return together if together is not None else sum(seconds[action.stage][action.kind] for action in slot)
 
 
 def held(table: list[list[tuple[Action, ...]]], weights: list[float]) -> tuple[list[list[int]], list[float]]:

@@ -4,6 +4,7 @@ The same layout differs by 6% (median) and up to 77% between releases of one fra
 """
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 
 import yaml
@@ -46,5 +47,7 @@ def stacks() -> dict[str, Stack]:
 def stack_named(name: str) -> Stack:
     known = stacks()
     if name not in known:
-        raise BadRequest(f"stack={name}: no such software stack; known are {', '.join(known)}")
+        near = get_close_matches(name, known, n=1)
+        raise BadRequest(f"stack={name}: no such software stack{f'; did you mean {near[0]}?' if near else ''}; known "
+                         f"are {', '.join(known)}")
     return known[name]

@@ -33,6 +33,8 @@ class Assumptions:
     """Of memory bandwidth."""
     inner: float = 256.0
     """Inner size of a bf16 product at which half of the rate is lost; twice that at twice the rate."""
+    core_ramp: float = 512.0
+    """Sequence length at which half of the attention core's rate is lost."""
     flash2: float = 0.5
     """FlashAttention-2 against what Hopper and later devices reach with asynchronous products (its authors: 0.35 of
     the peak against 0.75)."""
@@ -62,6 +64,12 @@ class Assumptions:
     """Of one collective between devices, as aiconfigurator's tables have for a send."""
     hop_s: float = 3e-6
     """Of each further device of a ring (NVLink 3.3 us, InfiniBand 2.8 to 3.7: ISCA paper, table 5)."""
+    exchange_s: float = 10e-6
+    """Of one all-to-all beyond its bytes: a send's latency, as in aiconfigurator's tables."""
+    bucket_s: float = 0.0
+    """Of gathering or reducing one block's parameters over replicas beyond its bytes."""
+    crowded: float = 1.0
+    """Speed of ranks that share a core against those that have it in turn."""
     usable_memory: float = 0.96
     """Of a device's memory; the rest is fragmentation of the allocator. An assumption."""
 
@@ -120,6 +128,16 @@ class Workload:
     @property
     def devices(self) -> int:
         return self.pp * self.dp * self.tp * self.cp
+
+    @property
+    def cores(self) -> int:
+        """That all ranks share (a CPU's); 0 where each has a device of its own."""
+        return self.calibration.cores
+
+    @property
+    def crowding(self) -> float:
+        """Ranks to a core where they are more than there are, else 1."""
+        return max(1.0, self.devices / self.cores) if self.cores else 1.0
 
     @property
     def replicas(self) -> int:

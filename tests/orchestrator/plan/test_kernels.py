@@ -1,5 +1,6 @@
 """Operators by shape, uneven routing, and what a prediction says of itself."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from orchestrator.errors import BadRequest
 from orchestrator.plan.block import expert_rows, layer_time
 from orchestrator.plan.confidence import band, made
 from orchestrator.plan.estimate import estimate
-from orchestrator.plan.exchange import imbalance_of
+from orchestrator.plan.exchange import Routing, imbalance_of, nodes_reached
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.kernels import fill, product_s, rates_of
 from orchestrator.plan.stack import stack_named, stacks
@@ -42,11 +43,25 @@ def test_large_products_reach_the_devices_share_and_small_experts_do_not():
     assert rate(64, 1536, 2048, 16) < 0.5 < rate(2048, 1536, 2048, 16)
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16, 32])
+def test_nodes_that_a_token_reaches_are_those_of_drawn_groups_and_experts(nodes):
+    """DeepSeek-V3's limit: four groups of eight, two experts of each; drawn at random here."""
+    model, rng = compose_config(["model=deepseek_v3"]).model, random.Random(0)
+    seen = []
+    for _ in range(4000):
+        chosen = [(group, rng.randrange(32)) for group in rng.sample(range(8), 4) for _ in range(2)]
+        seen.append(len({(group * 32 + expert) * nodes // 256 for group, expert in chosen}))
+    assert nodes_reached(model, nodes) == pytest.approx(sum(seen) / len(seen), rel=0.02)
+
+
 def test_imbalance_comes_from_a_runs_own_counts_and_makes_the_fullest_rank_slower(moe):
     assert imbalance_of([10, 10, 10, 10], 2) == 1.0 == imbalance_of("balanced", 8)
     assert imbalance_of([30, 10, 10, 10], 2) == pytest.approx(40 / 30)
     with pytest.raises(ValueError, match="do not go into 3 ranks"):
         imbalance_of([1, 2, 3, 4], 3)
+    counted = Routing("runs/a", ((30, 10, 10, 10), (10, 10, 10, 10)))
+    assert counted.imbalance(2) == pytest.approx((40 / 30 + 1) / 2), "mean over layers: ranks wait in every one"
+    assert counted.imbalance(1) == 1.0 == Routing("unbalanced").imbalance(1)
     uneven = replace(moe, imbalance=1.5)
     assert expert_rows(uneven) == 1.5 * expert_rows(moe)
     assert layer_time(uneven, True).sent_bytes == 0 and layer_time(uneven, True).up_bytes > 0

@@ -16,6 +16,7 @@ from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.money import money
 from orchestrator.plan.planner import Plan, Request, make_plan, to_json
+from orchestrator.plan.questions import scaled
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_diff import by_cause, difference
@@ -56,6 +57,19 @@ def test_the_page_is_one_whole_file_that_asks_the_network_for_nothing(small):
         ElementTree.fromstring(svg)
     for words in ("One step, rank by rank", "Memory over a step", "Two bills, never one", "Beside dense models"):
         assert words in text
+
+
+def test_cost_against_days_is_of_a_questions_offers_or_of_more_and_fewer_replicas(small):
+    plan, data = small
+    found = {scaling[-1]["devices"]: scaling for scaling in (scaled(each, plan.request) for each in plan.candidates)}
+    rows = found[max(found)]
+    own = next(row for row in scaled(plan.candidates[0], plan.request) if row["devices"] == plan.request.devices)
+    assert own["days"] == pytest.approx(data["best"]["days"]) and max(found) > plan.request.devices
+    assert [row["days"] for row in rows] == sorted((row["days"] for row in rows), reverse=True)
+    offers = [{"hardware": name, "days": 1.0, "usd_total": 2.0} for name in ("h100", "a100")]
+    assert "fewer and more replicas" in page(plan, data | {"scaling": rows})
+    text = page(plan, data | {"question": {"offers": [*offers, {"hardware": "t4", "reason": "no layout fits"}]}})
+    assert "every offer" in text and "a100" in text and "Cost against days" not in page(plan, data)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipe"])

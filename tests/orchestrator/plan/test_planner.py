@@ -46,16 +46,15 @@ def small() -> Request:
 
 def test_v3s_published_step_and_bill_are_met_without_a_fit(v3):
     """19.926 s a step, 180K GPU-hours per trillion tokens, $5.576M (V3 report; ISCA paper, table 4); only kernel times
-    of profile-data are used. Phases within 15%, but for the bubble: 2.8 s where 2.06 was measured."""
+    of profile-data are used. Phases of rank 0 within 15% each."""
     found = estimate(v3)
     assert found.step_time_s == pytest.approx(19.926, rel=0.05)
     hours = found.step_time_s * 2048 / 3600 / (15360 * 4096)
     assert hours * 1e12 == pytest.approx(180e3, rel=0.05)
     assert hours * 14.8e12 * 2.788 / 2.664 * v3.hardware.usd_per_h == pytest.approx(5.576e6, rel=0.05)
     phases = phases_s(found.timeline, 0) | {"opt": found.parts_s["reduce"] + found.parts_s["optimizer"]}
-    for name, theirs in {"1F": 1.13, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "opt": 0.29}.items():
+    for name, theirs in {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "opt": 0.29}.items():
         assert phases[name] == pytest.approx(theirs, rel=0.15), name
-    assert phases["bubble"] > 2.06 * 1.15, "met: take it out of docs/planner.md and in here"
 
 
 def test_v3s_layer_takes_what_deepseeks_trace_shows(v3):
@@ -172,7 +171,7 @@ def test_the_verb_prints_the_bill_and_writes_the_plan(tmp_path):
     (["model=mini", "gpus=8"], 2, "hardware=auto: a plan needs a GPU's data sheet"),
     (["model=mini", "hardware=h100", "tokens=1e9"], 2, "gpus: must be given"),
     (["model=mini", "hardware=h100", "gpus=8"], 2, "tokens: must be given"),
-    (["model=mini", "hardware=h100", "gpus=eight", "tokens=1e9"], 2, "gpus=eight: must be a positive number"),
+    (["model=mini", "hardware=h100", "gpus=eight", "tokens=1e9"], 2, "gpus=eight: must be a positive whole number"),
     (["model=mini", "hardware=h100", "gpus=8", "tokens=1e9", "dtype=int3"], 2, "dtype=int3: must be bf16 or fp8"),
     (["model=mini", "hardware=a100", "gpus=8", "tokens=1e9", "dtype=fp8"], 2, "hardware.fp8_tflops: is not known"),
     (["model=deepseek_v3", "hardware=h100", "gpus=8", "tokens=1e9"], 3, "no layout of model=deepseek_v3 fits"),

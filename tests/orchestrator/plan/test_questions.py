@@ -68,6 +68,22 @@ def test_several_values_become_one_plan_and_a_table(capsys):
     assert settle({"gpus": "8", "tokens": "1e9"}, SMALL).question is None
 
 
+SEVERAL = ["model=deepseek_v2_lite", "train.seq_len=2048", "train.batch_size=64", "hardware=h100,a100,rtx_3090"]
+
+
+def test_of_several_types_the_cheapest_that_meets_a_deadline_and_the_smallest_that_fits(capsys):
+    """A type without figures is an offer with its reason, and its words are those of the plan that is made."""
+    answer = settle({"tokens": "1e9", "deadline_days": "0.1"}, SEVERAL)
+    rows = answer.question["offers"]
+    able = [row for row in rows if row.get("days", 1) <= 0.1]
+    assert {row["hardware"] for row in able} == {"h100", "a100"}
+    best = min(able, key=lambda row: row["usd_total"])
+    assert answer.options["gpus"] == str(best["devices"]) and f"hardware={best['hardware']}" in answer.overrides
+    assert "hardware.bf16_tflops: is not known" in capsys.readouterr().out
+    fit = settle({"tokens": "1e9", "gpus": "fit", "objective": "dollars"}, SEVERAL).question
+    assert sum("layout" in row for row in fit["offers"]) == 2 and fit["smallest"] <= 16
+
+
 def test_a_config_json_is_taken_as_the_model_and_its_plan_is_what_train_takes(tmp_path):
     """Its own quantisation does not matter to a plan."""
     own = compose_config(["model=tiny"]).model
@@ -87,9 +103,29 @@ def test_a_degree_that_is_given_holds_for_every_layout(request_):
     assert found and {(each.work.pp, each.work.schedule) for each in found} == {(2, "zbv")}
 
 
+def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with(tmp_path, request_):
+    counts = [[300, *[100] * 63], [100] * 64]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "moe/tokens_per_expert": counts}) + "\n")
+    options = {"gpus": "8", "tokens": "1e9"}
+    asked = read_request(options | {"stack": "megatron_bridge_2604", "routing": str(tmp_path)}, *compose_plan(SMALL))
+    found = offer(asked).plan.candidates
+    for each in found:
+        assert each.work.stack.name == "megatron_bridge_2604"
+        fullest = 1 + 200 * each.work.ep / 6600 - 200 / 6600
+        assert each.work.imbalance == pytest.approx((fullest + 1) / 2)
+    times = [offer(read_request(options | {"routing": name}, *compose_plan(SMALL))).best["step_time_s"]
+             for name in ("balanced", "bias", "unbalanced")]
+    assert times == sorted(times) and times[0] == offer(request_).best["step_time_s"]
+
+
 @pytest.mark.parametrize("words, error, told", [
+    (["hardware=h100", "gpus=8", "tokens=1e9", "stack=torchtitn"], BadRequest, "stack=torchtitn: no such software sta"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "stack=torchtitn"], BadRequest, "did you mean torchtitan"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "routing=even"], BadRequest, "routing=even: must be one of balanced, b"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "model=llama_3_1_70b", "routing=bias"], BadRequest,
+     "routing=bias: model=llama_3_1_70b has no routed experts; leave it out"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "model=deepseek_v3"], NotFit, "the smallest that holds it is gpus="),
-    (["hardware=h100", "gpus=8", "tokens=1000"], BadRequest, "tokens=1000: must be at least one step of 60 sequences"),
+    (["hardware=h100", "gpus=8", "tokens=1000"], BadRequest, "tokens=1000: must be at least one step of 64 sequences"),
     (["hardware=gb200", "gpus=8", "budget_usd=100"], BadRequest, "hardware.usd_per_h: is not known for hardware=gb200"),
     (["hardware=gb200", "gpus=8,16", "tokens=1e9", "objective=dollars"], BadRequest, "set hardware.usd_per_h"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=3"], BadRequest, "layout.pp=3: layout.pp x layout.dp = 3"),
@@ -97,6 +133,13 @@ def test_a_degree_that_is_given_holds_for_every_layout(request_):
     (["hardware=h100,h20x", "gpus=8", "tokens=1e9"], BadRequest, "hardware=h20x: no such device; did you mean h20"),
     (["hardware=h10", "gpus=8", "tokens=1e9"], BadRequest, "did you mean h100"),
     (["hardware=h100", "tokens=1e9", "deadline_days=1", "budget_usd=5"], BadRequest, "ask one at a time"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "deadline_days=1"], BadRequest, "gpus=8: does not go with deadline"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "budget_usd=9"], BadRequest, "leave one of them out, or tokens, to ask"),
+    (["hardware=h100,a100", "gpus=8", "budget_usd=9"], BadRequest, "budget_usd=9: buys tokens on one kind of GPU"),
+    (["hardware=h100", "gpus=8", "budget_usd=0.001"], NotFit, "budget_usd=0.001: does not pay for one step"),
+    (["hardware=h100", "tokens=1e9", "deadline_days=none"], BadRequest, "a positive number; use deadline_days=30"),
+    (["hardware=h100", "gpus=8.5", "tokens=1e9"], BadRequest, "gpus=8.5: must be a positive whole number"),
+    (["hardware=rtx_3090", "gpus=fit", "tokens=1e9"], BadRequest, "hardware.bf16_tflops: is not known for hardware=r"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "objective=fun"], BadRequest, "objective=fun: must be time or dollars"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "model=nowhere/config.json"], BadRequest, "is no readable JSON object"),
 ])

@@ -95,6 +95,17 @@ def test_transfers_between_ranks_cost_and_inside_a_rank_do_not():
     assert simulate(table, [StageTime(F, B, W)] * 2, transfer=9.0).step_time == 2 * (F + B + W)
 
 
+@pytest.mark.parametrize("name", ["1f1b", "interleaved_1f1b", "zbv", "dualpipev"])
+def test_ranks_that_share_cores_leave_none_idle_and_end_no_sooner_than_on_their_own(name):
+    """One core does all work in turn; as many cores as ranks are ranks of their own; the step lies between for two."""
+    own, work = run(name, 4, 8), sum(run(name, 4, 8).busy)
+    assert run(name, 4, 8, cores=1).step_time == pytest.approx(work)
+    assert run(name, 4, 8, cores=4).spans == own.spans
+    two = run(name, 4, 8, cores=2, transfer=1e-6)
+    assert max(own.step_time, work / 2) < two.step_time < min(2 * own.step_time, work)
+    assert len(two.spans) == len(own.spans)
+
+
 def test_a_slow_stage_sets_the_pace_and_weights_count_its_memory():
     schedule = Schedule["1f1b"]
     times = [StageTime(F, B, W)] * 3 + [StageTime(2 * F, 2 * B, 2 * W)]
