@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from orchestrator.inference import (
     finish_loading,
     free_bytes,
     open_weights,
+    plain_errors,
     read_tokenizer,
 )
 from orchestrator.train import storage
@@ -45,7 +45,7 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
     """
     if form not in FORMATS:
         raise BadRequest(f"weights={form}: must be one of {', '.join(FORMATS)}; use weights=bf16")
-    with open_weights(path) as weights:
+    with open_weights(path) as weights, plain_errors():
         shapes = hf.tensor_shapes(weights.config)
         if not any(EXPERTS in name for name in shapes):
             raise BadRequest(f"memory.max_gib={max_gib:g}: {path} has no experts that could stay on disk; leave it out")
@@ -64,7 +64,7 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
         _check_free(weights, form, int(max_gib * GIB), rest + cache, device)
         text = read_tokenizer(weights, tokenizer)
         folder, kept = _prepare(weights, form, Path(cache_dir).expanduser())
-        tensors = kept or _all_but_experts(weights)
+        tensors = kept or {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
         with torch.device("meta"):
             model = Transformer(weights.config)
         hot = HotExperts(int(max_gib * GIB) - rest - cache)
@@ -106,12 +106,13 @@ def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, 
         raise NotFit(f"{cache}: {error.strerror}; make it writable") from error
     kept: dict[str, Tensor] = {}
     try:
-        for name, experts in _streamed(weights):
+        for name in weights.tensors:
             if EXPERTS not in name:
-                kept[name] = experts
+                kept[name] = weights.tensors[name]
                 continue
             number, *shape = hf.tensor_shapes(weights.config)[name]
-            write_store(temporary / f"{name}.safetensors", experts, number=number, shape=tuple(shape), form=form)
+            write_store(temporary / f"{name}.safetensors", weights.tensors.experts(name), number=number,
+                        shape=tuple(shape), form=form)
         os.replace(temporary, target)
     except OSError as error:
         if not target.is_dir():  # another process was quicker
@@ -121,22 +122,6 @@ def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target, kept
-
-
-def _streamed(weights: Weights) -> Iterator[tuple[str, Tensor | Iterator[Tensor]]]:
-    """Every tensor by name; of stacked experts, one after the other where the checkpoint keeps them apart."""
-    tensors = weights.tensors
-    if not isinstance(tensors, StateDict):
-        yield from weights.items()
-        return
-    for name in tensors:
-        yield name, tensors.experts(name) if EXPERTS in name else tensors[name]
-
-
-def _all_but_experts(weights: Weights) -> dict[str, Tensor]:
-    if isinstance(weights.tensors, StateDict):
-        return {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
-    return {name: tensor for name, tensor in weights.items() if EXPERTS not in name}
 
 
 def _identity(weights: Weights) -> str:

@@ -33,14 +33,11 @@ class Weights:
 
     path: str
     config: ModelConfig
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+    tensors: Mapping[str, Tensor]
     tokenizer: str
     """`byte`, or the path of a tokenizer.json; as it was in training, or beside a Hugging Face model."""
     trained_len: int
     """Tokens of a training sequence, where that is known."""
-
-    def items(self) -> Iterable[tuple[str, Tensor]]:
-        return self.tensors.items() if isinstance(self.tensors, Mapping) else self.tensors
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Loaded:
 def open_weights(path: str) -> Iterator[Weights]:
     """The weights under `path`; BadRequest where there are none."""
     if storage.local_path(path) and os.path.isfile(os.path.join(path, "config.json")):
-        with _plain_errors():
+        with plain_errors():
             config, tensors = hf.load(path)
         beside = os.path.join(path, "tokenizer.json")
         yield Weights(path, config, tensors, beside if os.path.isfile(beside) else "", config.max_seq_len)
@@ -72,7 +69,7 @@ def open_weights(path: str) -> Iterator[Weights]:
         raise BadRequest(f"{path}: no whole checkpoint there; name a run directory, a checkpoint in it, or a Hugging "
                          "Face directory")
     with contextlib.closing(Loader(checkpoint)) as loader:
-        with _plain_errors():
+        with plain_errors():
             config = from_dict(ModelConfig, loader.state["config"]["model"])
             tokenizer = from_dict(DataConfig, loader.state["config"]["data"]).tokenizer
         # An imported checkpoint was trained elsewhere: its config says nothing of that.
@@ -82,7 +79,7 @@ def open_weights(path: str) -> Iterator[Weights]:
 
 def look(path: str, *, tokenizer: str = "") -> tuple[Weights, Tokenizer]:
     """What `path` holds, without its tensors, and its tokenizer: to check a request before weights are read."""
-    with open_weights(path) as weights, _plain_errors():
+    with open_weights(path) as weights, plain_errors():
         return replace(weights, tensors={}), read_tokenizer(weights, tokenizer)
 
 
@@ -98,12 +95,12 @@ def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = t
                        device: torch.device | str = "cpu", cache_tokens: int = 0) -> Loaded:
     """Read a model into memory. `tokenizer` overrides the one that the weights name; `cache_tokens`: whose keys and
     values there must be room for, too."""
-    with open_weights(path) as weights, _plain_errors():
+    with open_weights(path) as weights, plain_errors():
         text = read_tokenizer(weights, tokenizer)
         _check_room(weights, dtype, device, cache_tokens)
         with torch.device("meta"):
             model = Transformer(weights.config)
-        return finish_loading(weights, model, weights.items(), text, device=device, dtype=dtype)
+        return finish_loading(weights, model, weights.tensors.items(), text, device=device, dtype=dtype)
 
 
 def load(path: str, memory: dict[str, float | str] | None, **how) -> Loaded:
@@ -212,7 +209,7 @@ def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, FileNotFoundError) as error:

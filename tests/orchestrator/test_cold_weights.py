@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.generate import Decoder, generate
-from model.hf import export
+from model.hf import Assembled, export
 from model.transformer import Transformer
 from orchestrator import evaluate, serve
 from orchestrator import generate as generate_verb
@@ -43,6 +43,14 @@ def test_experts_on_disk_say_what_the_whole_model_says(path, tmp_path):
         hot = experts_of(cold.model)[0].hot
         assert hot.bytes <= hot.max_bytes and (hot.misses <= 2 * CONFIG.n_routed_experts) == (share == 1.0)
     assert len(list(tmp_path.iterdir())) == 1, "the second start found what the first had written"
+
+
+def test_neither_start_reads_more_than_one_expert_at_a_time(path, tmp_path, monkeypatch):
+    read, whole = [], Assembled.__getitem__
+    monkeypatch.setattr(Assembled, "__getitem__", lambda self, name: (read.append(name), whole(self, name))[1])
+    for _ in range(2):
+        load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path))
+    assert read and not [name for name in read if ".experts." in name]
 
 
 def _least(path, tmp_path) -> float:
