@@ -40,6 +40,7 @@ def held_out_loss(overrides: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--sequences", type=int, default=8, help="per step, of 256 tokens")
     parser.add_argument("--processes", type=int, default=1, help="trainings at once, of one thread each")
@@ -48,11 +49,12 @@ def main() -> None:
     shared = [f"train.steps={args.steps}", f"train.batch_size={args.sequences}", "train.seq_len=256",
               "cluster.threads_per_rank=1", *args.overrides]
     print(f"{args.steps * args.sequences * 256:,} tokens a run; held-out loss in nats per token", flush=True)
-    asked = [[*shared, *arm, f"seed={seed}"] for seed in range(args.seeds) for arm in ARMS.values()]
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    asked = [[*shared, *arm, f"seed={seed}"] for seed in seeds for arm in ARMS.values()]
     rows = []
     with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = pool.map(held_out_loss, asked)
-        for seed in range(args.seeds):
+        for seed in seeds:
             row = {}
             for name in ARMS:
                 row[name], seconds = next(found)

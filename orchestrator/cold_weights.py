@@ -58,8 +58,8 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
             raise BadRequest(f"weights={form}: {error}") from error
         least = rest + cache + 2 * each
         if max_gib * GIB < least:
-            raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3f}, what all but the "
-                             f"experts ({rest / GIB:.3f}), keys and values ({cache / GIB:.3f}) and two experts "
+            raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "
+                             f"experts ({rest / GIB:.3g}), keys and values ({cache / GIB:.3g}) and two experts "
                              f"take; use memory.max_gib={least / GIB * 1.1:.2g}")
         _check_free(weights, form, int(max_gib * GIB), rest + cache, device)
         text = read_tokenizer(weights, tokenizer)

@@ -27,6 +27,8 @@ CHECKPOINT is a run directory, a checkpoint in it, or a Hugging Face directory.
 
 OPTIONS = ("text", "tasks", "task_dir", "limit", "window", "stride", "text_key", "tokenizer", "memory.max_gib",
            "weights", "out")
+TEXT_ALONE = ("window", "stride", "text_key")
+TASKS_ALONE = ("task_dir", "limit")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def run(arguments: list[str]) -> int:
     (path,) = positional("evaluate", rest, 1, HELP)
     if ("text" in named) == ("tasks" in named):
         raise BadRequest("evaluate: takes text=FILE or tasks=NAME, one of them; see `sparing evaluate --help`")
+    of = "tasks" if "tasks" in named else "text"
+    if other := [key for key in (TEXT_ALONE if of == "tasks" else TASKS_ALONE) if key in named]:
+        raise BadRequest(f"{other[0]}={named[other[0]]}: means nothing beside {of}=; leave it out")
     if "tasks" in named and "task_dir" not in named:
         raise BadRequest(f"tasks={named['tasks']}: needs the folder with their YAML files; add task_dir=DIR")
     _check_out(named)

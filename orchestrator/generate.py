@@ -205,6 +205,8 @@ def _read_prompts(named: dict[str, str]) -> tuple[list[str], bool]:
     from orchestrator.train.tokens import documents
 
     file = named["file"]
+    if os.path.isdir(file):
+        raise BadRequest(f"file={file}: is a directory; name a text, or JSON lines with a prompt")
     try:
         texts = list(documents(file, "prompt", ""))
     except (OSError, ValueError) as error:

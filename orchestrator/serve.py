@@ -74,6 +74,7 @@ def run(arguments: list[str]) -> int:
     name = named.get("name") or os.path.basename(os.path.normpath(path))
     app = build_app(engine, name=name, limits=Limits(most, timeout_s), token=token, usd_per_h=hardware.usd_per_h)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
+    listener.listen()  # who reads the line below may connect at once
     address, port = listener.getsockname()[:2]
     print(f"serving {name} at http://{address}:{port}/v1 ({slots} slots of {capacity} tokens, "
           f"{'token asked for' if token else 'no token asked for'}); Ctrl-C ends it", flush=True)

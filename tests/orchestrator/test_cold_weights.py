@@ -1,6 +1,7 @@
 """A model within a limit of memory says what the whole one says; limits and formats that cannot be are refused."""
 
 import dataclasses
+import socket
 
 import pytest
 import torch
@@ -129,6 +130,7 @@ def test_a_server_runs_within_a_limit_and_says_what_the_whole_model_says(path, t
     answers = []
 
     def ask(server, sockets):
+        socket.create_connection(sockets[0].getsockname(), timeout=5).close()
         client = testclient.TestClient(server.config.app)
         body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
         answers.append(client.post("/v1/completions", json=body).json()["choices"][0]["text"])

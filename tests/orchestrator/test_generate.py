@@ -109,6 +109,7 @@ def test_going_beyond_the_length_of_training_is_said_once(checkpoint, capsys, mo
     (["speculative=maybe"], "must be one of false, true, compare"),
     (["stop=[1"], "stop=[1: must be"),
     (["file=nowhere"], "file=nowhere: "),
+    (["file=tests"], "file=tests: is a directory"),
     (["file=x", "prompt=x"], "give one of them"),
     (["prompt="], "is empty; give at least one character"),
     (["prompt=" + "x" * 90], "90 tokens and max_tokens=200 must not exceed model.max_seq_len=96; use max_tokens=6"),
