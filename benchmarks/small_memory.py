@@ -1,17 +1,21 @@
 """A checkpoint in less memory than it takes: this project's experts on disk beside transformers' own offloading.
 
     sparing train model=mini model.dim=256 model.n_layers=6 model.n_routed_experts=64 model.inter_dim=768 \\
-        train.steps=150 train.seq_len=256 run.dir=runs/wide     # 72M parameters, 63M of them in experts
+        train.steps=80 train.seq_len=256 run.dir=runs/wide      # 79M parameters, 72M of them in experts
     python benchmarks/small_memory.py runs/wide
 
-For 100%, 50% and 25% of the checkpoint's fp32 bytes: resident memory above what imports take (the process's own peak),
-tokens per second of greedy decoding, and bits per byte on held-out text. Every row is a process of its own, all on the
-same files of one Hugging Face export; transformers gets `max_memory` and an offload folder (accelerate).
+For 100%, 50% and 25% of the checkpoint's fp32 bytes: resident memory above what a tiny model takes (the
+process's own peak, mapped files included), tokens per second of greedy decoding, by the clock and by CPU seconds for a
+machine that is shared (medians over three prompts), and bits per byte on held-out text. Every row is a process of its
+own, of one thread, all on the same files of one Hugging Face export; transformers gets `max_memory` and an offload
+folder (accelerate).
 """
 
 import argparse
+import dataclasses
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SHARES = (1.0, 0.5, 0.25)
-PROMPT = "import os\n\n\ndef walk(top):\n    "
+PROMPTS = ("import os\n\n\ndef walk(top):\n    ", "class Wrapper:\n    \"\"\"", "    for name in sorted(")
 GIB = 2**30
 
 
@@ -37,9 +41,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "orchestrator", "export", arguments.checkpoint, f"{folder}/hf"],
                        check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        write_tiny(Path(folder, "hf"), Path(folder, "tiny"))
         whole = sum(file.stat().st_size for file in Path(folder, "hf").glob("*.safetensors"))
-        print(f"{whole / GIB:.3f} GiB in fp32; limit is of weights, resident is above imports\n")
-        print(f"{'':30}{'limit MiB':>10}{'resident MiB':>14}{'tokens/s':>10}{'bits/byte':>11}{'experts hit':>13}")
+        print(f"{whole / GIB:.3f} GiB in fp32; limit is of weights, resident is above a tiny model's\n")
+        print(f"{'':30}{'limit MiB':>10}{'resident MiB':>14}{'tokens/s':>10}{'per CPU s':>11}{'bits/byte':>11}"
+              f"{'experts hit':>13}")
         for share in SHARES:
             rows = [("transformers", "fp32")] + [("sparing", form) for form in
                                                  (("fp32",) if share == 1 else ("fp32", "bf16", "fp8", "int4"))]
@@ -55,7 +61,19 @@ def main() -> None:
                 found = json.loads(done.stdout.splitlines()[-1])
                 hits = "" if found["hits"] is None else f"{found['hits']:>12.0%}"
                 print(f"{name:30}{whole * share / 2**20:>10.0f}{found['resident'] / 2**20:>14.0f}"
-                      f"{found['tokens_per_s']:>10.2f}{found['bits_per_byte']:>11.4f}{hits}", flush=True)
+                      f"{found['tokens_per_s']:>10.1f}{found['tokens_per_cpu_s']:>11.1f}{found['bits_per_byte']:>11.4f}"
+                      f"{hits}", flush=True)
+
+
+def write_tiny(like: Path, path: Path) -> None:
+    """A model of the same kind and next to no size, of random weights."""
+    from model import hf
+    from model.transformer import Transformer
+
+    config, _ = hf.load(like)
+    config = dataclasses.replace(config, dim=64, n_layers=2, n_dense_layers=1, inter_dim=64, n_routed_experts=8,
+                                 moe_inter_dim=64)
+    hf.export(path, config, Transformer(config).state_dict())
 
 
 def measure(*, software: str, form: str, limit: int, folder: str, tokens: int) -> dict:
@@ -63,6 +81,7 @@ def measure(*, software: str, form: str, limit: int, folder: str, tokens: int) -
     warnings.simplefilter("ignore")
     import torch
 
+    torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     text = held_out()
     run = {"transformers": _transformers, "sparing": _sparing}[software]
@@ -80,18 +99,22 @@ def _sparing(torch, text, *, form, limit, folder, tokens) -> dict:
     from model.generate import Decoder, generate
     from orchestrator.cold_weights import experts_of, load_within
 
-    _load_imports(form)
+    def load(path: str, limit: int):
+        return load_within(path, max_gib=limit / GIB, form=form, tokenizer="byte", cache_dir=f"{path}-experts",
+                           cache_tokens=128 + tokens)
+
+    def say(model, prompt: list[int], tokens: int) -> None:
+        decoder = Decoder(model, slots=1, capacity=len(prompt) + tokens)
+        assert sum(1 for _ in generate(decoder, [prompt], max_tokens=tokens)) == tokens
+
+    say(load(f"{folder}/tiny", GIB).model, [1, 2], 2)
     before = _reset_peak()
-    loaded = load_within(f"{folder}/hf", max_gib=limit / GIB, form=form, tokenizer="byte",
-                         cache_dir=f"{folder}/experts")
-    prompt = list(PROMPT.encode())
-    decoder, begun = Decoder(loaded.model, slots=1, capacity=len(prompt) + tokens), time.perf_counter()
-    made = sum(1 for _ in generate(decoder, [prompt], max_tokens=tokens))
-    seconds = time.perf_counter() - begun
+    loaded = load(f"{folder}/hf", limit)
+    rates = _rates(lambda prompt: say(loaded.model, prompt, tokens), tokens)
     hot = experts_of(loaded.model)[0].hot
     hits = hot.hits / (hot.hits + hot.misses)
     bits = _bits(torch, text, lambda ids: loaded.model(ids))
-    return {"resident": _peak() - before, "tokens_per_s": made / seconds, "bits_per_byte": bits, "hits": hits}
+    return {"resident": _peak() - before, **rates, "bits_per_byte": bits, "hits": hits}
 
 
 def _transformers(torch, text, *, form, limit, folder, tokens) -> dict:
@@ -101,17 +124,33 @@ def _transformers(torch, text, *, form, limit, folder, tokens) -> dict:
     from accelerate import dispatch_model  # noqa: F401  imported before memory is counted
     from transformers import AutoModelForCausalLM
 
+    def load(path: str, limit: int):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="auto",
+                                                    max_memory={"cpu": limit}, offload_folder=f"{path}-offload")
+
+    def say(model, prompt: list[int], tokens: int) -> None:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                             eos_token_id=None, pad_token_id=0)
+        assert out.shape[1] == len(prompt) + tokens
+
+    say(load(f"{folder}/tiny", GIB), [1, 2], 2)
     before = _reset_peak()
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/hf", dtype=torch.float32, device_map="auto",
-                                                 max_memory={"cpu": limit}, offload_folder=f"{folder}/offload")
-    prompt = torch.tensor([list(PROMPT.encode())])
-    begun = time.perf_counter()
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
-                         eos_token_id=None, pad_token_id=0)
-    seconds = time.perf_counter() - begun
+    model = load(f"{folder}/hf", limit)
+    rates = _rates(lambda prompt: say(model, prompt, tokens), tokens)
     bits = _bits(torch, text, lambda ids: model(ids).logits)
-    return {"resident": _peak() - before, "tokens_per_s": (out.shape[1] - prompt.shape[1]) / seconds,
-            "bits_per_byte": bits, "hits": None}
+    return {"resident": _peak() - before, **rates, "bits_per_byte": bits, "hits": None}
+
+
+def _rates(say, tokens: int) -> dict[str, float]:
+    """Tokens a second and a CPU second, prompt included: of the three prompts the middle one."""
+    walls, cpus = [], []
+    for prompt in PROMPTS:
+        wall, cpu = time.perf_counter(), time.process_time()
+        say(list(prompt.encode()))
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return {"tokens_per_s": tokens / statistics.median(walls), "tokens_per_cpu_s": tokens / statistics.median(cpus)}
 
 
 def _bits(torch, text: bytes, logits_of) -> float:
@@ -121,15 +160,6 @@ def _bits(torch, text: bytes, logits_of) -> float:
         logits = logits_of(window[None])[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     return total / math.log(2) / (windows.numel() - len(windows))
-
-
-def _load_imports(form: str) -> None:
-    """What packing needs is imported before memory is counted."""
-    import torch
-
-    from model.packed import pack
-
-    pack(torch.ones(128, 128), form)
 
 
 def _reset_peak() -> int:

@@ -68,13 +68,16 @@ def weight_quant(weight: Tensor, *, power_of_two: bool = False) -> Quantized:
 
 def act_dequant(q: Quantized) -> Tensor:
     """data * scale in fp32, tile by tile."""
-    return q.data.float().mul_(_spread(q.scale, q.data.shape[-1]))
+    return _widened(q.data).mul_(_spread(q.scale, q.data.shape[-1]))
 
 
 def weight_dequant(q: Quantized) -> Tensor:
     """data * scale in fp32, block by block (DeepSeek's weight_dequant)."""
     rows, columns = q.data.shape[-2:]
-    return q.data.float().mul_(_spread(_spread(q.scale, columns).mT, rows).mT)
+    if rows % TILE or columns % TILE:
+        return _widened(q.data).mul_(_spread(_spread(q.scale, columns).mT, rows).mT)
+    blocks = _widened(q.data).unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
+    return blocks.mul_(q.scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
 
 
 def to_fp8(model: nn.Module, *, power_of_two: bool = False) -> None:
@@ -271,7 +274,17 @@ def _over_tokens(x: Tensor, place: Tensor | None, tiles: int, **how) -> Tensor:
     padded[slice(len(x)) if place is None else place] = x.float()
     scale = _scale_of(padded.unflatten(0, (tiles, TILE)).abs().amax(1), **({"floor": AMAX_FLOOR} | how))
     blocks = padded.unflatten(0, (tiles, TILE))
-    return (blocks / scale[:, None]).to(E4M3).float().mul_(scale[:, None]).flatten(0, 1)
+    return _widened((blocks / scale[:, None]).to(E4M3)).mul_(scale[:, None]).flatten(0, 1)
+
+
+def _widened(data: Tensor) -> Tensor:
+    """data.float(), on a CPU in a fraction of its time: E4M3's bits, shifted, are those of a half 2^8 times smaller."""
+    if data.device.type != "cpu":
+        return data.float()
+    bits = data.view(torch.int8).to(torch.int16)
+    size = bits & 127
+    no_number = (size + 1 >> 7) * 0x7C00  # all ones in E4M3; a half has its exponent for that
+    return (bits & -0x8000 | size << 7 | no_number).view(torch.float16).float().mul_(2.0**8)
 
 
 def _scale_of(amax: Tensor, power_of_two: bool, floor: float) -> Tensor:

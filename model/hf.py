@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import Attention, ModelConfig
-from model.fp8 import E4M3, TILE, Quantized, weight_dequant, weight_quant
+from model.fp8 import E4M3, weight_quant
 from model.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of
+from model.hf_files import SCALE, Dequantized, SafetensorsDirectory, read_json
 from model.transformer import Transformer
 
-SCALE = "_scale_inv"
-"""What DeepSeek's files append to the name of an E4M3 weight for its scales."""
 PROJECTION = re.compile(r"(?<!\.eh)_proj(_with_mqa)?\.weight$|\.w[123]\.weight$")
 """What they hold in E4M3: every projection of a block, not the router, nor the MTP module's own (`eh_proj`)."""
 
@@ -62,14 +60,14 @@ def export(path: str | Path, config: ModelConfig, tensors: Mapping[str, Tensor],
     _write_json(path / "config.json", metadata)
 
 
-def load(path: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
-    """The shape and, one by one, our tensors of a directory with config.json and safetensors.
+def load(path: str | Path) -> tuple[ModelConfig, "Assembled"]:
+    """The shape and our tensors of a directory with config.json and safetensors, each read when asked for.
 
     MTP modules that config.json announces and the files do not have (`transformers` drops them on saving) are
     left out of the shape.
     """
     path = Path(path)
-    config = config_from_hf(_read_json(path / "config.json"), name=path.resolve().name)
+    config = config_from_hf(read_json(path / "config.json"), name=path.resolve().name)
     files = SafetensorsDirectory(path)
     if any(key.endswith(SCALE) for key in files):
         files = Dequantized(files)
@@ -91,92 +89,50 @@ def to_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[
             yield part.key, part.of_ours(tensor)
 
 
-def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our names and tensors in the model's order, from a mapping of Hugging Face's that may read lazily."""
-    shapes = tensor_shapes(config)
-    parts = {name: _parts(name, shape, config) for name, shape in shapes.items()}
-    required = {part.key for group in parts.values() for part in group if not part.copy}
-    known = {part.key for group in parts.values() for part in group}
-    # Old files hold rotary frequencies, which are computed here, and a tied head beside its embedding.
-    ignored = {key for key in tensors if key.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        ignored.add("lm_head.weight")
-    _check_names(set(tensors) - ignored, required, known)
-    for name, shape in shapes.items():
-        yield name, _assemble(tensors, shape, parts[name])
+def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> "Assembled":
+    """Our tensors in the model's order, from a mapping of Hugging Face's that may read lazily."""
+    return Assembled(tensors, config)
+
+
+class Assembled(Mapping[str, Tensor]):
+    """Our tensors, each put together from Hugging Face's when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: ModelConfig):
+        self.tensors, self.shapes = tensors, tensor_shapes(config)
+        self.parts = {name: _parts(name, shape, config) for name, shape in self.shapes.items()}
+        required = {part.key for group in self.parts.values() for part in group if not part.copy}
+        known = {part.key for group in self.parts.values() for part in group}
+        # Old files hold rotary frequencies, which are computed here, and a tied head beside its embedding.
+        ignored = {key for key in tensors if key.endswith("rotary_emb.inv_freq")}
+        if config.tie_embeddings:
+            ignored.add("lm_head.weight")
+        _check_names(set(tensors) - ignored, required, known)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _assemble(self.tensors, self.shapes[name], self.parts[name])
+
+    def experts(self, name: str) -> Iterator[Tensor]:
+        """One after the other, those that `self[name]` stacks."""
+        number, *shape = self.shapes[name]
+        groups = [[] for _ in range(number)]
+        for part in self.parts[name]:
+            groups[part.index[0]].append(dataclasses.replace(part, index=part.index[1:]))
+        return (_assemble(self.tensors, torch.Size(shape), group) for group in groups)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Names and shapes of the model's state dict, built without memory."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-
-
-class SafetensorsDirectory(Mapping[str, Tensor]):
-    """Tensors of a model directory by name, each read when asked for. Files are only ever names in `path` itself."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._open: dict[str, safe_open] = {}
-        if (path / "model.safetensors.index.json").exists():
-            index = _read_json(path / "model.safetensors.index.json")
-            self.files = index.get("weight_map")
-            if not isinstance(self.files, dict):
-                raise ValueError(f"{path}/model.safetensors.index.json: has no weight_map; export the model again")
-        else:
-            self.files = dict.fromkeys(self._handle("model.safetensors").keys(), "model.safetensors")
-        for file in set(map(str, self.files.values())):
-            if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", file):
-                raise ValueError(f"{path}/model.safetensors.index.json: shard {file!r} must be a plain name ending in "
-                                 f".safetensors; do not use this model unless you know who made it")
-
-    def __getitem__(self, key: str) -> Tensor:
-        file = self.files[key]
-        handle = self._handle(file)
-        if key not in handle.keys():
-            raise ValueError(f"{self.path / file}: lacks {key}, which the index places there; export the model again")
-        return handle.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def _handle(self, file: str):
-        if file not in self._open:
-            if not (self.path / file).is_file():
-                raise ValueError(f"{self.path / file}: is missing; copy the whole directory")
-            try:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{self.path / file}: must be whole safetensors; copy it again ({error})") from None
-        return self._open[file]
-
-
-class Dequantized(Mapping[str, Tensor]):
-    """Tensors of a DeepSeek FP8 checkpoint in fp32: values times the scales of their 128x128 blocks, exactly."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = tensors
-        self.names = [key for key in tensors if not key.endswith(SCALE)]
-
-    def __getitem__(self, key: str) -> Tensor:
-        tensor = self.tensors[key]
-        if key + SCALE not in self.tensors:
-            return tensor
-        scale = self.tensors[key + SCALE].float()
-        blocks = [-(-size // TILE) for size in tensor.shape]
-        if tensor.dtype != E4M3 or list(scale.shape) != blocks:
-            raise ValueError(f"{key}: is {tensor.dtype} with {list(scale.shape)} scales, must be {E4M3} with {blocks}, "
-                             f"one for each block of {TILE}x{TILE}; take both from the same model")
-        return weight_dequant(Quantized(tensor, scale))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -313,18 +269,6 @@ def _as_stored(key: str, tensor: Tensor, dtype: torch.dtype) -> dict[str, Tensor
     kept = torch.bfloat16 if dtype == E4M3 else dtype
     kept = torch.float32 if key.endswith("e_score_correction_bias") else kept
     return {key: tensor.to(kept, copy=True).contiguous()}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: is missing; copy the whole directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: must be readable JSON; copy it again ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object; copy it again")
-    return values
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -58,6 +58,17 @@ def number(named: dict[str, str], key: str, default: float, low: float, high: fl
     return value
 
 
+def memory_limit(named: dict[str, str]) -> dict[str, float | str] | None:
+    """`memory.max_gib` and `weights` as `cold_weights.load_within` takes them; None where all is to be in memory."""
+    if "memory.max_gib" in named:
+        return {"max_gib": number(named, "memory.max_gib", 4, 0, 10**6, whole=False),
+                "form": named.get("weights", "fp32")}
+    if "weights" in named:
+        raise BadRequest(f"weights={named['weights']}: is of experts that stay on disk; add memory.max_gib=N, or leave "
+                         "it out")
+    return None
+
+
 def choice(named: dict[str, str], key: str, known: tuple[str, ...]) -> str:
     """The option `key` as one of a few words, the first by default."""
     value = named.get(key, known[0])

@@ -8,18 +8,26 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model import count, hf
+from model import hf
 from model.cold_experts import Ahead, ColdExperts, HotExperts, Store, write_store
 from model.packed import FORMATS, packed_bytes
 from model.transformer import Transformer
 from orchestrator.errors import BadRequest, NotFit
-from orchestrator.inference import Loaded, Weights, finish_loading, open_weights, read_tokenizer
+from orchestrator.inference import (
+    Loaded,
+    Weights,
+    cache_bytes,
+    finish_loading,
+    free_bytes,
+    open_weights,
+    plain_errors,
+    read_tokenizer,
+)
 from orchestrator.train import storage
 from orchestrator.train.export import EXPERTS, StateDict
 
@@ -37,27 +45,41 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
     """
     if form not in FORMATS:
         raise BadRequest(f"weights={form}: must be one of {', '.join(FORMATS)}; use weights=bf16")
-    with open_weights(path) as weights:
+    with open_weights(path) as weights, plain_errors():
         shapes = hf.tensor_shapes(weights.config)
         if not any(EXPERTS in name for name in shapes):
             raise BadRequest(f"memory.max_gib={max_gib:g}: {path} has no experts that could stay on disk; leave it out")
-        cache_bytes = int(cache_tokens * count.kv_bytes(weights.config, bytes_per_element=dtype.itemsize))
+        cache = cache_bytes(weights.config, cache_tokens, dtype)
         rest = sum(shape.numel() * dtype.itemsize for name, shape in shapes.items() if EXPERTS not in name)
-        each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items()
-                   if name.startswith(_first_layer(shapes)))
-        least = rest + cache_bytes + 2 * each
+        try:
+            each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items()
+                       if name.startswith(_first_layer(shapes)))
+        except ValueError as error:
+            raise BadRequest(f"weights={form}: {error}") from error
+        least = rest + cache + 2 * each
         if max_gib * GIB < least:
-            raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3f}, what all but the "
-                             f"experts ({rest / GIB:.3f}), keys and values ({cache_bytes / GIB:.3f}) and two experts "
+            raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "
+                             f"experts ({rest / GIB:.3g}), keys and values ({cache / GIB:.3g}) and two experts "
                              f"take; use memory.max_gib={least / GIB * 1.1:.2g}")
+        _check_free(weights, form, int(max_gib * GIB), rest + cache, device)
         text = read_tokenizer(weights, tokenizer)
         folder, kept = _prepare(weights, form, Path(cache_dir).expanduser())
-        tensors = kept or _all_but_experts(weights)
+        tensors = kept or {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
         with torch.device("meta"):
             model = Transformer(weights.config)
-        hot = HotExperts(int(max_gib * GIB) - rest - cache_bytes)
+        hot = HotExperts(int(max_gib * GIB) - rest - cache)
         _place(model, folder, hot, read_ahead=read_ahead)
         return finish_loading(weights, model, tensors.items(), text, device=device, dtype=dtype)
+
+
+def _check_free(weights: Weights, form: str, limit: int, rest: int, device: torch.device | str) -> None:
+    """Refuse a limit that is more than there is, unless the model takes less."""
+    experts = sum(shape[0] * packed_bytes(*shape[1:], form) for name, shape in hf.tensor_shapes(weights.config).items()
+                  if EXPERTS in name)
+    free = free_bytes(device)
+    if free is not None and min(limit, rest + experts) > free:
+        raise BadRequest(f"memory.max_gib={limit / GIB:g}: only {free / GIB:.2f} GiB are free here; end other "
+                         f"programs, or use memory.max_gib={free / GIB * 0.8:.2g}")
 
 
 def _place(model: Transformer, folder: Path, hot: HotExperts, *, read_ahead: bool) -> None:
@@ -84,12 +106,13 @@ def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, 
         raise NotFit(f"{cache}: {error.strerror}; make it writable") from error
     kept: dict[str, Tensor] = {}
     try:
-        for name, experts in _streamed(weights):
+        for name in weights.tensors:
             if EXPERTS not in name:
-                kept[name] = experts
+                kept[name] = weights.tensors[name]
                 continue
             number, *shape = hf.tensor_shapes(weights.config)[name]
-            write_store(temporary / f"{name}.safetensors", experts, number=number, shape=tuple(shape), form=form)
+            write_store(temporary / f"{name}.safetensors", weights.tensors.experts(name), number=number,
+                        shape=tuple(shape), form=form)
         os.replace(temporary, target)
     except OSError as error:
         if not target.is_dir():  # another process was quicker
@@ -99,22 +122,6 @@ def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target, kept
-
-
-def _streamed(weights: Weights) -> Iterator[tuple[str, Tensor | Iterator[Tensor]]]:
-    """Every tensor by name; of stacked experts, one after the other where the checkpoint keeps them apart."""
-    tensors = weights.tensors
-    if not isinstance(tensors, StateDict):
-        yield from weights.items()
-        return
-    for name in tensors:
-        yield name, tensors.experts(name) if EXPERTS in name else tensors[name]
-
-
-def _all_but_experts(weights: Weights) -> dict[str, Tensor]:
-    if isinstance(weights.tensors, StateDict):
-        return {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
-    return {name: tensor for name, tensor in weights.items() if EXPERTS not in name}
 
 
 def _identity(weights: Weights) -> str:

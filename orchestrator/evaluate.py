@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator.arguments import number, options, positional
+from orchestrator.arguments import memory_limit, number, options, positional
 from orchestrator.errors import BadRequest
 
 HELP = """\
@@ -21,9 +22,13 @@ CHECKPOINT is a run directory, a checkpoint in it, or a Hugging Face directory.
   stride=N         tokens scored per window; default: half of it
   text_key=text    field that holds the text in JSON lines and Parquet
   tokenizer=FILE   a tokenizer.json or `byte`, where the checkpoint names none
+  memory.max_gib=N most memory for weights: experts stay on disk, as weights=fp32, bf16, fp8 or int4
   out=FILE.json    the result, for programs"""
 
-OPTIONS = ("text", "tasks", "task_dir", "limit", "window", "stride", "text_key", "tokenizer", "out")
+OPTIONS = ("text", "tasks", "task_dir", "limit", "window", "stride", "text_key", "tokenizer", "memory.max_gib",
+           "weights", "out")
+TEXT_ALONE = ("window", "stride", "text_key")
+TASKS_ALONE = ("task_dir", "limit")
 
 
 @dataclass(frozen=True)
@@ -56,21 +61,32 @@ def run(arguments: list[str]) -> int:
     (path,) = positional("evaluate", rest, 1, HELP)
     if ("text" in named) == ("tasks" in named):
         raise BadRequest("evaluate: takes text=FILE or tasks=NAME, one of them; see `sparing evaluate --help`")
+    of = "tasks" if "tasks" in named else "text"
+    if other := [key for key in (TEXT_ALONE if of == "tasks" else TASKS_ALONE) if key in named]:
+        raise BadRequest(f"{other[0]}={named[other[0]]}: means nothing beside {of}=; leave it out")
     if "tasks" in named and "task_dir" not in named:
         raise BadRequest(f"tasks={named['tasks']}: needs the folder with their YAML files; add task_dir=DIR")
-    from orchestrator.inference import load_for_inference
+    _check_out(named)
+    from orchestrator.inference import load, look
 
-    loaded = load_for_inference(path, tokenizer=named.get("tokenizer", ""))
+    memory, tokenizer = memory_limit(named), named.get("tokenizer", "")
+    weights, _ = look(path, tokenizer=tokenizer)
     if "tasks" in named:
         from orchestrator.evaluate_tasks import evaluate_tasks, table
 
         limit = int(number(named, "limit", 1, 1)) if "limit" in named else None
+        loaded = load(path, memory, tokenizer=tokenizer)
         results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=limit)
         print(table(results))
         _write(named, {"path": loaded.path, "tasks": results["results"]})
         return 0
-    window = int(number(named, "window", min(loaded.trained_len, loaded.window), 1, loaded.window))
+    from orchestrator.train.tokens import find_files
+
+    most = weights.config.max_seq_len
+    window = int(number(named, "window", min(weights.trained_len, most), 1, most))
     stride = int(number(named, "stride", max(1, window // 2), 1, window))
+    find_files(named["text"], "text")  # so that what is not there is told before weights are read
+    loaded = load(path, memory, tokenizer=tokenizer)
     results = evaluate_text(loaded, named["text"], window=window, stride=stride, text_key=named.get("text_key", "text"))
     _write(named, {"path": loaded.path, "window": window, "stride": stride,
                    "files": [result.as_dict() for result in results[:-1]], "total": results[-1].as_dict()})
@@ -88,7 +104,7 @@ def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: 
           f"(window {window}, stride {stride})")
     for file in files:
         result = TextResult(Path(file).name, 0, 0, 0, 0.0, 0)
-        for text in documents(file, text_key):
+        for text in documents(file, text_key, "text_key="):
             if text:
                 result = _add(result, _score_document(loaded, text, window, stride))
         if result.tokens:
@@ -121,6 +137,12 @@ def _add(a: TextResult, b: TextResult) -> TextResult:
 def _print(result: TextResult, width: int) -> None:
     print(f"{result.file:{width}}  {result.documents:9,}  {result.bytes:10,}  {result.tokens:10,}  "
           f"{result.bits_per_byte:9.4f}  {result.perplexity:10.4g}  {result.right / result.tokens:5.1%}", flush=True)
+
+
+def _check_out(named: dict[str, str]) -> None:
+    """An hour of evaluation must not end in a folder that is not there."""
+    if "out" in named and (not os.access(Path(named["out"]).parent, os.W_OK) or Path(named["out"]).is_dir()):
+        raise BadRequest(f"out={named['out']}: cannot be written; name a file in a folder that exists")
 
 
 def _write(named: dict[str, str], result: dict) -> None:

@@ -1,13 +1,14 @@
 """`sparing generate`: text from a checkpoint, streamed, and what speculation gains. Decoding is model/generate.py."""
 
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.arguments import choice, number, options, positional
+from orchestrator.arguments import choice, memory_limit, number, options, positional
 from orchestrator.errors import BadRequest
 
 HELP = """\
@@ -52,8 +53,7 @@ class Request:
     stops: list[str]
     speculative: str
     tokenizer: str
-    max_gib: float | None
-    weights: str
+    memory: dict[str, float | str] | None
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,23 @@ def run(arguments: list[str]) -> int:
     named, rest = options("generate", arguments, OPTIONS, HELP)
     (path,) = positional("generate", rest, 1, HELP)
     request = read_request(named)
-    from orchestrator.inference import load_for_inference
+    from orchestrator.inference import beyond_training, load, look
 
-    if request.max_gib is None:
-        loaded = load_for_inference(path, tokenizer=request.tokenizer)
-    else:
-        from orchestrator.cold_weights import load_within
-
-        longest = max(len(text.encode()) for text in request.prompts) + request.max_tokens
-        loaded = load_within(path, max_gib=request.max_gib, form=request.weights, tokenizer=request.tokenizer,
-                             cache_tokens=longest * min(SLOTS, len(request.prompts)))
-    prompts = encode_prompts(loaded, request)
-    if request.speculative != "false" and not loaded.model.config.n_mtp_layers:
+    weights, tokenizer = look(path, tokenizer=request.tokenizer)
+    prompts = encode_prompts(tokenizer, weights.config.max_seq_len, request)
+    if request.speculative != "false" and not weights.config.n_mtp_layers:
         raise BadRequest(f"speculative={request.speculative}: {path} has no MTP module to draft with; "
                          "use speculative=false, or train with model.n_mtp_layers=1")
-    first = complete(loaded, prompts, request, speculative=request.speculative == "true", show=_printer(request))
+    longest = max(map(len, prompts)) + request.max_tokens
+    if notice := beyond_training(weights.trained_len, longest):
+        print(notice, file=sys.stderr, flush=True)
+    cache_tokens = (longest + 1) * min(SLOTS, len(prompts))
+    loaded = load(path, request.memory, tokenizer=request.tokenizer, cache_tokens=cache_tokens)
+    try:
+        first = complete(loaded, prompts, request, speculative=request.speculative == "true", show=_printer(request))
+    except BrokenPipeError:  # `| head` has read enough; what is buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     if request.speculative == "compare":
         compare(loaded, prompts, request)
     else:
@@ -106,29 +108,29 @@ def read_request(named: dict[str, str]) -> Request:
     top_p = number(named, "top_p", 1, 1e-6, 1, whole=False)
     if top_p < 1 and temperature == 0:
         raise BadRequest(f"top_p={named['top_p']}: chooses nothing where decoding is greedy; add temperature=1")
-    max_gib = number(named, "memory.max_gib", 4, 0, whole=False) if "memory.max_gib" in named else None
-    if max_gib is None and "weights" in named:
-        raise BadRequest(f"weights={named['weights']}: is of experts that stay on disk; add memory.max_gib=N, or leave "
-                         "it out")
+    memory = memory_limit(named)
     prompts, lines = _read_prompts(named)
     return Request(prompts, lines, int(number(named, "max_tokens", 200, 1)), temperature, top_p,
                    int(number(named, "seed", 0, 0, 2**40)), _read_stops(named.get("stop", "")),
                    choice(named, "speculative", ("false", "true", "compare")), named.get("tokenizer", ""),
-                   max_gib, named.get("weights", "fp32"))
+                   memory)
 
 
-def encode_prompts(loaded, request: Request) -> list[list[int]]:
+def encode_prompts(tokenizer, window: int, request: Request) -> list[list[int]]:
     """Token ids of each prompt, which must leave room for what is to come."""
-    prompts = [loaded.tokenizer.encode(text).tolist() for text in request.prompts]
+    try:
+        prompts = [tokenizer.encode(text).tolist() for text in request.prompts]
+    except UnicodeEncodeError:
+        raise BadRequest("prompt: is no UTF-8 text; give it in that encoding") from None
     for index, prompt in enumerate(prompts, 1):
         where = f"{len(prompts)} prompts, number {index}" if len(prompts) > 1 else "prompt"
         if not prompt:
             raise BadRequest(f"{where}: is empty; give at least one character")
-        if len(prompt) + request.max_tokens > loaded.window:
-            room = loaded.window - len(prompt)
-            remedy = f"use max_tokens={room} or less" if room > 0 else f"cut the prompt to {loaded.window - 1} or fewer"
+        if len(prompt) + request.max_tokens > window:
+            room = window - len(prompt)
+            remedy = f"use max_tokens={room} or less" if room > 0 else f"cut the prompt to {window - 1} or fewer"
             raise BadRequest(f"{where}: {len(prompt)} tokens and max_tokens={request.max_tokens} must not exceed "
-                             f"model.max_seq_len={loaded.window}; {remedy}")
+                             f"model.max_seq_len={window}; {remedy}")
     return prompts
 
 
@@ -196,12 +198,17 @@ def _read_prompts(named: dict[str, str]) -> tuple[list[str], bool]:
     if "file" not in named:
         if sys.stdin.isatty():
             raise BadRequest("prompt: must be given; add prompt=TEXT, file=FILE, or pipe a text in")
-        return [sys.stdin.read()], False
+        try:
+            return [sys.stdin.read()], False
+        except UnicodeDecodeError:
+            raise BadRequest("stdin: is no UTF-8 text; give the prompt in that encoding") from None
     from orchestrator.train.tokens import documents
 
     file = named["file"]
+    if os.path.isdir(file):
+        raise BadRequest(f"file={file}: is a directory; name a text, or JSON lines with a prompt")
     try:
-        texts = list(documents(file, "prompt"))
+        texts = list(documents(file, "prompt", ""))
     except (OSError, ValueError) as error:
         if isinstance(error, BadRequest):
             raise

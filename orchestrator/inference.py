@@ -10,12 +10,12 @@ A path is a run directory or a directory of checkpoints (the newest counts), a c
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from model import hf
+from model import count, hf
 from model.config import ModelConfig
 from model.transformer import Transformer
 from orchestrator.config import DataConfig, from_dict
@@ -33,14 +33,11 @@ class Weights:
 
     path: str
     config: ModelConfig
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+    tensors: Mapping[str, Tensor]
     tokenizer: str
     """`byte`, or the path of a tokenizer.json; as it was in training, or beside a Hugging Face model."""
     trained_len: int
     """Tokens of a training sequence, where that is known."""
-
-    def items(self) -> Iterable[tuple[str, Tensor]]:
-        return self.tensors.items() if isinstance(self.tensors, Mapping) else self.tensors
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Loaded:
 def open_weights(path: str) -> Iterator[Weights]:
     """The weights under `path`; BadRequest where there are none."""
     if storage.local_path(path) and os.path.isfile(os.path.join(path, "config.json")):
-        with _plain_errors():
+        with plain_errors():
             config, tensors = hf.load(path)
         beside = os.path.join(path, "tokenizer.json")
         yield Weights(path, config, tensors, beside if os.path.isfile(beside) else "", config.max_seq_len)
@@ -72,7 +69,7 @@ def open_weights(path: str) -> Iterator[Weights]:
         raise BadRequest(f"{path}: no whole checkpoint there; name a run directory, a checkpoint in it, or a Hugging "
                          "Face directory")
     with contextlib.closing(Loader(checkpoint)) as loader:
-        with _plain_errors():
+        with plain_errors():
             config = from_dict(ModelConfig, loader.state["config"]["model"])
             tokenizer = from_dict(DataConfig, loader.state["config"]["data"]).tokenizer
         # An imported checkpoint was trained elsewhere: its config says nothing of that.
@@ -80,15 +77,39 @@ def open_weights(path: str) -> Iterator[Weights]:
         yield Weights(checkpoint, config, StateDict(loader, config), tokenizer, seq_len)
 
 
+def look(path: str, *, tokenizer: str = "") -> tuple[Weights, Tokenizer]:
+    """What `path` holds, without its tensors, and its tokenizer: to check a request before weights are read."""
+    with open_weights(path) as weights, plain_errors():
+        return replace(weights, tensors={}), read_tokenizer(weights, tokenizer)
+
+
+def beyond_training(trained_len: int, tokens: int) -> str:
+    """The notice that sequences of so many tokens deserve; none where training had such."""
+    if tokens <= trained_len:
+        return ""
+    return (f"notice: sequences may reach {tokens:,} tokens, those of training had {trained_len:,}; text beyond that "
+            "length is often poor")
+
+
 def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = torch.float32,
-                       device: torch.device | str = "cpu") -> Loaded:
-    """Read a model into memory. `tokenizer` overrides the one that the weights name."""
-    with open_weights(path) as weights, _plain_errors():
+                       device: torch.device | str = "cpu", cache_tokens: int = 0) -> Loaded:
+    """Read a model into memory. `tokenizer` overrides the one that the weights name; `cache_tokens`: whose keys and
+    values there must be room for, too."""
+    with open_weights(path) as weights, plain_errors():
         text = read_tokenizer(weights, tokenizer)
-        _check_room(weights, dtype, device)
+        _check_room(weights, dtype, device, cache_tokens)
         with torch.device("meta"):
             model = Transformer(weights.config)
-        return finish_loading(weights, model, weights.items(), text, device=device, dtype=dtype)
+        return finish_loading(weights, model, weights.tensors.items(), text, device=device, dtype=dtype)
+
+
+def load(path: str, memory: dict[str, float | str] | None, **how) -> Loaded:
+    """Into memory or, by what `memory_limit` read, with experts on disk; `how` as `load_for_inference` takes it."""
+    if memory is None:
+        return load_for_inference(path, **how)
+    from orchestrator.cold_weights import load_within
+
+    return load_within(path, **memory, **how)
 
 
 def finish_loading(weights: Weights, model: Transformer, items: Iterable[tuple[str, Tensor]], text: Tokenizer, *,
@@ -105,14 +126,27 @@ def finish_loading(weights: Weights, model: Transformer, items: Iterable[tuple[s
     return Loaded(weights.path, model.eval().requires_grad_(False), text, weights.trained_len)
 
 
-def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
+def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str, cache_tokens: int) -> None:
     """Refuse what would end in the kernel's killer."""
     needed = sum(shape.numel() for shape in hf.tensor_shapes(weights.config).values()) * dtype.itemsize
+    cache = cache_bytes(weights.config, cache_tokens, dtype)
     free = free_bytes(device)
-    if free is not None and needed > free:
-        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
-        raise BadRequest(f"{weights.path}: {needed / 2**30:.1f} GiB in {name}, but {free / 2**30:.1f} are free here; "
-                         f"end other programs, or let experts stay on disk: add memory.max_gib={free / 2**30 / 2:.2g}")
+    if free is None or needed + cache <= free:
+        return
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
+    remedies = ["end other programs"]
+    if cache > free / 4:
+        remedies.append("let fewer or shorter sequences be decoded at once")
+    if weights.config.n_routed_experts:
+        remedies.append(f"let experts stay on disk: add memory.max_gib={free / 2**30 / 2:.2g}")
+    raise BadRequest(f"{weights.path}: {needed / 2**30:.1f} GiB in {name} and {cache / 2**30:.1f} of keys and values, "
+                     f"but {free / 2**30:.1f} are free here; {', or '.join(remedies)}")
+
+
+def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Keys and values of so many tokens in a `Decoder`, those of the MTP module that drafts included."""
+    layers = config.n_layers + bool(config.n_mtp_layers)
+    return int(tokens * count.kv_bytes(config, bytes_per_element=dtype.itemsize) * layers / config.n_layers)
 
 
 def free_bytes(device: torch.device | str) -> int | None:
@@ -175,7 +209,7 @@ def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, FileNotFoundError) as error:

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 
-from orchestrator.arguments import choice, number, options, positional
+from orchestrator.arguments import choice, memory_limit, number, options, positional
 from orchestrator.errors import BadRequest, NotFit
 
 HELP = """\
@@ -27,9 +27,11 @@ CHECKPOINT is a run directory, a checkpoint in it, or a Hugging Face directory.
   speculative=false  true drafts with the model's MTP module
   hardware=auto      entry of conf/hardware whose price the bill takes
   tokenizer=FILE     a tokenizer.json or `byte`, where the checkpoint names none
+  memory.max_gib=N   most memory for weights, keys and values: experts stay on disk, the hottest in memory
+  weights=fp32       of experts on disk: fp32, bf16, fp8 or int4
 GET /v1/usage tells tokens, seconds and dollars per million input and output tokens so far. Ctrl-C ends it."""
 OPTIONS = ("host", "port", "name", "slots", "waiting", "context", "max_tokens", "timeout_s", "speculative", "hardware",
-           "tokenizer")
+           "tokenizer", "memory.max_gib", "weights")
 TOKEN = "SPARING_API_TOKEN"
 
 
@@ -51,22 +53,28 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from orchestrator.config import HardwareConfig
-    from orchestrator.inference import load_for_inference
+    from orchestrator.inference import beyond_training, load, look
     from orchestrator.plan.hardware import hardware_named, resolve_hardware
 
-    gpu = torch.cuda.is_available()
+    memory = memory_limit(named)
+    gpu = torch.cuda.is_available() and memory is None  # experts on disk are computed by the CPU
     asked = named.get("hardware", "auto")
     hardware = (hardware_named(asked) if asked != "auto" else
                 resolve_hardware(HardwareConfig(name="auto"), torch.cuda.get_device_name() if gpu else None))
-    loaded = load_for_inference(path, tokenizer=named.get("tokenizer", ""), device="cuda" if gpu else "cpu",
-                                dtype=torch.bfloat16 if gpu else torch.float32)
-    if speculative and not loaded.model.config.n_mtp_layers:
+    weights, _ = look(path, tokenizer=named.get("tokenizer", ""))
+    window = weights.config.max_seq_len
+    if speculative and not weights.config.n_mtp_layers:
         raise BadRequest(f"speculative=true: {path} has no MTP module to draft with; use speculative=false")
-    capacity = int(number(named, "context", min(4096, loaded.window), 2, loaded.window))
+    capacity = int(number(named, "context", min(4096, window), 2, window))
+    if notice := beyond_training(weights.trained_len, capacity):
+        print(notice, file=sys.stderr, flush=True)
+    loaded = load(path, memory, tokenizer=named.get("tokenizer", ""), device="cuda" if gpu else "cpu",
+                  dtype=torch.bfloat16 if gpu else torch.float32, cache_tokens=slots * (capacity + 1))
     engine = Engine(loaded, slots=slots, capacity=capacity, max_waiting=waiting, speculative=speculative)
     name = named.get("name") or os.path.basename(os.path.normpath(path))
     app = build_app(engine, name=name, limits=Limits(most, timeout_s), token=token, usd_per_h=hardware.usd_per_h)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
+    listener.listen()  # who reads the line below may connect at once
     address, port = listener.getsockname()[:2]
     print(f"serving {name} at http://{address}:{port}/v1 ({slots} slots of {capacity} tokens, "
           f"{'token asked for' if token else 'no token asked for'}); Ctrl-C ends it", flush=True)

@@ -96,6 +96,11 @@ class Engine:
             self.usage.requests += 1
             self.changed.notify()
 
+    @property
+    def room(self) -> int:
+        """The most sequences that one `submit` may ever bring."""
+        return self.max_waiting + len(self.batch.decoder.cache.lengths)
+
     def load(self) -> dict[str, int]:
         return {"running": len(self.going), "waiting": len(self.waiting)}
 

@@ -69,7 +69,7 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
                       code="model_not_found")
     tokenizer, key = engine.loaded.tokenizer, "messages" if chat else "prompt"
     if chat:
-        prompts = [tokenizer.encode(transcript(body.get("messages"))).tolist()]
+        prompts = [_encoded(transcript(body.get("messages")), tokenizer, key)]
     else:
         prompts = _prompts(body.get("prompt"), tokenizer)
     for prompt in prompts:
@@ -86,8 +86,11 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(stop, str) and stop for stop in stops):
         raise Refused(400, "stop: must be a text or up to four texts", param="stop")
-    stream = _flag(body, "stream")
-    return Asked(prompts, int(_number(body, "n", 1, 1, MAX_CHOICES, whole=True)),
+    stream, choices = _flag(body, "stream"), int(_number(body, "n", 1, 1, MAX_CHOICES, whole=True))
+    if choices * len(prompts) > engine.room:
+        raise Refused(400, f"n={choices}: {choices * len(prompts)} answers, must be at most {engine.room} here (slots "
+                           "and waiting); ask for fewer", param="n")
+    return Asked(prompts, choices,
                  int(_number(body, wanted, default, 1, most, whole=True)), sampling,
                  int(_number(body, "seed", secrets.randbits(32), -(2**63), 2**63, whole=True)), stops, stream,
                  stream and _flag(body.get("stream_options") or {}, "include_usage"))
@@ -101,12 +104,27 @@ def transcript(messages: object) -> str:
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
-            content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+            content = "".join(map(_text_of, content))
         if not isinstance(content, str) or message.get("role") not in ("system", "developer", "user", "assistant"):
             raise Refused(400, "messages: each must have a role of system, developer, user or assistant and a content "
                                "of text", param="messages")
         lines.append(f"{message['role']}: {content}\n")
     return "".join(lines) + "assistant:"
+
+
+def _text_of(part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        raise Refused(400, "messages: a part of a content must be {type: text, text: ...}; images and the like are not "
+                           "supported", param="messages")
+    return text
+
+
+def _encoded(text: str, tokenizer, key: str) -> list[int]:
+    try:
+        return tokenizer.encode(text).tolist()
+    except UnicodeEncodeError:
+        raise Refused(400, f"{key}: holds half of a surrogate pair; send whole characters", param=key) from None
 
 
 def _prompts(prompt: object, tokenizer) -> list[list[int]]:
@@ -115,7 +133,7 @@ def _prompts(prompt: object, tokenizer) -> list[list[int]]:
     found = []
     for item in items:
         if isinstance(item, str):
-            found.append(tokenizer.encode(item).tolist())
+            found.append(_encoded(item, tokenizer, "prompt"))
         elif isinstance(item, list) and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in item):
             found.append(item)
         else:

@@ -40,7 +40,7 @@ def import_hf(directory: str, out: str) -> str:
         raise BadRequest(f"{out}: is not empty; name a new directory")
     with _plain_errors():
         config, tensors = hf.load(directory)
-        pieces = [piece for name, tensor in tensors for piece in _pieces(name, tensor)]
+        pieces = [piece for name, tensor in tensors.items() for piece in _pieces(name, tensor)]
     saver = Saver(out, rank=0, world_size=1, store=None, keep=0, fence="import", timeout_s=3600)
     saver.save(0, pieces, {"weights_only": True, "config": to_dict(Config(model=config)), "progress": {}},
                background=False)

@@ -80,30 +80,31 @@ def find_files(path: str, key: str = "data.path") -> list[str]:
     return sorted(found)
 
 
-def documents(file: str, text_key: str) -> Iterator[str]:
-    """The texts in one file: a line's field of .jsonl, a row's of .parquet, else the whole file."""
+def documents(file: str, text_key: str, key: str = "data.text_key=") -> Iterator[str]:
+    """The texts in one file: a line's field of .jsonl, a row's of .parquet, else the whole file. `key` is how an error
+    names the field."""
     if file.endswith((".jsonl", ".ndjson")):
         for number, line in enumerate(storage.read_bytes(file).decode("utf-8", "replace").splitlines(), 1):
             if line.strip():
-                yield _field(line, text_key, f"{file}:{number}")
+                yield _field(line, text_key, f"{file}:{number}", key)
     elif file.endswith(".parquet"):
-        yield from _parquet_texts(file, text_key)
+        yield from _parquet_texts(file, text_key, key)
     else:
         yield storage.read_bytes(file).decode("utf-8", "replace")
 
 
-def _field(line: str, text_key: str, where: str) -> str:
+def _field(line: str, text_key: str, where: str, key: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadRequest(f"{where}: is not JSON ({error.msg}); one object per line is wanted") from None
     if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-        raise BadRequest(f"{where}: has no text under data.text_key={text_key}; "
-                         f"its keys are {list(row) if isinstance(row, dict) else type(row).__name__}")
+        raise BadRequest(f"{where}: has no text under {key}{text_key}; its keys are "
+                         f"{list(row) if isinstance(row, dict) else type(row).__name__}")
     return row[text_key].encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
 
 
-def _parquet_texts(file: str, text_key: str) -> Iterator[str]:
+def _parquet_texts(file: str, text_key: str, key: str) -> Iterator[str]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -113,7 +114,7 @@ def _parquet_texts(file: str, text_key: str) -> Iterator[str]:
         try:
             table = parquet.ParquetFile(handle)
             if text_key not in table.schema_arrow.names:
-                raise BadRequest(f"{file}: has no column data.text_key={text_key}; its columns are "
+                raise BadRequest(f"{file}: has no column {key}{text_key}; its columns are "
                                  f"{table.schema_arrow.names}")
             for batch in table.iter_batches(columns=[text_key]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)

@@ -27,6 +27,14 @@ from model.transformer import Transformer
 SHAPES = [(3, 256), (5, 128), (2, 2, 300), (1, 7), (0, 256)]
 
 
+def test_every_e4m3_value_is_widened_exactly():
+    data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found = fp8._widened(data)
+    torch.testing.assert_close(found, data.float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit() | found.isnan(), data.float().signbit() | found.isnan())
+    assert torch.equal(fp8._widened(data[:64].view(8, 8).mT), found[:64].view(8, 8).mT)
+
+
 def random(*shape: int, seed: int = 0, spread: float = 8.0) -> torch.Tensor:
     """Normal numbers whose magnitude varies from row to row by powers of ten."""
     generator = torch.Generator().manual_seed(seed)

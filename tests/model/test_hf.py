@@ -198,6 +198,19 @@ def test_old_files_rotary_frequencies_and_spare_heads_are_passed_over():
     assert_equal(dict(from_hf(dict(to_hf(tensors, config)) | extra, config)), tensors)
 
 
+@pytest.mark.parametrize("config", [TINY, MIXTRAL], ids=lambda config: config.name)
+def test_experts_come_one_by_one_and_files_are_closed_on_the_way(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.hf_files.MAPPED_BYTES", 10_000)
+    tensors = random_tensors(config)
+    export(tmp_path / "hf", config, tensors)
+    found = load(tmp_path / "hf")[1]
+    for name in tensors:
+        if ".moe.experts." in name:
+            assert torch.equal(torch.stack(list(found.experts(name))), tensors[name])
+    assert found.tensors._bytes_read <= 10_000 and name in found and "x" not in found
+    assert_equal(dict(found), tensors)
+
+
 def test_a_directory_in_use_is_not_overwritten(exported):
     with pytest.raises(ValueError, match="must be a new or empty directory"):
         export(exported, TINY, random_tensors(TINY))

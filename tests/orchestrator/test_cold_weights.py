@@ -1,16 +1,18 @@
 """A model within a limit of memory says what the whole one says; limits and formats that cannot be are refused."""
 
 import dataclasses
+import socket
 
 import pytest
 import torch
 
 from model.generate import Decoder, generate
-from model.hf import export
+from model.hf import Assembled, export
 from model.transformer import Transformer
+from orchestrator import evaluate, serve
+from orchestrator import generate as generate_verb
 from orchestrator.cold_weights import GIB, experts_of, load_within
 from orchestrator.errors import BadRequest
-from orchestrator.generate import run
 from orchestrator.inference import load_for_inference
 from tests.model.test_hf import TINY
 
@@ -44,6 +46,14 @@ def test_experts_on_disk_say_what_the_whole_model_says(path, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1, "the second start found what the first had written"
 
 
+def test_neither_start_reads_more_than_one_expert_at_a_time(path, tmp_path, monkeypatch):
+    read, whole = [], Assembled.__getitem__
+    monkeypatch.setattr(Assembled, "__getitem__", lambda self, name: (read.append(name), whole(self, name))[1])
+    for _ in range(2):
+        load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path))
+    assert read and not [name for name in read if ".experts." in name]
+
+
 def _least(path, tmp_path) -> float:
     with pytest.raises(BadRequest, match="memory.max_gib=1e-06: must be at least") as caught:
         load_within(path, max_gib=1e-6, tokenizer="byte", cache_dir=str(tmp_path))
@@ -68,24 +78,66 @@ def test_a_store_that_was_not_finished_is_never_taken_for_one(path, tmp_path, mo
     assert load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path)).model
 
 
+def test_experts_that_four_bits_cannot_hold_are_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, moe_inter_dim=20)
+    export(tmp_path / "hf", config, Transformer(config).state_dict())
+    with pytest.raises(BadRequest, match="weights=int4: .* a multiple of 8 inputs, not 20; use weights=fp8"):
+        load_within(str(tmp_path / "hf"), max_gib=1, form="int4", tokenizer="byte", cache_dir=str(tmp_path))
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(path, monkeypatch):
     monkeypatch.setattr("orchestrator.inference.free_bytes", lambda device: 1000)
-    with pytest.raises(BadRequest, match=r"GiB in fp32, .* are free here; .* add memory.max_gib="):
+    with pytest.raises(BadRequest, match=r"GiB in fp32 and 0.0 of keys .* are free here; .* add memory.max_gib="):
         load_for_inference(path, tokenizer="byte")
+    monkeypatch.setattr("orchestrator.inference.free_bytes", lambda device: GIB)
+    with pytest.raises(BadRequest, match="keys and values, but 1.0 are free here; .* fewer or shorter sequences"):
+        load_for_inference(path, tokenizer="byte", cache_tokens=10**8)
+
+
+def test_a_limit_above_what_is_free_is_refused_unless_the_model_takes_less(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.cold_weights.free_bytes", lambda device: GIB)
+    assert load_within(path, max_gib=5, tokenizer="byte", cache_dir=str(tmp_path)).model
+    monkeypatch.setattr("orchestrator.cold_weights.free_bytes", lambda device: 1000)
+    with pytest.raises(BadRequest, match="memory.max_gib=5: only 0.00 GiB are free here"):
+        load_within(path, max_gib=5, tokenizer="byte", cache_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("words, message", [
     (["weights=int4"], "weights=int4: is of experts that stay on disk"),
     (["memory.max_gib=1", "weights=int5"], "weights=int5: must be one of fp32"),
+    (["memory.max_gib=inf"], "memory.max_gib=inf: must be a number between"),
     (["memory.max_gib=x"], "memory.max_gib=x: must be a number"), (["memory.max=1"], "did you mean memory.max_gib")])
 def test_bad_words_are_refused(path, words, message):
-    with pytest.raises(BadRequest, match=message):
-        run([path, "prompt=x", "tokenizer=byte", *words])
+    for verb, asked in ((generate_verb.run, ["prompt=x", "max_tokens=8"]), (serve.run, ["port=0"]),
+                        (evaluate.run, ["text=README.md"])):
+        with pytest.raises(BadRequest, match=message):
+            verb([path, "tokenizer=byte", *asked, *words])
 
 
 def test_the_verb_runs_within_a_limit(path, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run([path, "prompt=def", "tokenizer=byte", "max_tokens=8"]) == 0
-    whole = capsys.readouterr().out
-    assert run([path, "prompt=def", "tokenizer=byte", "max_tokens=8", "memory.max_gib=0.5"]) == 0
-    assert capsys.readouterr().out == whole and list((tmp_path / ".cache/sparing/experts").iterdir())
+    for verb, words in ((generate_verb.run, ["prompt=def", "max_tokens=8"]), (evaluate.run, ["text=LICENSE"])):
+        assert verb([path, "tokenizer=byte", *words]) == 0
+        whole = capsys.readouterr().out
+        assert verb([path, "tokenizer=byte", *words, "memory.max_gib=0.5"]) == 0
+        assert capsys.readouterr().out == whole and list((tmp_path / ".cache/sparing/experts").iterdir())
+
+
+def test_a_server_runs_within_a_limit_and_says_what_the_whole_model_says(path, tmp_path, monkeypatch, capsys):
+    uvicorn, testclient = pytest.importorskip("uvicorn"), pytest.importorskip("starlette.testclient")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    answers = []
+
+    def ask(server, sockets):
+        socket.create_connection(sockets[0].getsockname(), timeout=5).close()
+        client = testclient.TestClient(server.config.app)
+        body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+        answers.append(client.post("/v1/completions", json=body).json()["choices"][0]["text"])
+
+    monkeypatch.setattr(uvicorn.Server, "run", ask)
+    words = [path, "tokenizer=byte", "port=0", "slots=2", "context=40"]
+    assert serve.run(words) == serve.run([*words, "memory.max_gib=0.002", "weights=fp32"]) == 0
+    assert answers[0] == answers[1] != ""
+    with pytest.raises(BadRequest, match="memory.max_gib=0.002: must be at least .* keys and values"):
+        serve.run([*words, "memory.max_gib=0.002", "slots=1000"])

@@ -42,6 +42,9 @@ def test_a_model_that_knows_nothing_needs_the_vocabularys_bits(checkpoint, tmp_p
     (["text=README.md", "window=8", "stride=9"], "stride=9: must be a whole number between 1 and 8"),
     (["tekst=README.md"], "did you mean text?"),
     (["tasks=mine"], "add task_dir=DIR"),
+    (["tasks=mine", "task_dir=x", "stride=2"], "stride=2: means nothing beside tasks=; leave it out"),
+    (["text=README.md", "limit=3"], "limit=3: means nothing beside text=; leave it out"),
+    (["text=README.md", "out=/nowhere/x.json"], "out=/nowhere/x.json: cannot be written; name a file"),
 ])
 def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):  # noqa: F811
     out, err = evaluate(capsys, checkpoint, *arguments, code=2)

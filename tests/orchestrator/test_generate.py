@@ -1,8 +1,11 @@
 """The verb on checkpoints of random weights: same text from each kind of path, stops, batches, and refusals."""
 
+import contextlib
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +81,24 @@ def test_bf16_weights_keep_their_router_bias_in_fp32(checkpoint):
     assert model.layers["1"].moe.router.expert_bias.dtype == torch.float32
 
 
+def test_going_beyond_the_length_of_training_is_said_once(checkpoint, capsys, monkeypatch):
+    import orchestrator.inference as inference
+
+    whole = inference.open_weights
+
+    @contextlib.contextmanager
+    def shorter(path):
+        with whole(path) as weights:
+            yield dataclasses.replace(weights, trained_len=20)
+
+    plain, _ = generate(capsys, checkpoint, "prompt=def ", "max_tokens=24")
+    monkeypatch.setattr(inference, "open_weights", shorter)
+    text, err = generate(capsys, checkpoint, "prompt=def ", "max_tokens=24", "speculative=compare")
+    assert text == plain and err.count("notice: ") == 1
+    assert err.startswith("notice: sequences may reach 28 tokens, those of training had 20; ")
+    assert "notice" not in generate(capsys, checkpoint, "prompt=def ", "max_tokens=16")[1]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["tempersture=1"], "did you mean temperature?"),
     (["temperature=hot"], "temperature=hot: must be a number between 0 and 100; use temperature=0"),
@@ -88,15 +109,32 @@ def test_bf16_weights_keep_their_router_bias_in_fp32(checkpoint):
     (["speculative=maybe"], "must be one of false, true, compare"),
     (["stop=[1"], "stop=[1: must be"),
     (["file=nowhere"], "file=nowhere: "),
+    (["file=tests"], "file=tests: is a directory"),
     (["file=x", "prompt=x"], "give one of them"),
     (["prompt="], "is empty; give at least one character"),
     (["prompt=" + "x" * 90], "90 tokens and max_tokens=200 must not exceed model.max_seq_len=96; use max_tokens=6"),
     (["prompt=x", "tokenizer=nowhere"], "tokenizer=nowhere: no such file"),
+    (["prompt=\udcff"], "prompt: is no UTF-8 text"),
 ])
 def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):
     prompt = [] if any(word.startswith(("prompt", "file")) for word in arguments) else ["prompt=def "]
     out, err = generate(capsys, checkpoint, *prompt, *arguments, code=2)
     assert not out and words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_bad_files_and_bytes_are_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.jsonl").write_text('{"text": "x"}')
+    assert "p.jsonl:1: has no text under prompt; its keys are ['text']" in generate(
+        capsys, checkpoint, f"file={tmp_path / 'p.jsonl'}", code=2)[1]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    assert "stdin: is no UTF-8 text" in generate(capsys, checkpoint, code=2)[1]
+
+
+def test_a_reader_that_has_read_enough_ends_it_quietly(checkpoint):
+    command = [sys.executable, "-m", "orchestrator", "generate", str(checkpoint), "prompt=def ", "max_tokens=80"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0
 
 
 def test_a_path_without_a_model_is_one_line(tmp_path, capsys):

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 import torch
@@ -131,10 +132,21 @@ def test_several_choices_and_stop_texts(server, loaded):
     (dict(max_tokens=65), "max_tokens=65: must be a whole number from 1 to 64"),
     (dict(temperature=3), "temperature=3: must be a number from 0 to 2"),
     (dict(logprobs=2), "logprobs=2: is not supported"), (dict(n=99), "n=99"), (dict(stop=[1]), "stop"),
-    (dict(extra_body={"tmperature": 1}), "tmperature: no such parameter")])
+    (dict(extra_body={"tmperature": 1}), "tmperature: no such parameter"),
+    (dict(prompt=["a", "b"], n=6), "n=6: 12 answers, must be at most 11 here")])
 def test_a_bad_request_names_the_parameter(server, bad, said):
     with pytest.raises(openai.BadRequestError, match=said):
         server.client().completions.create(**dict(model=NAME, prompt="x") | bad)
+
+
+@pytest.mark.parametrize("content, said", [
+    ([{"type": "image_url", "image_url": {"url": "http://x"}}], "images and the like are not supported"),
+    ([{"type": "text", "text": 5}], "a part of a content must be"), (5, "a content of text"),
+    ("\\ud800", "messages: holds half of a surrogate pair")])
+def test_a_message_that_is_no_text_is_refused(server, content, said):
+    body = json.dumps({"messages": [{"role": "user", "content": content}]}).replace("\\\\", "\\")
+    answer = httpx.post(f"{server.client().base_url}chat/completions", content=body)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
 def test_other_refusals_have_their_status(server):
