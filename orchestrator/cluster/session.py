@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
@@ -50,11 +51,28 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
 
 def _start(**options) -> None:
     """A Ray of our own; once more where a busy machine does not bring it up in the 30 s that Ray allows itself."""
+    with _process_group_of_its_own():
+        try:
+            ray.init(address="local", **options)
+        except Exception:
+            ray.shutdown()
+            ray.init(address="local", **options)
+
+
+@contextlib.contextmanager
+def _process_group_of_its_own() -> Iterator[None]:
+    """For the processes that are started meanwhile: `timeout`, a batch system and the like send SIGTERM to the whole
+    group of the driver, and Ray must outlive it by a checkpoint. Not on a terminal, where the group gets the keys."""
+    group = os.getpgrp()
+    if sys.stdin is None or sys.stdin.isatty() or os.getsid(0) == os.getpid():
+        yield
+        return
+    os.setpgid(0, 0)
     try:
-        ray.init(address="local", **options)
-    except Exception:
-        ray.shutdown()
-        ray.init(address="local", **options)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the group may be gone, with whoever led it
+            os.setpgid(0, group)
 
 
 def _knock(address: str, *, patience_s: float) -> None:

@@ -69,9 +69,9 @@ def sparing(*arguments: str, timeout: float = 240, **variables: str) -> subproce
                           capture_output=True, timeout=timeout)
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(*arguments: str, under: tuple[str, ...] = ()) -> subprocess.Popen:
+    return subprocess.Popen([*under, sys.executable, *arguments], cwd=ROOT, env=environment(), text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -144,10 +144,11 @@ def test_torchrun_gives_the_same_losses_bit_for_bit(text, whole, tmp_path):
 
 
 def test_sigterm_saves_and_resume_auto_goes_on_with_the_runs_own_config(text, whole, tmp_path):
-    process = start(*command(text, tmp_path, "train.steps=400", "checkpoint.every=0", "optim.decay_fraction=0"))
+    process = start(*command(text, tmp_path, "train.steps=400", "checkpoint.every=0", "optim.decay_fraction=0"),
+                    under=("timeout", "600"))  # which passes the signal on to its whole process group
     wait_for_step(tmp_path, 3, process)
     in_use = sparing(*command(text, tmp_path, "resume=auto"))
-    assert in_use.returncode == 2 and f"in use by a live run (process {process.pid}" in in_use.stderr
+    assert in_use.returncode == 2 and "in use by a live run (process " in in_use.stderr
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (34, ""), out + err
