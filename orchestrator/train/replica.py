@@ -11,21 +11,23 @@ import datetime
 import hashlib
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from orchestrator.errors import NotTrustworthy
 from orchestrator.parallel.mesh import Mesh
-from orchestrator.train.shards import Piece, snapshot
+from orchestrator.train.shards import Piece, safetensors_header
 
 KEPT_STEPS = 2
+STATE_BYTES = 1 << 14
+"""The state's JSON is padded to a multiple of this, so that a rank's replicas are all of one size."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Replicas:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[tuple[int, int], Replica] = {}
+        self._retired: dict[int, Tensor] = {}
         self._layout: object = None
 
     def use(self, layout: object) -> None:
@@ -56,6 +59,7 @@ class Replicas:
         with self._lock:
             if layout != self._layout:
                 self._held.clear()
+                self._retired.clear()
             self._layout = layout
 
     def put(self, replica: Replica) -> None:
@@ -63,7 +67,15 @@ class Replicas:
             self._held[replica.owner, replica.step] = replica
             steps = sorted((step for owner, step in self._held if owner == replica.owner), reverse=True)
             for step in steps[KEPT_STEPS:]:
-                del self._held[replica.owner, step]
+                self._retired[replica.owner] = self._held.pop((replica.owner, step)).data
+
+    def room(self, owner: int, num_bytes: int) -> Tensor:
+        """Memory for a replica, uint8: that of the one just forgotten, since fresh pages cost more than what is
+        written to them."""
+        with self._lock:
+            retired = self._retired.pop(owner, None)
+        return retired if retired is not None and len(retired) == num_bytes else torch.empty(num_bytes,
+                                                                                             dtype=torch.uint8)
 
     def get(self, owner: int, step: int) -> Replica:
         with self._lock:
@@ -83,8 +95,8 @@ class Replicas:
 class Buddies:
     """One rank's half of the exchange within one group of ranks; all ranks `offer` and `advance` at the same steps.
 
-    The thread packs and hashes; only the training thread communicates, so that a broken group is left at once. An
-    exchange takes three steps: copy and pack, send, and keep what has come.
+    The thread hashes; only the training thread communicates, so that a broken group is left at once. An exchange takes
+    three steps: copy, send, and keep what has come.
     """
 
     def __init__(self, mesh: Mesh, replicas: Replicas, *, timeout_s: float):
@@ -99,7 +111,8 @@ class Buddies:
     def offer(self, step: int, pieces: Iterable[Piece], state: dict) -> None:
         """Copy the state now; an exchange that is under way is ended before."""
         self.finish()
-        self._packing = self._packer.submit(_replica, self.rank, step, snapshot(pieces), json.dumps(state))
+        data = pack(pieces, state, room=lambda num_bytes: self.replicas.room(self.rank, num_bytes))
+        self._packing = self._packer.submit(_hashed, self.rank, step, data)
 
     def finish(self) -> None:
         """Take an exchange that is under way to its end."""
@@ -117,7 +130,7 @@ class Buddies:
             sent, header = _header(mine), torch.empty(5, dtype=torch.int64)
             works = [dist.isend(sent, to, group=self.group), dist.isend(mine.data, to, group=self.group)]
             dist.recv(header, source, group=self.group)
-            theirs = _empty(source, mine.step, header)
+            theirs = _replica(source, mine.step, header, self.replicas.room(source, int(header[0])))
             self._moving = [*works, dist.irecv(theirs.data, source, group=self.group)], theirs
 
     def settle(self) -> None:
@@ -183,24 +196,39 @@ def fetch(mesh: Mesh, replicas: Replicas, step: int, holders: dict[int, int], gr
     return replicas.get(rank, step)
 
 
-def _replica(owner: int, step: int, pieces: list[Piece], state: str) -> Replica:
-    tensors = {f"{piece.key}@{piece.start}": piece.tensor for piece in pieces}
-    packed = save(tensors | {"state": torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8)})
-    data = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+def pack(pieces: Iterable[Piece], state: dict, *, room: Callable[[int], Tensor]) -> Tensor:
+    """A safetensors file in memory: a copy of the pieces, `key@start` each, and the state as JSON. `room(n)` gives n
+    bytes to write it to."""
+    text = json.dumps(state)
+    text += " " * (-len(text) % STATE_BYTES)
+    text = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    named = [(f"{piece.key}@{piece.start}", piece.tensor.detach()) for piece in pieces if piece.num_rows]
+    named = sorted(named, key=lambda pair: -pair[1].element_size()) + [("state", text)]  # so that each is aligned
+    header = safetensors_header(named)
+    data = room(len(header) + sum(tensor.nbytes for _, tensor in named))
+    data[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    offset = len(header)
+    for _, tensor in named:
+        data[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        offset += tensor.nbytes
+    return data
+
+
+def _hashed(owner: int, step: int, data: Tensor) -> Replica:
     return Replica(owner, step, data, hashlib.sha256(data.numpy()).digest())
 
 
 def _receive(owner: int, source: int, step: int, group: dist.ProcessGroup) -> Replica:
     header = torch.empty(5, dtype=torch.int64)
     dist.recv(header, source, group=group)
-    replica = _empty(owner, step, header)
+    replica = _replica(owner, step, header, torch.empty(int(header[0]), dtype=torch.uint8))
     dist.recv(replica.data, source, group=group)
     return replica
 
 
-def _empty(owner: int, step: int, header: Tensor) -> Replica:
-    """Room for the replica that a header announces: its bytes and its hash."""
-    return Replica(owner, step, torch.empty(int(header[0]), dtype=torch.uint8), header[1:].numpy().tobytes())
+def _replica(owner: int, step: int, header: Tensor, data: Tensor) -> Replica:
+    """That which a header announces by its bytes and its hash; `data` is still to be filled."""
+    return Replica(owner, step, data, header[1:].numpy().tobytes())
 
 
 def _header(replica: Replica) -> Tensor:

@@ -218,15 +218,21 @@ class Loader:
 
 
 def _header(pieces: Sequence[Piece], index: list[tuple[str, Entry]]) -> bytes:
-    """The safetensors header: its length as 8 bytes, then JSON padded with spaces to a multiple of 8."""
-    fields, offset = {}, 0
-    for piece, (key, entry) in zip(pieces, index, strict=True):
-        name = tensor_name(key, entry, entry.pieces[0])
-        if name in fields:
+    names = [tensor_name(key, entry, entry.pieces[0]) for key, entry in index]
+    for name, before in zip(sorted(names)[1:], sorted(names), strict=False):
+        if name == before:
             raise ValueError(f"{name}: handed in twice")
-        fields[name] = {"dtype": entry.dtype, "shape": list(piece.tensor.shape),
-                        "data_offsets": [offset, offset + piece.tensor.nbytes]}
-        offset += piece.tensor.nbytes
+    return safetensors_header([(name, piece.tensor) for name, piece in zip(names, pieces, strict=True)])
+
+
+def safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    """Of a file with these tensors one behind the other: its length as 8 bytes, then JSON padded with spaces to a
+    multiple of 8."""
+    fields, offset = {}, 0
+    for name, tensor in tensors:
+        fields[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
