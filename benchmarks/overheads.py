@@ -64,7 +64,7 @@ def rank(number: int, config, port: int, found) -> None:
     from orchestrator.train.drift import check_replicas
     from orchestrator.train.loop import Trainer
     from orchestrator.train.memory import keep_freed_memory
-    from orchestrator.train.replica import Replicas
+    from orchestrator.train.replica import KEPT_STEPS, Replicas
     from orchestrator.train.state import pieces_of
 
     keep_freed_memory()
@@ -101,6 +101,9 @@ def rank(number: int, config, port: int, found) -> None:
             checkpoints.saver.wait()
             return stands
 
+        for _ in range(KEPT_STEPS + 2):  # from then on replicas are written to memory that older ones left
+            copied()
+            trainer.progress.step += 1
         results["copy in memory"] = median([timed(copied) for _ in range(TIMES)])
         replica = checkpoints.buddies.replicas.get(number, trainer.progress.step)
         results["  its checksum"] = 0.0, median([timed(replica.check) for _ in range(TIMES)])[1]
