@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -63,7 +62,29 @@ def train(config: Config) -> dict:
         check_run(config)
         check_data(config, progress, here=here)
         attempt = partial(run_attempt, checked_request(config, gpu=gpu, simulated=here))
-        return attempt(config, progress=progress) if here else keep(attempt, named(config), progress)
+        cause = stack.enter_context(stop_signals())
+        if here:
+            return attempt(config, progress=progress, notice=cause)
+        return keep(attempt, named(config), progress, notice=cause)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Gives a function that names the first SIGTERM or Ctrl-C: it asks for a checkpoint and a clean end. A second one
+    ends at once."""
+    heard: list[str] = []
+
+    def caught(number, _frame):
+        if heard:
+            raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
+        heard.append(signal.Signals(number).name)  # no print: the signal may have come in the middle of one
+
+    before = {number: signal.signal(number, caught) for number in STOP_SIGNALS}
+    try:
+        yield lambda: heard[0] if heard else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_attempt(request: placement.Request, config: Config, *, progress: Progress,
@@ -102,17 +123,16 @@ class Controller:
         """`place()` gives the actors. The summary; a failed run raises."""
         config, result, error, placed_at = self.config, {"status": "failed"}, None, time.time()
         ranks = None
-        with self._signals():
-            try:
-                ranks = place()
-                placed_at = ranks.placed_at
-                result = self._live(ranks)
-            except SparingError as caught:
-                error = caught
-            finally:
-                self._enter(State.ended)
-                if ranks is not None:
-                    ranks.release()
+        try:
+            ranks = place()
+            placed_at = ranks.placed_at
+            result = self._live(ranks)
+        except SparingError as caught:
+            error = caught
+        finally:
+            self._enter(State.ended)
+            if ranks is not None:
+                ranks.release()
         released_at = time.time()
         if error is not None:
             for event in self.events:
@@ -151,8 +171,8 @@ class Controller:
         cluster = self.config.cluster
         limits = Limits(cluster.start_timeout_s, cluster.step_timeout_s, cluster.save_timeout_s)
         while True:
-            self.stop_cause = self.stop_cause or self.notice()
             ranks.poll(group, self.stop_cause or self.regroup_cause)
+            self.stop_cause = self.stop_cause or self.notice()
             now = self.clock()
             states = [state_of(rank, group, now) for rank in range(len(group.infos))]
             if self.state is State.forming and all(state.phase is not Phase.start for state in states):
@@ -283,21 +303,3 @@ class Controller:
         error = kind(message)
         error.rank, error.node = decision.rank, decision.node
         return error
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """A first SIGTERM or Ctrl-C asks for a checkpoint and a clean end; a second one ends at once."""
-        def caught(number, _frame):
-            if self.stop_cause is not None:
-                raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
-            self.stop_cause = signal.Signals(number).name  # no print: the signal may have come in the middle of one
-
-        if threading.current_thread() is not threading.main_thread():  # a keeper's: its driver hears the signals
-            yield
-            return
-        before = {number: signal.signal(number, caught) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

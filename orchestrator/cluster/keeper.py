@@ -7,7 +7,6 @@ with it; it lives on the driver's node, and sees by the process id whether the d
 
 import contextlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -71,14 +70,14 @@ class Keeper:
         os._exit(0)
 
 
-def keep(attempt: Callable, config: Config, progress: Progress) -> dict:
-    """Run `attempt` in a keeper and return its summary; raises what it raised, `Transient` if the keeper was lost."""
+def keep(attempt: Callable, config: Config, progress: Progress, *, notice: Callable[[], str | None]) -> dict:
+    """Run `attempt` in a keeper and return its summary; raises what it raised, `Transient` if the keeper was lost.
+    `notice()`: see `Controller`, of the driver's signals."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     keeper = ray.remote(Keeper).options(num_cpus=0, max_concurrency=4, lifetime="detached", max_restarts=0,
                                         scheduling_strategy=here).remote(os.getpid())
     try:
-        with _stop_cause() as cause:
-            outcome = _follow(keeper, keeper.run.remote(attempt, to_dict(config)), cause, progress)
+        outcome = _follow(keeper, keeper.run.remote(attempt, to_dict(config)), notice, progress)
     except RayActorError as error:
         raise errors.Transient(f"the run's controller is lost ({str(error).strip().splitlines()[-1]}); continue with "
                                f"run.dir={config.run.dir} resume=auto") from None
@@ -90,36 +89,17 @@ def keep(attempt: Callable, config: Config, progress: Progress) -> dict:
     return outcome["summary"]
 
 
-def _follow(keeper, running, cause: Callable[[], str | None], progress: Progress) -> dict:
+def _follow(keeper, running, notice: Callable[[], str | None], progress: Progress) -> dict:
     seen, done = 0, []
     while not done:
         done, _ = ray.wait([running], timeout=ASK_EVERY_S)
-        said = ray.get(keeper.ask.remote(seen, cause()))
+        said = ray.get(keeper.ask.remote(seen, notice()))
         seen += len(said["lines"])
         for line in said["lines"]:
             progress.say(line)
         if said["status"]:
             progress.show(said["status"])
     return ray.get(running)
-
-
-@contextlib.contextmanager
-def _stop_cause():
-    """Gives a function that names the first SIGTERM or Ctrl-C, which asks for a checkpoint; a second ends at once."""
-    heard: list[str] = []
-
-    def caught(number, _frame):
-        if heard:
-            raise errors.Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint "
-                                   "stands")
-        heard.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, caught) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: heard[0] if heard else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _lives(pid: int) -> bool:

@@ -110,6 +110,8 @@ class Ranks:
     def drain(self, group: Group, lost: set[int]) -> list[int]:
         """End the lost ranks for good and let the others come back from their broken group; the ranks to replace."""
         deadline, told = time.monotonic() + DRAIN_S, None
+        for rank in lost:
+            kill(self.members[rank].worker)
         while True:
             lost = lost | {rank for rank, record in group.ended.items() if record.get("dead")}
             if told != (silent := self._silent_addresses(lost)):  # the ranks of a node are found dead one by one
@@ -117,8 +119,6 @@ class Ranks:
                 for rank, member in enumerate(self.members):
                     if rank not in group.ended.keys() | lost:
                         member.worker.leave.remote(silent)
-            for rank in lost:
-                kill(self.members[rank].worker)
             if len(group.ended.keys() | lost) == len(group.runs) or time.monotonic() > deadline:
                 return sorted(lost | {rank for rank in range(len(group.runs)) if rank not in group.ended})
             self._collect(group, POLL_S)

@@ -218,10 +218,7 @@ class Loader:
 
 
 def _header(pieces: Sequence[Piece], index: list[tuple[str, Entry]]) -> bytes:
-    names = [tensor_name(key, entry, entry.pieces[0]) for key, entry in index]
-    for name, before in zip(sorted(names)[1:], sorted(names), strict=False):
-        if name == before:
-            raise ValueError(f"{name}: handed in twice")
+    names = (tensor_name(key, entry, entry.pieces[0]) for key, entry in index)
     return safetensors_header([(name, piece.tensor) for name, piece in zip(names, pieces, strict=True)])
 
 
@@ -230,6 +227,8 @@ def safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
     multiple of 8."""
     fields, offset = {}, 0
     for name, tensor in tensors:
+        if name in fields:
+            raise ValueError(f"{name}: handed in twice")
         fields[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [offset, offset + tensor.nbytes]}
         offset += tensor.nbytes
