@@ -113,7 +113,8 @@ class Controller:
         """Why the run is to end with a checkpoint."""
         self.regroup_cause: str | None = None
         """Why the ranks are to stop with a checkpoint and be formed anew."""
-        self.held: list[tuple[float, int]] = [(0.0, self._size)]
+        self.held: list[tuple[float, int, int]] = [(0.0, self._size, config.cluster.spares)]
+        """From when on how many devices were held, with a rank and without."""
         self.said: str | None = None
         self.events: list[dict] = []
         """Decisions that no rank has logged yet."""
@@ -140,7 +141,7 @@ class Controller:
             append_event(config.run.dir, "run_failed", cause=str(error), rank=getattr(error, "rank", None),
                          node=getattr(error, "node", None))
         summary = finish_run(config, result, placed_at=placed_at, released_at=released_at,
-                             devices=self.layout.pp * self.layout.dp, attempts=self.attempt)
+                             devices=self._size, attempts=self.attempt, spares=self.held[-1][2])
         if error is not None:
             raise error
         return summary
@@ -225,8 +226,10 @@ class Controller:
         if decision.action is Action.stop:
             waited = f"{decision.cause} (cluster.replace_timeout_s={timeout_s:g})"
             raise self._failure(replace(decision, cause=waited), {})
+        spares = max(0, ranks.held - size)
+        if (size, spares) != self.held[-1][1:]:
+            self.held = [*self.held, (self.clock(), size, spares)]
         if size != self._size:
-            self.held = [*self.held, (self.clock(), size)]
             self.progress.say(f"going on with {size} of {max(self.layouts)} ranks")
         self.layout, self.regroup_cause = self.layouts[size], None
         ranks.arrange(size)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.cluster import placement
+from orchestrator.cluster import nodes, placement
 from orchestrator.cluster.group import Group
 from orchestrator.cluster.worker import THREADS, Worker
 from orchestrator.config import Config, to_dict
@@ -42,8 +42,10 @@ class Member:
 class Ranks:
     """Actors from their placement to their release."""
 
-    def __init__(self, request: placement.Request, group: PlacementGroup, placed_at: float, expert_group: int):
-        self.request, self.group, self.placed_at, self.expert_group = request, group, placed_at, expert_group
+    def __init__(self, request: placement.Request, groups: list[PlacementGroup], expert_group: int):
+        """groups: one with a bundle for every bundle of the request and every spare, or as many of one bundle each."""
+        self.request, self.groups, self.expert_group = request, groups, expert_group
+        self.placed_at = time.time()
         self.members: list[Member] = []
         self.reserve: list[Member] = []
         self.homing: dict = {}
@@ -51,6 +53,10 @@ class Ranks:
         self.leaving: set[str] = set()
         """Ray's ids of the nodes that are being drained."""
         self.looked_at = 0.0
+        self.doors: dict[str, tuple[str, int]] = {}
+        """Ray's id of a node -> where its raylet listens."""
+        self.unreachable: set[str] = set()
+        """Ids of nodes that were lost since the ranks were formed, though Ray may not know yet."""
 
     @property
     def homes(self) -> list[dict]:
@@ -62,6 +68,14 @@ class Ranks:
         return len(self._placed([*self.members, *self.reserve]))
 
     @property
+    def held(self) -> int:
+        """Devices that the run pays for, with a rank or without: its share of nodes that live."""
+        alive, each = {node["NodeID"] for node in nodes.alive()}, self.request.ranks_per_bundle
+        homes = [node for group in self.groups
+                 for _, node in sorted(placement_group_table(group)["bundles_to_node_id"].items())]
+        return sum(each if bundle < self.request.bundles else 1 for bundle, node in enumerate(homes) if node in alive)
+
+    @property
     def leaving_ranks(self) -> list[int]:
         """Ranks on nodes that are being drained."""
         return [rank for rank, member in enumerate(self.members) if member.home["node"] in self.leaving]
@@ -70,6 +84,8 @@ class Ranks:
         """Start the rank program on every member; rank 0 names a port that nobody has used."""
         with contextlib.suppress(RayError):
             self.members[0].home = ray.get(self.members[0].worker.home.remote(), timeout=10)
+        self.unreachable = set()
+        self.doors = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes.alive()}
         homes = [(home["node"], home["gpu"]) for home in self.homes]
         here = len({node for node, _ in homes}) == 1
         if not self.request.gpu and here:
@@ -87,6 +103,7 @@ class Ranks:
         """Wait a moment for ranks to end, ask the others how they are, and tell them to stop if they are to."""
         self._collect(group, POLL_S)
         self._ask(group)
+        self._knock(group)
         for rank, member in enumerate(self.members):
             runs = rank not in group.ended and group.statuses[rank].get("generation") == group.generation
             if stop_cause is not None and runs and rank not in group.told_to_stop:
@@ -161,7 +178,8 @@ class Ranks:
     def release(self) -> None:
         for member in [*self.members, *self.reserve]:
             kill(member.worker)
-        remove_placement_group(self.group)
+        for group in self.groups:
+            remove_placement_group(group)
 
     def _silent_addresses(self, lost: set[int]) -> set[str]:
         """Of machines that only lost ranks live on: they may be gone without having closed a connection. Not those of
@@ -200,9 +218,25 @@ class Ranks:
         for rank, since in group.asked.values():
             group.statuses[rank] = group.statuses[rank] | {"answers": time.monotonic() - since < ANSWER_S}
 
+    def _knock(self, group: Group) -> None:
+        """Ranks are dead whose machine is gone: none of its ranks answers, and its raylet takes no connection (the
+        kernel of a live machine does that, whatever its processes are at)."""
+        silent = {member.home["node"] for rank, member in enumerate(self.members)
+                  if group.statuses[rank].get("answers") is False and rank not in group.ended}
+        silent -= {member.home["node"] for rank, member in enumerate(self.members)
+                   if group.statuses[rank].get("answers", True)} | {ray.get_runtime_context().get_node_id()}
+        if not silent:
+            return
+        lost = nodes.unreachable({node: self.doors[node] for node in silent})
+        self.unreachable |= lost
+        for rank, member in enumerate(self.members):
+            if member.home["node"] in lost and rank not in group.ended:
+                group.ended[rank] = {"dead": True, "error": f"node {member.home['host']} cannot be reached",
+                                     "exit_code": 33, "at": time.time()}
+
     def _look(self) -> None:
         """What has changed around the ranks: nodes about to go, reserves that have found a place."""
-        self.leaving = leaving_nodes()
+        self.leaving = nodes.leaving()
         for member in self.reserve:
             if member not in self.homing.values():
                 self._ask_home(member)
@@ -232,46 +266,46 @@ class Ranks:
     def _room(self) -> int:
         """Actors that could have a place now, by what Ray knows of its nodes."""
         kind = "GPU" if self.request.gpu else "CPU"
-        total = sum(node["Resources"].get(kind, 0) for node in ray.nodes()
-                    if node["Alive"] and node["NodeID"] not in self.leaving)
-        return int(total)
+        return int(sum(node["Resources"].get(kind, 0) for node in nodes.alive()
+                       if node["NodeID"] not in self.leaving | self.unreachable))
 
     def _start(self, bundle: int) -> Member:
         """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
         if not self.request.gpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        group, index = (self.groups[0], bundle) if len(self.groups) == 1 else (self.groups[bundle], 0)
         worker = ray.remote(Worker).options(
             num_cpus=1, num_gpus=1 if self.request.gpu else 0, resources=self.request.custom,
             max_concurrency=THREADS, max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
             runtime_env={"env_vars": environment}).remote()
         return Member(worker, bundle)
 
 
 def place(config: Config, request: placement.Request) -> Ranks:
-    """A placement group and one actor per rank, in rank order; `Transient` if the room is not free in time."""
+    """An actor per rank, in rank order, in placement groups; `Transient` if the room is not free in time."""
     each, spares = request.ranks_per_bundle, config.cluster.spares
     bundles = [request.bundle(each)] * request.bundles + [request.bundle(1)] * spares
     began, limit = time.time(), config.cluster.start_timeout_s
-    group = placement_group(bundles, strategy="STRICT_SPREAD" if request.spread else "PACK")
+    groups = _reserve(bundles, spread=request.spread, apart=config.cluster.min_ranks > 0)
     try:
-        ray.get(group.ready(), timeout=limit)
-        ranks = Ranks(request, group, time.time(), config.layout.ep)
+        ray.get([group.ready() for group in groups], timeout=limit)
+        ranks = Ranks(request, groups, config.layout.ep)
         members = [ranks._start(i // each) for i in range(request.ranks)]
         homes = ray.get([member.worker.home.remote() for member in members],
                         timeout=max(10.0, limit - (ranks.placed_at - began)))
-    except GetTimeoutError:
-        remove_placement_group(group)
+    except RayError as error:
+        for group in groups:
+            remove_placement_group(group)
+        if not isinstance(error, GetTimeoutError):
+            raise Transient(f"the ranks could not be started: {str(error).splitlines()[-1]}") from None
         free = ray.available_resources()
         have = ", ".join(f"{free.get(name, 0):g} of {number * request.ranks:g} {name}"
                          for name, number in request.bundle(1).items())
         raise Transient(f"cluster.start_timeout_s={limit:g}: {request.ranks} ranks could not be placed in that time; "
                         f"the cluster is busy (free: {have}): wait, free its actors, or raise cluster.start_timeout_s"
                         ) from None
-    except RayError as error:
-        remove_placement_group(group)
-        raise Transient(f"the ranks could not be started: {str(error).splitlines()[-1]}") from None
     for member, home in zip(members, homes, strict=True):
         member.home = home
     order = ranks.order(members)
@@ -280,14 +314,12 @@ def place(config: Config, request: placement.Request) -> Ranks:
     return ranks
 
 
-def leaving_nodes() -> set[str]:
-    """Ray's ids of the nodes that a preemption notice or `ray drain-node` has announced to go."""
-    from ray._private import state  # Ray Train reads them there too; there is no public name
-
-    try:
-        return set(state.state.get_draining_nodes())
-    except (AttributeError, RayError):
-        return set()
+def _reserve(bundles: list[dict[str, float]], *, spread: bool, apart: bool) -> list[PlacementGroup]:
+    """One placement group of all bundles; or, for a run that goes on without some of them, `apart`, one of each: while
+    a group lacks a bundle, Ray places no actor in any other of it."""
+    if apart and not spread:
+        return [placement_group([bundle], strategy="PACK") for bundle in bundles]
+    return [placement_group(bundles, strategy="STRICT_SPREAD" if spread else "PACK")]
 
 
 def kill(worker) -> None:

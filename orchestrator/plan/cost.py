@@ -13,8 +13,9 @@ from model.config import ModelConfig
 from orchestrator.config import HardwareConfig
 from orchestrator.errors import BadRequest
 
-BUCKETS = ("goodput", "validation", "startup", "data", "checkpoint", "lost_work", "restart", "idle")
-"""Where a charged device-second goes: `goodput` made a step that was kept, the rest by Google's badput names."""
+BUCKETS = ("goodput", "validation", "startup", "data", "checkpoint", "lost_work", "restart", "spares", "idle")
+"""Where a charged device-second goes: `goodput` made a step that was kept, the rest by Google's badput names, and
+`spares` are devices held warm without a rank."""
 
 MFU_CONVENTION = ("model FLOPs (6 per active parameter and token, input embedding excluded; causal attention, half the "
                   "score matrix; MTP modules; no recompute) per second of kept steps over the devices' peak")
@@ -38,9 +39,13 @@ class Ledger:
     settled_usd: float | None = 0.0
     buckets_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.0))
     """Device-seconds by bucket."""
+    spares: int = 0
+    """Devices held beside the others without a rank: warm spares, and those that a smaller layout has no use for."""
 
     def charge(self, bucket: str, seconds: float, *, devices: int | None = None) -> None:
-        """Book `seconds` of wall time of all devices, or of `devices` of them."""
+        """Book `seconds` of wall time of all devices (spares in a bucket of their own), or of `devices` of them."""
+        if devices is None:
+            self.buckets_s["spares"] += seconds * self.spares
         self.buckets_s[bucket] += seconds * (self.devices if devices is None else devices)
 
     def move(self, seconds: float, source: str, target: str, *, devices: int | None = None) -> None:
@@ -59,10 +64,10 @@ class Ledger:
         self.buckets_s[bucket] += missing_s
         self._settle(missing_s)
 
-    def resize(self, now: float, devices: int, *, usd_per_h: float | None = None) -> None:
+    def resize(self, now: float, devices: int, *, spares: int = 0, usd_per_h: float | None = None) -> None:
         """From `now` on charge another number of devices, at another price if one is given."""
         self._settle(self.charged_s(now) - self.settled_s)
-        self.since, self.devices = now, devices
+        self.since, self.devices, self.spares = now, devices, spares
         self.usd_per_h = self.usd_per_h if usd_per_h is None else usd_per_h
 
     def close(self, now: float) -> None:
@@ -70,12 +75,12 @@ class Ledger:
         charged = self.charged_s(now)
         usd = self.usd(now)
         self.buckets_s["idle"] += charged - math.fsum(self.buckets_s.values())
-        self.since, self.devices = now, 0
+        self.since, self.devices, self.spares = now, 0, 0
         self.settled_s, self.settled_usd = math.fsum(self.buckets_s.values()), usd
 
     def charged_s(self, now: float) -> float:
         """Device-seconds from placement to now: by the clock, but not less than what the buckets hold."""
-        by_clock = self.settled_s + self.devices * max(0.0, now - self.since)
+        by_clock = self.settled_s + (self.devices + self.spares) * max(0.0, now - self.since)
         return max(by_clock, math.fsum(self.buckets_s.values()))
 
     def device_hours(self, now: float) -> float:
@@ -89,10 +94,11 @@ class Ledger:
         return {"at": now, "charged_s": self.charged_s(now), "usd": self.usd(now), "buckets_s": dict(self.buckets_s)}
 
     @classmethod
-    def from_dict(cls, state: dict, *, devices: int, usd_per_h: float | None, since: float) -> "Ledger":
+    def from_dict(cls, state: dict, *, devices: int, usd_per_h: float | None, since: float,
+                  spares: int = 0) -> "Ledger":
         """Go on from `to_dict`'s output with devices placed at `since`: state["at"] where they never were released."""
         buckets = dict.fromkeys(BUCKETS, 0.0) | state["buckets_s"]
-        return cls(devices, usd_per_h, since, state["charged_s"], state["usd"], buckets)
+        return cls(devices, usd_per_h, since, state["charged_s"], state["usd"], buckets, spares)
 
     def _settle(self, device_s: float) -> None:
         self.settled_usd = _add(self.settled_usd, _price(device_s, self.usd_per_h))
@@ -106,7 +112,7 @@ def would_pass(ledger: Ledger, now: float, next_seconds: float, max_usd: float |
     if ledger.usd(now) is None or ledger.usd_per_h is None:
         raise BadRequest(f"budget.max_usd={max_usd}: cannot be kept, since the price of a device is unknown; set "
                          "hardware.usd_per_h, or leave budget.max_usd unset")
-    return ledger.usd(now) + _price(ledger.devices * next_seconds, ledger.usd_per_h) > max_usd
+    return ledger.usd(now) + _price((ledger.devices + ledger.spares) * next_seconds, ledger.usd_per_h) > max_usd
 
 
 def model_flops(model: ModelConfig, tokens: float, seq_len: int) -> float:

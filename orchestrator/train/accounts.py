@@ -51,7 +51,7 @@ class Accounts:
         self.ledger = self._open_ledger(restored)
         self.faults = self._faults(restored)
         self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
-                               wall_s=self.ledger.charged_s(time.time()) / self.devices)
+                               wall_s=self.ledger.charged_s(time.time()) / (self.devices + self.ledger.spares))
         self.recoveries_s: list[float] = []
         self.predicted = expected(config, mesh, peak_flops_per_s) if self.tracker is not None else {}
         self.ended_by_budget = False
@@ -94,7 +94,7 @@ class Accounts:
 
     def _devices_before(self) -> int:
         """Devices that were held when the fault came."""
-        earlier = [number for at, number in self.recovery.held if at < self.recovery.fault_at]
+        earlier = [number for at, number, _ in self.recovery.held if at < self.recovery.fault_at]
         return earlier[-1] if earlier else self.devices
 
     def step(self, sums, *, lr: float, seconds: float, data_s: float, parts_s: dict[str, float], saving: bool) -> dict:
@@ -210,7 +210,7 @@ class Accounts:
             final = self.final or {"status": "failed", "steps": self.progress.step,
                                    "ledger": self.ledger.to_dict(time.time())}
             self.tracker.finish(summarise(self.config, final, placed_at=self.placed_at, released_at=time.time(),
-                                          devices=self.devices, attempts=self.attempt))
+                                          devices=self.devices, attempts=self.attempt, spares=self.ledger.spares))
 
     def _faults(self, restored: dict | None) -> int:
         """Of the whole run so far, as far as it is known: an earlier attempt that lost steps had one."""
@@ -225,10 +225,11 @@ class Accounts:
         price, recovery = self.config.hardware.usd_per_h, self.recovery
         held = recovery is not None and restored is not None and restored["ledger"]["at"] >= self.placed_at
         since = restored["ledger"]["at"] if held else self.placed_at
-        history = recovery.held if recovery is not None and recovery.held else [(0.0, self.devices)]
-        devices = next(number for at, number in reversed(history) if at <= since)
-        ledger = (Ledger(devices, price, since) if restored is None else
-                  Ledger.from_dict(restored["ledger"], devices=devices, usd_per_h=price, since=since))
+        history = (recovery.held if recovery is not None and recovery.held else
+                   [(0.0, self.devices, self.config.cluster.spares)])
+        devices, spares = next(numbers for at, *numbers in reversed(history) if at <= since)
+        ledger = (Ledger(devices, price, since, spares=spares) if restored is None else
+                  Ledger.from_dict(restored["ledger"], devices=devices, usd_per_h=price, since=since, spares=spares))
         if self.tracker is not None and not held:
             if recovery is None:
                 ledger.catch_up(self.tracker.dropped.charged_s, "lost_work")
@@ -236,9 +237,9 @@ class Accounts:
             if summary is not None:
                 ledger.catch_up(summary["measured"]["charged_s"], "restart")
         self.unbooked_s = ledger.settled_s - math.fsum(ledger.buckets_s.values())
-        for at, number in history:
+        for at, devices, spares in history:
             if at > since:
-                ledger.resize(at, number)
+                ledger.resize(at, devices, spares=spares)
         return ledger
 
     def _loads(self, counts: torch.Tensor) -> dict:

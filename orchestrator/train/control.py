@@ -25,8 +25,8 @@ class Recovery:
     """After a rollback: counts of the progress that do not go back."""
     decision: dict = field(default_factory=dict)
     """What was decided: action, cause, rank, node."""
-    held: list[tuple[float, int]] = field(default_factory=list)
-    """From which unix time on how many devices were held: their number may change."""
+    held: list[tuple[float, int, int]] = field(default_factory=list)
+    """From which unix time on how many devices were held, with a rank and without: their number may change."""
 
 
 class Control:

@@ -17,15 +17,16 @@ SUMMARY = "summary.json"
 
 
 def finish_run(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
-               attempts: int) -> dict:
-    """Sum the run up and write it into the run directory. placed_at, released_at: unix times of the last attempt."""
+               attempts: int, spares: int = 0) -> dict:
+    """Sum the run up and write it into the run directory. placed_at, released_at: unix times of the last attempt;
+    devices, spares: held at its end, with a rank and without."""
     if result.get("ledger") is None:
         rows_at = storage.join(config.run.dir, METRICS)
         rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
-        left = _result_from_rows(rows, placed_at=placed_at, released_at=released_at, devices=devices)
+        left = _result_from_rows(rows, placed_at=placed_at, released_at=released_at, devices=devices, spares=spares)
         result = left | {key: value for key, value in result.items() if value is not None}
     summary = summarise(config, result, placed_at=placed_at, released_at=released_at, devices=devices,
-                        attempts=attempts)
+                        attempts=attempts, spares=spares)
     storage.write_bytes(storage.join(config.run.dir, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
@@ -37,11 +38,12 @@ def read_summary(run_dir: str) -> dict | None:
 
 
 def summarise(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
-              attempts: int) -> dict:
+              attempts: int, spares: int = 0) -> dict:
     """The summary as data. `result` is the loop's; its ledger goes on to be charged until `released_at`."""
     price = config.hardware.usd_per_h
-    ledger = (Ledger.from_dict(result["ledger"], devices=devices, usd_per_h=price, since=result["ledger"]["at"])
-              if result.get("ledger") else Ledger(devices, price, placed_at))
+    ledger = (Ledger.from_dict(result["ledger"], devices=devices, usd_per_h=price, since=result["ledger"]["at"],
+                               spares=spares)
+              if result.get("ledger") else Ledger(devices, price, placed_at, spares=spares))
     ledger.close(released_at)
     tokens, tokens_per_s = result.get("tokens") or 0, result.get("tokens_per_s")
     peak = result.get("peak_flops_per_s")
@@ -93,7 +95,7 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
                    "schedule": config.layout.schedule.name, "microbatches": config.layout.microbatches},
         "hardware": {key: getattr(config.hardware, key)
                      for key in ("name", "usd_per_h", "market", "source", "date")}
-        | {"device": device, "devices": devices},
+        | {"device": device, "devices": devices, "spares": spares},
         "checkpoint": result.get("checkpoint") or {"path": None, "step": None, "error": None},
         "checkpoint_interval": result.get("checkpoint_interval"),
         "attempts": attempts,
@@ -164,7 +166,8 @@ def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _result_from_rows(rows: list[dict], *, placed_at: float, released_at: float, devices: int) -> dict:
+def _result_from_rows(rows: list[dict], *, placed_at: float, released_at: float, devices: int,
+                      spares: int) -> dict:
     """What a failed attempt left behind: last figures by its last row, and the buckets that rows speak of.
 
     It is charged from placement to release, and not less than its last row showed, earlier attempts included.
@@ -177,8 +180,9 @@ def _result_from_rows(rows: list[dict], *, placed_at: float, released_at: float,
     buckets = {"goodput": sums["time/step_s"] - sums["time/data_s"], "data": sums["time/data_s"],
                "checkpoint": sums["time/checkpoint_s"], "validation": sums["time/validation_s"]}
     shown_s = (last.get("cost/device_hours") or 0.0) * 3600
-    ledger = {"at": min(placed_at, released_at - shown_s / devices), "charged_s": 0.0, "usd": 0.0,
-              "buckets_s": {name: seconds * devices for name, seconds in buckets.items()}}
+    ledger = {"at": min(placed_at, released_at - shown_s / (devices + spares)), "charged_s": 0.0, "usd": 0.0,
+              "buckets_s": {name: seconds * devices for name, seconds in buckets.items()}
+              | {"spares": sum(buckets.values()) * spares}}
     validated = [row for row in rows if row.get("validation/loss") is not None]
     rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s")]
     return {

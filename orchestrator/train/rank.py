@@ -36,6 +36,8 @@ def train_as_rank(config: Config) -> dict | None:
     require(info.world_size == world, "layout.dp", config.layout.dp,
             f"times layout.pp={config.layout.pp} must equal the {info.world_size} processes that torchrun started",
             f"start {world} processes, or use layout.dp={max(1, info.world_size // config.layout.pp)}")
+    require(not config.cluster.spares, "cluster.spares", config.cluster.spares,
+            "is for runs on Ray: torchrun keeps no warm rank", "leave it at 0, or start the run by `sparing train`")
     store = open_store(info, timeout_s=config.cluster.start_timeout_s)
     control = Control()
     for number in (signal.SIGTERM, signal.SIGINT):

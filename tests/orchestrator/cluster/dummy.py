@@ -51,6 +51,10 @@ class Dummy:
         return len([node for node in [*self.members, *self.reserve] if node in self.nodes and node not in self.leaving])
 
     @property
+    def held(self) -> int:
+        return len([node for node in [*self.members, *self.reserve] if node in self.nodes])
+
+    @property
     def leaving_ranks(self) -> list[int]:
         return [rank for rank, node in enumerate(self.members) if node in self.leaving]
 

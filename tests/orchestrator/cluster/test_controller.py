@@ -102,7 +102,7 @@ def test_an_elastic_run_shrinks_to_what_is_left_and_grows_back_without_losing_a_
     shrunk, grown = [event for event in ranks.logged if event["kind"] == "decision"]
     assert (shrunk["ranks"], shrunk["lost"], shrunk["step"]) == (2, [0, 1], 15)
     assert (grown["ranks"], grown["lost"], grown["step"]) == (4, [], 19) and "room for 4" in grown["cause"]
-    assert [number for _, number in controller.held] == [4, 2, 4]
+    assert [(ranks, spares) for _, ranks, spares in controller.held] == [(4, 0), (2, 0), (4, 0)]
     assert isinstance(play(tmp_path, FailAt(1, 15, "node_lost"), FailAt(0, 16, "node_lost"), nodes=2, min_ranks=2)[1],
                       Transient)
 

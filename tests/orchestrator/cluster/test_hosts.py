@@ -73,7 +73,8 @@ def test_a_job_from_outside_runs_across_the_nodes_with_the_local_losses(cluster,
 
 
 def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, run, tmp_path):
-    """One node powered off and on again, then a cable cut: no step lost or doubled, losses as if nothing had been."""
+    """One node powered off, processes of the others killed meanwhile, the node back, then a cable cut: no step lost or
+    doubled, losses as if nothing had been."""
     run = [*run, "train.validate_every=0", "checkpoint.every=1000", "checkpoint.memory_every=0", "optim.lr=1e-5",
            "optim.decay_fraction=0", "layout.pp=1", "layout.dp=4"]
     local = start_here([*run, f"train.steps={COMPARED}"], tmp_path)
@@ -84,12 +85,18 @@ def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, r
             wait_until(lambda: len(losses(tmp_path / "hosts")) > 5, 120, "no steps")
             cluster.nodes[2].kill()
             assert decided(tmp_path, "decision", job, 1)["ranks"] == 2
-            cluster.boot(cluster.nodes[2])
-            assert decided(tmp_path, "decision", job, 2)["ranks"] == 4
-            decided(tmp_path, "recovered", job, 2)
-            cluster.nodes[1].cut()
-            assert decided(tmp_path, "decision", job, 3)["ranks"] == 2
+            for number in (2, 3):  # the one actor to spare, then one placed while the node is away
+                decided(tmp_path, "recovered", job, number - 1)
+                kill_rank(cluster, tmp_path, 1)
+                told = decided(tmp_path, "decision", job, number)
+                assert (told["action"], told["ranks"], told["lost"]) == ("replace", 2, [1])
             decided(tmp_path, "recovered", job, 3)
+            cluster.boot(cluster.nodes[2])
+            assert decided(tmp_path, "decision", job, 4)["ranks"] == 4
+            decided(tmp_path, "recovered", job, 4)
+            cluster.nodes[1].cut()
+            assert decided(tmp_path, "decision", job, 5)["ranks"] == 2
+            decided(tmp_path, "recovered", job, 5)
             cluster.head.signal(cluster.head.processes("orchestrator train")[-1], signal.SIGTERM)
             out, _ = job.communicate(timeout=60)
         finally:
@@ -100,6 +107,15 @@ def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, r
     assert [row[0] for row in there] == list(range(1, len(there) + 1))
     compared = min(len(there), len(here))
     assert [row[1] for row in there[:compared]] == pytest.approx([row[1] for row in here[:compared]], rel=1e-5)
+
+
+def kill_rank(cluster, tmp_path: Path, rank: int) -> None:
+    """Once the status is that of the present ranks."""
+    begun = max(json.loads(line)["time"] for line in (tmp_path / "hosts" / "events.jsonl").read_text().splitlines())
+    status = wait_until(lambda: (found := json.loads((tmp_path / "hosts" / "status.json").read_text()))["time"] > begun
+                        and found, 30, "no new status")
+    home = status["ranks"][rank]
+    next(node for node in cluster.nodes if node.name == home["host"]).signal(home["pid"], signal.SIGKILL)
 
 
 def decided(tmp_path: Path, kind: str, job: subprocess.Popen, number: int = 1) -> dict:

@@ -177,6 +177,23 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(text, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["attempts"] == 2
 
 
+CRASH_LOOP = FAIL_AT.replace('raise ZeroDivisionError("scripted failure")', "os._exit(9)")
+
+
+def test_a_crash_loop_ends_with_its_own_exit_code_and_its_bill(text, tmp_path):
+    """Ranks that die again and again at the same step, each by itself: no error to compare, only no progress."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(CRASH_LOOP)
+    done = sparing(*command(text, tmp_path / "run"), PYTHONPATH=f"{ROOT}:{tmp_path / 'site'}")
+    assert done.returncode == 93, done.stdout + done.stderr
+    assert "3 faults without progress since step 3" in done.stderr and "Traceback" not in done.stderr
+    found = events(tmp_path / "run", "decision")
+    assert [(row["action"], row["rank"]) for row in found] == [("replace", 2)] * 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["usd_total"] > 0
+    assert summary["measured"]["charged_s"] == pytest.approx(4 * summary["measured"]["wall_s"], rel=0.02)
+
+
 LONG = ["train.steps=60", "checkpoint.every=20", "checkpoint.memory_every=5", "train.validate_every=0"]
 
 
@@ -221,7 +238,9 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
           f"{recovered[0]['lost_steps']} steps lost")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert sum(summary["buckets_s"].values()) == pytest.approx(summary["measured"]["charged_s"])
-    assert summary["measured"]["charged_s"] == pytest.approx(4 * summary["measured"]["wall_s"], rel=0.02)
+    held = 4 + ("cluster.spares=1" in overrides)
+    assert summary["measured"]["charged_s"] == pytest.approx(held * summary["measured"]["wall_s"], rel=0.02)
+    assert (summary["buckets_s"]["spares"] > 0) == (held > 4)
     assert summary["buckets_s"]["restart"] > 0 and summary["attempts"] == 1
     after = json.loads((tmp_path / "status.json").read_text())["ranks"]
     same = [rank for rank in range(4) if after[rank]["pid"] == ranks[rank]["pid"]]

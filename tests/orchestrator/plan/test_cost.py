@@ -50,6 +50,18 @@ def test_closed_buckets_sum_to_the_charged_total_to_the_last_bit():
     assert ledger.buckets_s["idle"] > 0.9 * by_clock
 
 
+def test_spares_are_charged_by_the_same_clock_into_a_bucket_of_their_own():
+    ledger = Ledger(devices=4, usd_per_h=2.0, since=0.0, spares=1)
+    ledger.charge("goodput", 900.0)
+    assert (ledger.buckets_s["goodput"], ledger.buckets_s["spares"]) == (3600.0, 900.0)
+    assert ledger.usd(3600.0) == 10.0 and would_pass(ledger, 3600.0, 360.0, 10.9)
+    ledger.resize(3600.0, 2, spares=3)
+    again = Ledger.from_dict(ledger.to_dict(7200.0), devices=5, usd_per_h=2.0, since=9000.0)
+    ledger.close(7200.0)
+    assert ledger.charged_s(9999.0) == math.fsum(ledger.buckets_s.values()) == 2 * 5 * 3600.0
+    assert again.charged_s(9001.0) == 2 * 5 * 3600.0 + 5
+
+
 def test_time_that_no_bucket_has_shows_in_the_live_figures_and_ends_in_idle():
     ledger = Ledger(devices=2, usd_per_h=None, since=0.0)
     ledger.charge("startup", 5.0)

@@ -59,6 +59,18 @@ def test_every_device_second_until_release_is_charged_and_bucketed(tmp_path):
     assert summary["goodput"] == pytest.approx(60 / 107.5)
 
 
+def test_spares_are_charged_until_release_also_for_a_run_that_failed(tmp_path):
+    config = config_for(tmp_path)
+    kept = finish_run(config, result_of(config), placed_at=PLACED, released_at=PLACED + 107.5, devices=DEVICES,
+                      attempts=1, spares=2)
+    assert kept["measured"]["charged_s"] == pytest.approx(DEVICES * 107.5 + 2 * 7.5), "the ledger so far had none"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "time/step_s": 2.0, "time/data_s": 0.5}) + "\n")
+    failed = finish_run(config, {"status": "failed"}, placed_at=PLACED, released_at=PLACED + 10.0, devices=DEVICES,
+                        attempts=1, spares=2)
+    assert failed["measured"]["charged_s"] == pytest.approx((DEVICES + 2) * 10.0)
+    assert failed["buckets_s"]["spares"] == pytest.approx(2 * 2.0)
+
+
 def test_mfu_and_dense_equivalents_follow_from_the_measured_rate(tmp_path):
     config = config_for(tmp_path)
     summary = finish(config, result_of(config))
