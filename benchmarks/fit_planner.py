@@ -18,6 +18,8 @@ from orchestrator.plan.workload import Workload
 
 GEMM = [0.5 + 0.025 * i for i in range(25)]
 ATTENTION = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]
+STUDENT = [3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372, 1.363, 1.356, 1.350, 1.345, 1.341]
+"""Student's t at 90% by degrees of freedom, from 1 on."""
 OVERHEAD = [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, 5, 6, 7, 8]
 
 
@@ -113,8 +115,9 @@ def _mean(runs: list[Run], gpu: dict, stack: dict) -> float:
     return statistics.mean(run.error(gpu, stack) for run in runs)
 
 
-def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[float, float]]]:
-    """log(published / predicted) and its weight, of runs that took no part in their prediction, by how it is made.
+def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[float, float, str]]]:
+    """log(published / predicted), its weight and its stack, of runs that took no part in their prediction, by how it is
+    made.
 
     calibrated: the stack's scalar without this model's runs. formula: the device's shares without this stack's runs,
     and every other stack's scalar in turn. extrapolated: those, and no shares of the device. The runs of one stack
@@ -135,24 +138,35 @@ def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[
             others = [each for each in own if each.row["model"] != run.row["model"]]
             if others:
                 scalar = _overhead(others, gpu, stack)
-                found[f"calibrated_{moe}"].append((-run.signed(gpu, stack | {name: scalar}), 1 / len(own)))
+                found[f"calibrated_{moe}"].append((-run.signed(gpu, stack | {name: scalar}), 1 / len(own), name))
             for other in sorted(set(stack) - {name}):
                 strange, weight = {name: stack[other]}, 1 / len(own) / len(stack)
                 if run.device in moved:
-                    found[f"formula_{moe}"].append((-run.signed(moved, strange), weight))
+                    found[f"formula_{moe}"].append((-run.signed(moved, strange), weight, name))
                 assumed = {run.device: (0.85, 0.65)}
-                found[f"extrapolated_{moe}"].append((-run.signed(assumed, strange), weight))
+                found[f"extrapolated_{moe}"].append((-run.signed(assumed, strange), weight, name))
     return found
 
 
-def _quantile(weighted: list[tuple[float, float]], share: float) -> float:
+def _band(residuals: list[tuple[float, float, str]]) -> tuple[float, float]:
+    """P10 and P90 of the next residual: quantiles of those seen, or where it is wider Student's prediction interval
+    with as many draws as there are stacks, since few stacks seldom show how far the next one is off."""
+    total, stacks = sum(weight for _, weight, _ in residuals), len({stack for _, _, stack in residuals})
+    mean = sum(value * weight for value, weight, _ in residuals) / total
+    spread = math.sqrt(sum(weight * (value - mean) ** 2 for value, weight, _ in residuals) / total
+                       * (stacks + 1) / max(1, stacks - 1))
+    reach = STUDENT[min(max(stacks - 1, 1), len(STUDENT)) - 1] * spread
+    return min(_quantile(residuals, 0.1), mean - reach), max(_quantile(residuals, 0.9), mean + reach)
+
+
+def _quantile(residuals: list[tuple[float, float, str]], share: float) -> float:
     """The value below which so much of the weight lies."""
-    left = share * sum(weight for _, weight in weighted)
-    for value, weight in sorted(weighted):
+    left = share * sum(weight for _, weight, _ in residuals)
+    for value, weight, _ in sorted(residuals):
         left -= weight
         if left <= 0:
             return value
-    return max(value for value, _ in weighted)
+    return max(value for value, _, _ in residuals)
 
 
 def main() -> None:
@@ -167,8 +181,8 @@ def main() -> None:
     for moe in ("dense", "moe"):
         low, high = math.inf, 0.0
         for kind in ("calibrated", "formula", "extrapolated"):
-            low = min(low, math.exp(_quantile(residuals[f"{kind}_{moe}"], 0.1)))
-            high = max(high, math.exp(_quantile(residuals[f"{kind}_{moe}"], 0.9)))
+            found = _band(residuals[f"{kind}_{moe}"])
+            low, high = min(low, math.exp(found[0])), max(high, math.exp(found[1]))
             print(f"conf/bands.yaml: {kind}_{moe}: [{low:.3f}, {high:.3f}]")
 
 

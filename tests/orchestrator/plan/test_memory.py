@@ -4,18 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from model import count
 from model.transformer import Transformer
 from orchestrator.compose import compose_config
 from orchestrator.config import Recompute
+from orchestrator.parallel.mesh import RankInfo, connect
+from orchestrator.parallel.pipeline import build_pipeline
 from orchestrator.plan import memory
 from orchestrator.plan.activations import block_bytes
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.keeping import MEGATRON, SPARING_CPU
+from orchestrator.plan.layout import layout_of
 from orchestrator.plan.memory import GIB, activation_peaks, memory_gib, rank_memory_gib, state_bytes, too_large
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
+from orchestrator.train.optim import build_optimizer, clip_and_step
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,47 @@ def test_torchs_measured_peak_is_met_within_five_percent(name, recompute):
                     recompute=Recompute.full if recompute else Recompute.none)
     assert memory_gib(work)["total"] * GIB == pytest.approx(measured_peak(model, 8, 128, 2, recompute=recompute),
                                                             rel=0.05)
+
+
+def peak_of_rank(info: RankInfo, overrides: list[str]) -> int:
+    """Bytes that this rank's tensors take at most during its second step."""
+    config = compose_config(["model=tiny", "train.batch_size=8", "train.seq_len=128", *overrides])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
+        pipeline = build_pipeline(config, mesh, torch.float32)
+        optimizer = build_optimizer(pipeline.shards, config.optim)
+        sequences = 8 // config.layout.dp
+        tokens = torch.randint(0, config.model.vocab_size, (sequences, 129 + config.model.n_mtp_layers),
+                               generator=torch.Generator().manual_seed(info.rank))
+        for step in range(2):
+            with record_function(f"step {step}"):
+                pipeline.train_step(tokens, step_sequences=8)
+                pipeline.finish_grads()
+                clip_and_step(optimizer, pipeline.shards, norm=1.0, optim=config.optim, lr=1e-3)
+                pipeline.zero_grad()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    second = next(event.start_ns() for event in events if event.name() == "step 1")
+    now = most = 0
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now) if event.start_ns() >= second else now
+    return most
+
+
+@pytest.mark.parametrize("overrides", [
+    ["layout.pp=2", "layout.microbatches=4"], ["layout.dp=2"], ["layout.dp=2", "layout.ep=2"],
+    ["layout.pp=2", "layout.dp=2", "layout.ep=2", "layout.microbatches=2"],
+    ["layout.pp=2", "layout.schedule=zbv", "layout.microbatches=4"]], ids=" ".join)
+def test_torchs_measured_peak_is_met_on_every_rank(ranks, overrides):
+    config = compose_config(["model=tiny", *overrides])
+    layout = config.layout
+    work = Workload(config.model, catalogue()["cpu"], 128, 8, layout.pp, layout.dp, layout.ep, layout.schedule.name,
+                    layout.microbatches, stages_per_rank=layout.stages_per_rank, keeping=SPARING_CPU)
+    found = ranks.run(peak_of_rank, overrides, world=layout.pp * layout.dp)
+    predicted = [parts["total"] * GIB for parts in rank_memory_gib(work) for _ in range(layout.dp)]
+    print(overrides, [f"{p / f - 1:+.1%}" for p, f in zip(predicted, found, strict=True)], found)
+    assert max(predicted) == pytest.approx(max(found), rel=0.05)
 
 
 @pytest.mark.parametrize("schedule, pp, microbatches", [
