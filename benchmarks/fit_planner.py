@@ -116,8 +116,8 @@ def _mean(runs: list[Run], gpu: dict, stack: dict) -> float:
 
 
 def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[float, float, str]]]:
-    """log(published / predicted), its weight and its stack, of runs that took no part in their prediction, by how it is
-    made.
+    """log(published / predicted), its weight and what was left out, of runs that took no part in their prediction, by
+    how it is made.
 
     calibrated: the stack's scalar without this model's runs. formula: the device's shares without this stack's runs,
     and every other stack's scalar in turn. extrapolated: those, and no shares of the device. The runs of one stack
@@ -138,7 +138,7 @@ def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[
             others = [each for each in own if each.row["model"] != run.row["model"]]
             if others:
                 scalar = _overhead(others, gpu, stack)
-                found[f"calibrated_{moe}"].append((-run.signed(gpu, stack | {name: scalar}), 1 / len(own), name))
+                found[f"calibrated_{moe}"].append((-run.signed(gpu, stack | {name: scalar}), 1 / len(own), run.row["model"]))
             for other in sorted(set(stack) - {name}):
                 strange, weight = {name: stack[other]}, 1 / len(own) / len(stack)
                 if run.device in moved:
@@ -150,12 +150,12 @@ def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[
 
 def _band(residuals: list[tuple[float, float, str]]) -> tuple[float, float]:
     """P10 and P90 of the next residual: quantiles of those seen, or where it is wider Student's prediction interval
-    with as many draws as there are stacks, since few stacks seldom show how far the next one is off."""
-    total, stacks = sum(weight for _, weight, _ in residuals), len({stack for _, _, stack in residuals})
+    with as many draws as things were left out, since a few seldom show how far the next one is off."""
+    total, draws = sum(weight for _, weight, _ in residuals), len({out for _, _, out in residuals})
     mean = sum(value * weight for value, weight, _ in residuals) / total
     spread = math.sqrt(sum(weight * (value - mean) ** 2 for value, weight, _ in residuals) / total
-                       * (stacks + 1) / max(1, stacks - 1))
-    reach = STUDENT[min(max(stacks - 1, 1), len(STUDENT)) - 1] * spread
+                       * (draws + 1) / (draws - 1))
+    reach = STUDENT[min(draws - 1, len(STUDENT)) - 1] * spread
     return min(_quantile(residuals, 0.1), mean - reach), max(_quantile(residuals, 0.9), mean + reach)
 
 

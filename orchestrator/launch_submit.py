@@ -45,8 +45,9 @@ def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
     returned = _follow(["sh", str(file)], environment, stop=f"ray job stop --address {job.address} {job.name}")
     outcome = job_outcome(job.address, job.name, returned)
     if outcome is None:
-        raise Transient(f"{job.name}: the connection to {job.address} ended before the job; it goes on, follow it with "
-                        f"ray job logs --address {job.address} --follow {job.name}")
+        raise Transient(f"{job.name}: the connection to {job.address} ended before the job; it goes on if the head "
+                        f"does: ray job logs --address {job.address} --follow {job.name}; if the head is gone, launch "
+                        "again on another one with the same run.dir and resume=auto")
     return outcome
 
 
