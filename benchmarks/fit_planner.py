@@ -138,7 +138,8 @@ def _residuals(runs: list[Run], gpu: dict, stack: dict) -> dict[str, list[tuple[
             others = [each for each in own if each.row["model"] != run.row["model"]]
             if others:
                 scalar = _overhead(others, gpu, stack)
-                found[f"calibrated_{moe}"].append((-run.signed(gpu, stack | {name: scalar}), 1 / len(own), run.row["model"]))
+                error = run.signed(gpu, stack | {name: scalar})
+                found[f"calibrated_{moe}"].append((-error, 1 / len(own), run.row["model"]))
             for other in sorted(set(stack) - {name}):
                 strange, weight = {name: stack[other]}, 1 / len(own) / len(stack)
                 if run.device in moved:

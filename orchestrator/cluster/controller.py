@@ -178,6 +178,8 @@ class Controller:
             states = [state_of(rank, group, now) for rank in range(len(group.infos))]
             if self.state is State.forming and all(state.phase is not Phase.start for state in states):
                 self._enter(State.training)
+            if states[0].phase in (Phase.step, Phase.validate, Phase.save, Phase.done):
+                self.events = []  # rank 0 has logged them
             decision = decide(states, limits, now)
             self._tell(group, ranks.homes, force=decision.action is not Action.wait)
             if decision.action is not Action.wait:

@@ -127,8 +127,8 @@ class Trainer:
     def run(self) -> dict:
         """Steps until the last one, the budget or a request to stop; then the last validation and checkpoint."""
         config, progress = self.config, self.progress
-        self._publish(phase="step", peak_flops_per_s=self.accounts.peak, claim=self.first_claim)
         self.accounts.start()
+        self._publish(phase="step", peak_flops_per_s=self.accounts.peak, claim=self.first_claim)
         status = "completed"
         upcoming = self.fetcher.submit(self._batch, progress.step)
         while progress.step < config.train.steps:

@@ -102,8 +102,9 @@ class Buddies:
     def __init__(self, mesh: Mesh, replicas: Replicas, *, timeout_s: float):
         self.rank, self.world, self.replicas = mesh.info.rank, mesh.layout.world_size, replicas
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
-        shift = mesh.info.local_world_size
-        self.shift = shift if self.world % shift == 0 and shift < self.world else 1
+        nodes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(nodes, torch.tensor([mesh.info.node_rank]), group=self.group)
+        self.shift = buddy_shift([int(node) for node in nodes])
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="replica")
         self._packing: Future | None = None
         self._moving: tuple[list, Replica] | None = None
@@ -166,6 +167,17 @@ class MemoryLoader:
 
     def close(self) -> None:
         self._tensors = {}
+
+
+def buddy_shift(nodes: list[int]) -> int:
+    """How many ranks on each rank's buddy is, one distance for all: the smallest that puts most of them on another
+    node. nodes: of each rank, at least two."""
+    def together(shift: int) -> int:
+        return sum(node == nodes[(rank + shift) % len(nodes)] for rank, node in enumerate(nodes))
+
+    shifts = range(1, len(nodes))
+    apart = next((shift for shift in shifts if not together(shift)), None)
+    return apart or min(shifts, key=together)
 
 
 def agree(mesh: Mesh, replicas: Replicas, turn: int) -> tuple[int, dict[int, int]] | None:

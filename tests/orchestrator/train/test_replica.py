@@ -1,13 +1,14 @@
 """Copies of the ranks' state in memory, on real gloo ranks."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.parallel.mesh import RankInfo
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
-from orchestrator.train.replica import Buddies, Replicas
+from orchestrator.train.replica import Buddies, Replicas, buddy_shift
 from tests.orchestrator.train.test_loop import make_config, run, text  # noqa: F401  (a fixture)
 
 
@@ -35,3 +36,26 @@ def test_no_rank_leaves_in_the_middle_of_an_exchange(ranks, text, tmp_path, step
                          checkpoint__every=0)
     config.layout.dp = config.layout.ep = 2
     assert run(ranks, train_with_a_laggard, config) == [kept, kept]
+
+
+@pytest.mark.parametrize("nodes, shift", [
+    ([0, 0, 1, 1], 2), ([0, 0, 1, 2], 2), ([0, 1, 2, 3], 1), ([0, 0, 0, 0], 1), ([0, 0, 0, 1], 1),
+    ([0] * 8 + [1] * 8, 8), ([0] * 8 + [1] * 8 + [2] * 4, 8)])
+def test_buddies_live_on_other_nodes_where_they_can(nodes, shift):
+    assert buddy_shift(nodes) == shift
+
+
+def train_on_uneven_nodes(info: RankInfo, config) -> list[tuple[int, int]]:
+    """Two ranks on the first node, one on each of two others."""
+    nodes, replicas = [0, 0, 1, 2], Replicas()
+    info = replace(info, node_rank=nodes[info.rank], local_world_size=nodes.count(nodes[info.rank]))
+    run_rank(config, info, control=Control(), placed_at=time.time(), replicas=replicas)
+    return replicas.held()
+
+
+def test_ranks_on_uneven_nodes_exchange_their_states(ranks, text, tmp_path):  # noqa: F811
+    config = make_config(text, tmp_path, train__steps=4, checkpoint__memory_every=2, train__validate_every=0,
+                         checkpoint__every=0)
+    config.layout.dp = config.layout.ep = 4
+    assert run(ranks, train_on_uneven_nodes, config) == [
+        [(0, 2), (2, 2)], [(1, 2), (3, 2)], [(0, 2), (2, 2)], [(1, 2), (3, 2)]]
