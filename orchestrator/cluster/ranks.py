@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster import nodes, placement
 from orchestrator.cluster.group import Group
+from orchestrator.cluster.places import Places
 from orchestrator.cluster.worker import THREADS, Worker
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import Transient
@@ -34,7 +33,7 @@ LOOK_S = 1.0
 @dataclass
 class Member:
     worker: object
-    bundle: int
+    place: int
     home: dict | None = None
     """As `Worker.home` told it; None while the actor has no place."""
 
@@ -42,9 +41,9 @@ class Member:
 class Ranks:
     """Actors from their placement to their release."""
 
-    def __init__(self, request: placement.Request, groups: list[PlacementGroup], expert_group: int):
-        """groups: one with a bundle for every bundle of the request and every spare, or as many of one bundle each."""
-        self.request, self.groups, self.expert_group = request, groups, expert_group
+    def __init__(self, request: placement.Request, places: Places, expert_group: int):
+        """places: of the request's bundles, then of spares."""
+        self.request, self.places, self.expert_group = request, places, expert_group
         self.placed_at = time.time()
         self.members: list[Member] = []
         self.reserve: list[Member] = []
@@ -71,9 +70,8 @@ class Ranks:
     def held(self) -> int:
         """Devices that the run pays for, with a rank or without: its share of nodes that live."""
         alive, each = {node["NodeID"] for node in nodes.alive()}, self.request.ranks_per_bundle
-        homes = [node for group in self.groups
-                 for _, node in sorted(placement_group_table(group)["bundles_to_node_id"].items())]
-        return sum(each if bundle < self.request.bundles else 1 for bundle, node in enumerate(homes) if node in alive)
+        return sum(each if place < self.request.bundles else 1 for place, node in enumerate(self.places.nodes())
+                   if node in alive)
 
     @property
     def leaving_ranks(self) -> list[int]:
@@ -146,7 +144,7 @@ class Ranks:
         for rank in sorted(lost, reverse=True):
             member = self.members[rank]
             kill(member.worker)
-            self.reserve.append(self._start(member.bundle))
+            self.reserve.append(self._start(member.place))
             member.home = None
         for member in self.reserve:
             member.home = None
@@ -178,8 +176,7 @@ class Ranks:
     def release(self) -> None:
         for member in [*self.members, *self.reserve]:
             kill(member.worker)
-        for group in self.groups:
-            remove_placement_group(group)
+        self.places.remove()
 
     def _silent_addresses(self, lost: set[int]) -> set[str]:
         """Of machines that only lost ranks live on: they may be gone without having closed a connection. Not those of
@@ -237,6 +234,10 @@ class Ranks:
     def _look(self) -> None:
         """What has changed around the ranks: nodes about to go, reserves that have found a place."""
         self.leaving = nodes.leaving()
+        for place in {member.place for member in self.reserve if member.home is None}:
+            if self.places.renew(place):
+                self.reserve = [self._start(place) if member.place == place else member for member in self.reserve]
+                self.homing = {ref: member for ref, member in self.homing.items() if member in self.reserve}
         for member in self.reserve:
             if member not in self.homing.values():
                 self._ask_home(member)
@@ -253,7 +254,7 @@ class Ranks:
                 member.home = ray.get(ref)
             except RayError:  # it died with its node: another one waits in its stead
                 self.reserve.remove(member)
-                self.reserve.append(self._start(member.bundle))
+                self.reserve.append(self._start(member.place))
                 self._ask_home(self.reserve[-1])
 
     def _ask_home(self, member: Member) -> None:
@@ -269,35 +270,32 @@ class Ranks:
         return int(sum(node["Resources"].get(kind, 0) for node in nodes.alive()
                        if node["NodeID"] not in self.leaving | self.unreachable))
 
-    def _start(self, bundle: int) -> Member:
+    def _start(self, place: int) -> Member:
         """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
         if not self.request.gpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        group, index = (self.groups[0], bundle) if len(self.groups) == 1 else (self.groups[bundle], 0)
         worker = ray.remote(Worker).options(
             num_cpus=1, num_gpus=1 if self.request.gpu else 0, resources=self.request.custom,
             max_concurrency=THREADS, max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            runtime_env={"env_vars": environment}).remote()
-        return Member(worker, bundle)
+            scheduling_strategy=self.places.strategy(place), runtime_env={"env_vars": environment}).remote()
+        return Member(worker, place)
 
 
 def place(config: Config, request: placement.Request) -> Ranks:
-    """An actor per rank, in rank order, in placement groups; `Transient` if the room is not free in time."""
+    """An actor per rank, in rank order; `Transient` if the room is not free in time."""
     each, spares = request.ranks_per_bundle, config.cluster.spares
     bundles = [request.bundle(each)] * request.bundles + [request.bundle(1)] * spares
     began, limit = time.time(), config.cluster.start_timeout_s
-    groups = _reserve(bundles, spread=request.spread, apart=config.cluster.min_ranks > 0)
+    places = Places(bundles, spread=request.spread, apart=config.cluster.min_ranks > 0)
     try:
-        ray.get([group.ready() for group in groups], timeout=limit)
-        ranks = Ranks(request, groups, config.layout.ep)
+        places.wait(limit)
+        ranks = Ranks(request, places, config.layout.ep)
         members = [ranks._start(i // each) for i in range(request.ranks)]
         homes = ray.get([member.worker.home.remote() for member in members],
                         timeout=max(10.0, limit - (ranks.placed_at - began)))
     except RayError as error:
-        for group in groups:
-            remove_placement_group(group)
+        places.remove()
         if not isinstance(error, GetTimeoutError):
             raise Transient(f"the ranks could not be started: {str(error).splitlines()[-1]}") from None
         free = ray.available_resources()
@@ -312,14 +310,6 @@ def place(config: Config, request: placement.Request) -> Ranks:
     ranks.members = [members[i] for i in order]
     ranks.reserve = [ranks._start(request.bundles + i) for i in range(spares)]
     return ranks
-
-
-def _reserve(bundles: list[dict[str, float]], *, spread: bool, apart: bool) -> list[PlacementGroup]:
-    """One placement group of all bundles; or, for a run that goes on without some of them, `apart`, one of each: while
-    a group lacks a bundle, Ray places no actor in any other of it."""
-    if apart and not spread:
-        return [placement_group([bundle], strategy="PACK") for bundle in bundles]
-    return [placement_group(bundles, strategy="STRICT_SPREAD" if spread else "PACK")]
 
 
 def kill(worker) -> None:
