@@ -57,6 +57,15 @@ def job_outcome(address: str, name: str, returned: int) -> int | None:
     return 0 if job["status"] == "SUCCEEDED" else job.get("driver_exit_code") or failed
 
 
+def has_ended(address: str, name: str) -> bool:
+    """Whether the dashboard knows the job, and that it has ended."""
+    try:
+        status, body = _get(address, f"{JOBS}{name}", _token())
+    except NotFit:
+        return False
+    return status == 200 and json.loads(body)["status"] not in ("PENDING", "RUNNING")
+
+
 def _token() -> str | None:
     """Where Ray looks for it, in Ray's order."""
     if os.environ.get("RAY_AUTH_TOKEN"):

@@ -3,6 +3,7 @@
 A job that is submitted goes on when we are interrupted; we say how it is ended.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -17,9 +18,11 @@ from pathlib import Path
 from orchestrator.choices import LaunchKind
 from orchestrator.errors import NotFit, Preempted, Transient
 from orchestrator.launch import Job
-from orchestrator.launch_dashboard import authentication, job_outcome
+from orchestrator.launch_dashboard import authentication, has_ended, job_outcome
 
 POLL_S = 2.0
+LOOK_S = 10.0
+"""Between two looks at a job whose log is followed."""
 SLURM_ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -42,8 +45,21 @@ def submit(job: Job, folder: Path) -> int:
 
 def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
     environment |= authentication(job.address, allow_insecure=job.allow_insecure)
-    returned = _follow(["sh", str(file)], environment, stop=f"ray job stop --address {job.address} {job.name}")
-    outcome = job_outcome(job.address, job.name, returned)
+    ended = 0
+
+    with subprocess.Popen(["sh", str(file)], env=environment) as shown:
+        def returned() -> int | None:
+            """Ray's log may stall when nodes are lost, and then never ends with its job."""
+            nonlocal ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return shown.wait(LOOK_S)
+            ended += has_ended(job.address, job.name)
+            if ended > 1:
+                shown.terminate()
+            return None
+
+        code = _poll(returned, stop=f"ray job stop --address {job.address} {job.name}")
+    outcome = job_outcome(job.address, job.name, code)
     if outcome is None:
         raise Transient(f"{job.name}: the connection to {job.address} ended before the job; it goes on if the head "
                         f"does: ray job logs --address {job.address} --follow {job.name}; if the head is gone, launch "

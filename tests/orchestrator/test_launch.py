@@ -18,7 +18,7 @@ from orchestrator import launch_submit
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.launch import HELP, Job, LaunchKind, fill, pinned
-from orchestrator.launch_dashboard import authentication, job_outcome
+from orchestrator.launch_dashboard import authentication, has_ended, job_outcome
 from orchestrator.launch_submit import submit
 from orchestrator.plan.layout import check_run
 
@@ -218,6 +218,19 @@ def test_a_dashboard_that_asks_gets_the_token_and_says_how_the_job_ended(dashboa
                                   ("RUNNING", None, None)]:
         answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": status, "driver_exit_code": code}))
         assert job_outcome(address, "mine", 1) == outcome
+        assert has_ended(address, "mine") == (status != "RUNNING")
+    assert not has_ended(address, "unknown")
+
+
+def test_a_log_that_stalls_does_not_outlast_its_job(dashboard, monkeypatch, tmp_path, capfd):
+    answers, port = dashboard
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    answers["/api/jobs/", "right"] = (200, "[]")
+    answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": "FAILED", "driver_exit_code": 34}))
+    monkeypatch.setattr(launch_submit, "POLL_S", 0.01)
+    monkeypatch.setattr(launch_submit, "LOOK_S", 0.2)
+    job = Job(LaunchKind.ray_job, "mine", "echo step 1\nexec sleep 600\n", f"http://127.0.0.1:{port}")
+    assert submit(job, tmp_path / "runs") == 34 and "step 1" in capfd.readouterr().out
 
 
 FAKES = {
