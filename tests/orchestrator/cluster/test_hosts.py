@@ -1,5 +1,6 @@
 """What runs on several nodes: a real Ray cluster, each node in its own namespaces, a client outside."""
 
+import contextlib
 import json
 import os
 import signal
@@ -79,7 +80,7 @@ def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, r
            "optim.decay_fraction=0", "layout.pp=1", "layout.dp=4"]
     local = start_here([*run, f"train.steps={COMPARED}", "checkpoint.memory_every=0"], tmp_path)
     elastic = launched(cluster, tmp_path, [*run, "train.steps=1000000", "cluster.min_ranks=2"])
-    with subprocess.Popen(**elastic, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+    with subprocess.Popen(**elastic, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0) as job:
         try:
             decided(tmp_path, "attempt_started", job)
             wait_until(lambda: len(losses(tmp_path / "hosts")) > 5, 120, "no steps")
@@ -101,7 +102,8 @@ def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, r
             cluster.head.signal(cluster.head.processes("orchestrator train")[-1], signal.SIGTERM)
             out, _ = job.communicate(timeout=60)
         finally:
-            job.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
     assert job.returncode == 34, out
     assert local.wait(240) == 0, local.stdout.read()
     there, here = losses(tmp_path / "hosts"), losses(tmp_path / "local")

@@ -1,0 +1,53 @@
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import free_port
+from tests.orchestrator.cluster.runs import PLANTED, environment
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray head with four CPUs and a job server, on loopback, with token authentication; its session's folder."""
+    port, dashboard, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    log = Path(folder, "start.log")
+    with open(log, "w") as out:
+        head = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--head",
+                                 "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
+                                 f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+                                 f"--dashboard-agent-listen-port={free_port()}",
+                                 "--disable-usage-stats", f"--temp-dir={folder}"], stdout=out, stderr=out,
+                                env=environment(RAY_AUTH_MODE="token", **PLANTED))
+    deadline = time.monotonic() + 180
+    while "Ray runtime started" not in log.read_text():
+        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    there = environment(RAY_AUTH_MODE="token", PYTHONPATH="", **PLANTED)
+    while subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address",
+                          f"http://127.0.0.1:{dashboard}", "--", "true"], capture_output=True, env=there).returncode:
+        assert time.monotonic() < deadline, "no agent takes a job"
+    yield ({"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", **PLANTED}, f"http://127.0.0.1:{dashboard}",
+           Path(folder))
+    head.terminate()  # not `ray stop`, which ends every Ray of the machine
+    head.wait(60)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""Whole runs of a tiny model through the command line: how tests start them and read what they leave."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+FOUR = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
+        "train.steps=8", "train.validate_every=4", "train.validate_sequences=16", "checkpoint.every=2",
+        "checkpoint.keep=0", "data.validation_fraction=0.2", "optim.warmup_steps=2", "tracker=off"]
+LONG = ["train.steps=60", "checkpoint.every=20", "checkpoint.memory_every=5", "train.validate_every=0"]
+PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+           "HF_TOKEN": secrets.token_hex(20), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+"""Secrets in the environment of the cluster and of whoever submits to it."""
+
+
+def command(text: Path, run_dir: Path | str, *overrides: str) -> list[str]:
+    return ["-m", "orchestrator", "train", *FOUR, f"data.path={text}/*.txt", f"data.cache_dir={text}/cache",
+            f"run.dir={run_dir}", *overrides]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return kept | {"PYTHONPATH": str(ROOT), "PATH": path} | variables
+
+
+def sparing(*arguments: str, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(**variables), text=True,
+                          capture_output=True, timeout=timeout)
+
+
+def start(*arguments: str, under: tuple[str, ...] = ()) -> subprocess.Popen:
+    return subprocess.Popen([*under, sys.executable, *arguments], cwd=ROOT, env=environment(), text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    keys = ("step", "train/loss", "train/grad_norm", "validation/loss")
+    return [tuple(row.get(key) for key in keys) for row in rows(run_dir)]
+
+
+def wait_until(condition, otherwise: str, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
+
+
+def reached(run_dir: Path, step: int) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count("\n") >= step
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    wait_until(lambda: reached(run_dir, step) or process.poll() is not None, f"step {step} was not reached")
+    assert process.poll() is None, process.communicate()
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    return [row for row in map(json.loads, (run_dir / "events.jsonl").read_text().splitlines()) if row["kind"] == kind]
