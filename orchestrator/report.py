@@ -59,7 +59,9 @@ def _header(runs: list[Run], title: str) -> str:
         if s["layout"]:
             parts.append("pp {pp} x dp {dp} (ep {ep}), {schedule}".format(**s["layout"]))
         if s["hardware"]:
-            parts.append(f"{s['hardware']['devices']} x {s['hardware']['name'] or s['hardware']['device']}")
+            spares = s["hardware"].get("spares")
+            parts.append(f"{s['hardware']['devices']} x {s['hardware']['name'] or s['hardware']['device']}"
+                         + (f" and {spares} to spare" if spares else ""))
         if s["attempts"]:
             parts.append(f"{s['attempts']} attempt" + "s" * (s["attempts"] != 1))
         name = f"<b>{escape(run.label)}</b> " if len(runs) > 1 else ""
@@ -280,7 +282,7 @@ def _footer(runs: list[Run]) -> str:
 
 
 def _dollars(usd: float) -> str:
-    return "$0" if usd == 0 else f"${format_number(usd)}" if usd >= 1e-3 else f"${usd:.1e}"
+    return "$0" if usd == 0 else f"${format_number(usd)}" if usd >= 1e-4 else f"${usd:.1e}"
 
 
 def markdown(runs: list[Run]) -> str:

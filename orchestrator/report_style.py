@@ -11,7 +11,7 @@ STYLE = """
   --c0: #0072b2; --c1: #d55e00; --c2: #8a5a9e; --c3: #009e73; --c4: #b8860b; --c5: #56b4e9;
   --c6: #cc79a7; --c7: #9aa1a9;
   --b0: #0072b2; --b1: #56b4e9; --b2: #e69f00; --b3: #f0d95c; --b4: #009e73; --b5: #d55e00;
-  --b6: #cc79a7; --b7: #c3c8ce;
+  --b6: #cc79a7; --b7: #c3c8ce; --b8: #8a5a9e;
   --h0: #08519c; --h1: #4292c6; --h2: #9ecae1; --h3: #d6e6f2; --h4: #f1f1ef; --h5: #fde0c1; --h6: #fdae6b;
   --h7: #e6550d; --h8: #8f2d04; }
 @media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1b1e23; --ink: #e6e8eb; --soft: #99a1ab;
@@ -74,7 +74,7 @@ footer p { margin-bottom: 4px; }
   .tiles { grid-template-columns: 1fr 1fr; } }
 @media print { main { max-width: none; padding: 0; } figure, details { break-inside: avoid; } }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); --k: var(--c{i}); }} .dot.c{i}, .hit.c{i} {{ fill: var(--c{i}); }} "
-              f".b{i} {{ fill: var(--b{i}); --k: var(--b{i}); }}\n" for i in range(8)) + "".join(
+              f".b{i} {{ fill: var(--b{i}); --k: var(--b{i}); }}\n" for i in range(9)) + "".join(
     f".h{i} {{ fill: var(--h{i}); --k: var(--h{i}); }}\n" for i in range(9))
 
 

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from orchestrator.config import HardwareConfig
 from orchestrator.errors import BadRequest
 
-BUCKETS = ("goodput", "validation", "startup", "data", "checkpoint", "lost_work", "restart", "spares", "idle")
+BUCKETS = ("goodput", "validation", "startup", "data", "checkpoint", "lost_work", "restart", "idle", "spares")
 """Where a charged device-second goes: `goodput` made a step that was kept, the rest by Google's badput names, and
 `spares` are devices held warm without a rank."""
 
