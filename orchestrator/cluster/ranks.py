@@ -224,7 +224,7 @@ class Ranks:
                    if group.statuses[rank].get("answers", True)} | {ray.get_runtime_context().get_node_id()}
         if not silent:
             return
-        lost = nodes.unreachable({node: self.doors[node] for node in silent})
+        lost = nodes.unreachable({node: door for node, door in self.doors.items() if node in silent})
         self.unreachable |= lost
         for rank, member in enumerate(self.members):
             if member.home["node"] in lost and rank not in group.ended:
