@@ -45,6 +45,29 @@ def backward_bytes(work: Workload, moe: bool) -> float:
     return again + tokens * work.keeping.element * (width + rows + 2 * stream(work))
 
 
+def gradient_bytes(work: Workload, moe: bool) -> float:
+    """Of the outputs of one block's products, which a weight part multiplies with their inputs."""
+    model, heads, values = work.model, work.model.n_heads / work.tp, count.v_head_dim(work.model)
+    if model.attention is Attention.mla:
+        attention = (model.q_lora_rank + model.kv_lora_rank + model.qk_rope_head_dim
+                     + heads * (model.qk_head_dim + model.qk_nope_head_dim + values))
+    else:
+        attention = (heads + 2 * model.n_kv_heads / work.tp) * model.head_dim
+    if moe:
+        shared = 2 * model.n_shared_experts * model.moe_inter_dim / work.tp
+        shared += stream(work) if model.n_shared_experts else 0
+        rows = model.n_activated_experts * work.imbalance
+        inner = shared + model.n_routed_experts + rows * (2 * model.moe_inter_dim + model.dim)
+    else:
+        inner = 2 * model.inter_dim / work.tp + stream(work)
+    return work.microbatch_tokens * work.keeping.element * (attention + stream(work) + inner)
+
+
+def logit_gradient_bytes(work: Workload) -> float:
+    """As `gradient_bytes`, of every head."""
+    return work.microbatch_tokens * (1 + work.model.n_mtp_layers) * _vocabulary(work) * work.keeping.element
+
+
 def stream(work: Workload) -> float:
     """Elements per token of the residual stream on one rank."""
     return work.model.dim / (work.tp if work.keeping.sequence_parallel else 1)

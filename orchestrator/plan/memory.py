@@ -4,12 +4,21 @@ State is counted parameter by parameter, activations tensor by tensor (`activati
 flight is read off the schedule's table. The peak is the largest sum over a rank's actions.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
 from model.config import ModelConfig
 from orchestrator.config import HardwareConfig, Schedule
-from orchestrator.plan.activations import backward_bytes, block_bytes, head_bytes, loss_bytes, stream
+from orchestrator.plan.activations import (
+    backward_bytes,
+    block_bytes,
+    gradient_bytes,
+    head_bytes,
+    logit_gradient_bytes,
+    loss_bytes,
+    stream,
+)
 from orchestrator.plan.layout import stages_of
 from orchestrator.plan.schedule import actions, dualpipe
 from orchestrator.plan.workload import Workload, is_last, largest_block, stage_layers, stage_parameters
@@ -58,16 +67,19 @@ def activation_peaks(work: Workload) -> list[tuple[float, float]]:
     kinds = {kind for group in groups for case in group.cases for kind in case.running}
     block = {moe: block_bytes(work, moe) for moe in kinds}
     backward = {moe: backward_bytes(work, moe) for moe in kinds}
-    head, loss = head_bytes(work), loss_bytes(work)
+    split = {moe: gradient_bytes(work, moe) for moe in (False, True)} if work.keeping.split_gradients else {}
+    head, loss, logits = head_bytes(work), loss_bytes(work), logit_gradient_bytes(work)
     peaks = []
     for group in groups:
         best = 0.0, 0.0
         for case in group.cases:
             bodies = case.dense * block.get(False, 0.0) + case.moe * block.get(True, 0.0)
-            heads = case.heads * head
+            bodies += case.split_dense * split.get(False, 0.0) + case.split_moe * split.get(True, 0.0)
+            heads = case.heads * head + case.split_heads * logits
             # A stage's backward begins with the loss, whose logits are gone when the blocks' turn comes.
             at_loss = bodies, heads + case.last * loss
-            in_block = bodies + max([backward[kind] for kind in case.running]), heads - case.last * head
+            gone = head if case.last and not case.split_heads else 0.0
+            in_block = bodies + max([backward[kind] for kind in case.running]), heads - gone
             best = max(best, at_loss, in_block, key=sum)
         peaks.append(best)
     return peaks
@@ -105,6 +117,10 @@ class _Case:
     """The stage that runs has the head."""
     running: tuple[bool, ...]
     """Kinds of its blocks: routed or not."""
+    split_dense: int = 0
+    """As `dense`, of microbatches between the parts of their backward; 0 where nothing more is kept for them."""
+    split_moe: int = 0
+    split_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,12 +136,12 @@ class _Group:
 def _groups(work: Workload) -> list[_Group]:
     schedule = work.schedule if work.pp > 1 else "1f1b"
     return _groups_of(tuple(vars(work.model).items()), work.seq_len, work.pp, schedule, work.stages_per_rank,
-                      work.even_stages, _enough(schedule, work.microbatches, work.pp))
+                      work.even_stages, _enough(schedule, work.microbatches, work.pp), work.keeping.split_gradients)
 
 
 @lru_cache(maxsize=512)
 def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_rank: int, even: bool,
-               microbatches: int) -> list[_Group]:
+               microbatches: int, split: bool) -> list[_Group]:
     model = ModelConfig(**dict(shape))
     work = Workload(model, HardwareConfig(), seq_len, 1, pp, 1, 1, schedule, microbatches, stages_per_rank,
                     even_stages=even)
@@ -138,11 +154,15 @@ def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_ra
         key = sum(dense for dense, _ in sizes), sum(routed for _, routed in sizes)
         ranks, found = groups.setdefault(key, ([], set()))
         ranks.append(rank)
-        for running, counts in cases:
-            moe = sum(number * blocks[stage].count(True) for stage, number in counts)
-            dense = sum(number * blocks[stage].count(False) for stage, number in counts)
-            heads = sum(number * last[stage] for stage, number in counts)
-            found.add(_Case(dense, moe, heads, last[running], tuple(sorted(set(blocks[running])))))
+        def number(counts: tuple[tuple[int, int], ...], kind: bool, blocks=blocks) -> int:
+            return sum(times * blocks[stage].count(kind) for stage, times in counts)
+
+        for running, counts, halfway in cases:
+            halfway = halfway if split else ()
+            heads, split_heads = (sum(times * last[stage] for stage, times in which) for which in (counts, halfway))
+            found.add(_Case(number(counts, False), number(counts, True), heads, last[running],
+                            tuple(sorted(set(blocks[running]))), number(halfway, False), number(halfway, True),
+                            split_heads))
     return [_Group(tuple(ranks), *key, tuple(case for case in cases if not any(_more(other, case) for other in cases)))
             for key, (ranks, cases) in groups.items()]
 
@@ -158,13 +178,16 @@ def _blocks(work: Workload, stage: int, ranges: list[range]) -> list[bool]:
 def _more(other: _Case, case: _Case) -> bool:
     """Whether `other` is another case that needs at least as much, whatever the sizes."""
     return other != case and other.last == case.last and set(case.running) <= set(other.running) and (
-        other.dense >= case.dense and other.moe >= case.moe and other.heads >= case.heads)
+        other.dense >= case.dense and other.moe >= case.moe and other.heads >= case.heads
+        and other.split_dense >= case.split_dense and other.split_moe >= case.split_moe
+        and other.split_heads == case.split_heads)
 
 
-def in_flight(work: Workload) -> list[list[tuple[int, tuple[tuple[int, int], ...]]]]:
-    """Per rank: a stage that runs, and how many microbatches of each stage are held then; every such case."""
+def in_flight(work: Workload) -> list[list[tuple]]:
+    """Per rank: a stage that runs, how many microbatches of each stage are held then, and how many of these are between
+    the parts of their backward; every such case."""
     if work.pp == 1:
-        return [[(0, ((0, 1),))]]
+        return [[(0, ((0, 1),), ())]]
     if work.schedule == "dualpipe":
         table = dualpipe(work.pp, work.microbatches)
     else:
@@ -179,15 +202,15 @@ def _enough(schedule: str, microbatches: int, pp: int) -> int:
 
 def _cases(row: list[tuple]) -> list[tuple]:
     """Up with a forward; down with a full backward or a weight part, which still see what they free."""
-    now: dict[int, int] = {}
+    now, halfway = Counter(), Counter()
     seen: set[tuple] = set()
     for slot in row:
         for kind, stage, _ in slot:
-            if kind == "F":
-                now[stage] = now.get(stage, 0) + 1
-            seen.add((stage, tuple(sorted(now.items()))))
-            if kind in "BW":
-                now[stage] -= 1
+            now[stage] += kind == "F"
+            halfway[stage] += kind == "I"
+            seen.add((stage, tuple(sorted(now.items())), tuple(sorted(halfway.items()))))
+            now[stage] -= kind in "BW"
+            halfway[stage] -= kind == "W"
     return list(seen)
 
 

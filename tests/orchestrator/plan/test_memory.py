@@ -94,7 +94,9 @@ def peak_of_rank(info: RankInfo, overrides: list[str]) -> int:
 
 
 @pytest.mark.parametrize("overrides, within", [
-    (["layout.pp=2", "layout.microbatches=4"], 0.05), (["layout.dp=2"], 0.1), (["layout.dp=2", "layout.ep=2"], 0.1)])
+    (["layout.pp=2", "layout.microbatches=4"], 0.05), (["layout.dp=2"], 0.1), (["layout.dp=2", "layout.ep=2"], 0.1),
+    (["layout.pp=2", "layout.schedule=dualpipev", "layout.microbatches=4"], 0.05),
+    (["layout.pp=2", "layout.schedule=zbv", "layout.microbatches=4"], 0.06)])
 def test_the_fullest_ranks_measured_peak_is_met(ranks, overrides, within):
     """Data-parallel ranks give memory back as their collectives happen to end. More layouts: docs/planner.md."""
     config = compose_config(["model=tiny", *overrides])
