@@ -19,6 +19,7 @@ from orchestrator.errors import NotFit, Preempted
 JOBS = "/api/jobs/"
 TIMEOUT_S = 15.0
 REFUSED = (401, 403)
+UNDER_WAY = ("PENDING", "RUNNING")
 
 
 def authentication(address: str, *, allow_insecure: bool) -> dict[str, str]:
@@ -51,7 +52,7 @@ def job_outcome(address: str, name: str, returned: int) -> int | None:
     if status != 200:
         return returned or 1
     job = json.loads(body)
-    if job["status"] in ("PENDING", "RUNNING"):
+    if job["status"] in UNDER_WAY:
         return None
     failed = Preempted.exit_code if job["status"] == "STOPPED" else 1
     return 0 if job["status"] == "SUCCEEDED" else job.get("driver_exit_code") or failed
@@ -63,7 +64,7 @@ def has_ended(address: str, name: str) -> bool:
         status, body = _get(address, f"{JOBS}{name}", _token())
     except NotFit:
         return False
-    return status == 200 and json.loads(body)["status"] not in ("PENDING", "RUNNING")
+    return status == 200 and json.loads(body)["status"] not in UNDER_WAY
 
 
 def _token() -> str | None:

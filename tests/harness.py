@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from orchestrator.parallel.mesh import RankInfo
 
@@ -63,6 +64,12 @@ class Ranks:
             process.join()
             pipe.close()
         self.workers.clear()
+
+
+def write_corpus(folder: Path, files: int) -> None:
+    """So many small text files, the same each time."""
+    for i in range(files):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
 
 
 def free_port() -> int:

@@ -4,7 +4,7 @@ import time
 
 import ray
 
-from orchestrator.cluster import placement
+from orchestrator.cluster import nodes, placement
 from orchestrator.config import Config, DataKind
 from orchestrator.errors import NotFit
 from orchestrator.train.progress import Progress
@@ -24,11 +24,10 @@ def checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.
     """What to ask of Ray; `NotFit`, with what is missing, where the nodes that joined in time can never give it."""
     deadline = time.monotonic() + config.cluster.join_timeout_s
     while True:
-        nodes = [placement.Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0),
-                                node["Resources"].get("GPU", 0), node["Resources"]) for node in ray.nodes()
-                 if node["Alive"]]
-        request = placement.request_for(config, nodes, gpu=gpu, simulated=simulated)
-        missing = placement.what_is_missing(request, nodes)
+        there = [placement.Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0),
+                                node["Resources"].get("GPU", 0), node["Resources"]) for node in nodes.alive()]
+        request = placement.request_for(config, there, gpu=gpu, simulated=simulated)
+        missing = placement.what_is_missing(request, there)
         if missing is None:
             return request
         if time.monotonic() > deadline:

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import free_port
+from tests.harness import free_port, write_corpus
 from tests.orchestrator.cluster.runs import PLANTED, environment
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    for i in range(20):
-        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
+    write_corpus(folder, 20)
     return folder
 
 

@@ -5,14 +5,17 @@ import os
 import secrets
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from tests.cluster_harness import wait_until
 
 ROOT = Path(__file__).parents[3]
 FOUR = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
         "train.steps=8", "train.validate_every=4", "train.validate_sequences=16", "checkpoint.every=2",
         "checkpoint.keep=0", "data.validation_fraction=0.2", "optim.warmup_steps=2", "tracker=off"]
 LONG = ["train.steps=60", "checkpoint.every=20", "checkpoint.memory_every=5", "train.validate_every=0"]
+PATIENCE_S = 180
+"""For whatever a run is waited for."""
 PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
            "HF_TOKEN": secrets.token_hex(20), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 """Secrets in the environment of the cluster and of whoever submits to it."""
@@ -48,20 +51,14 @@ def losses(run_dir: Path) -> list[tuple]:
     return [tuple(row.get(key) for key in keys) for row in rows(run_dir)]
 
 
-def wait_until(condition, otherwise: str, timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
-
-
 def reached(run_dir: Path, step: int) -> bool:
     metrics = run_dir / "metrics.jsonl"
     return metrics.exists() and metrics.read_text().count("\n") >= step
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    wait_until(lambda: reached(run_dir, step) or process.poll() is not None, f"step {step} was not reached")
+    wait_until(lambda: reached(run_dir, step) or process.poll() is not None, PATIENCE_S,
+               f"step {step} was not reached")
     assert process.poll() is None, process.communicate()
 
 

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from tests.cluster_harness import wait_until
 from tests.orchestrator.cluster.runs import (
     LONG,
+    PATIENCE_S,
     ROOT,
     command,
     environment,
@@ -19,7 +21,6 @@ from tests.orchestrator.cluster.runs import (
     sparing,
     start,
     wait_for_step,
-    wait_until,
 )
 
 pytestmark = pytest.mark.ray
@@ -121,13 +122,18 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
         assert "does not answer" in (tmp_path / "stacks-1.txt").read_text()
 
 
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), PATIENCE_S,
+               "ranks outlive their driver")
+
+
 def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(text, clean, tmp_path):
     process = start(*command(text, tmp_path, *LONG))
     wait_for_step(tmp_path, 23, process)
     pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "ranks outlive their driver")
+    wait_until_gone(pids)
     dropped = [row for row in rows(tmp_path) if row["step"] > 20]
     done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -143,7 +149,7 @@ def test_a_cluster_ends_a_run_whose_driver_is_killed_with_a_checkpoint(cluster, 
     pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
     process.kill()
     process.wait()
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "ranks outlive their driver")
+    wait_until_gone(pids)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "preempted" and summary["checkpoint"]["step"] == summary["steps"] >= 13
     assert "its driver is gone" in (tmp_path / "events.jsonl").read_text()

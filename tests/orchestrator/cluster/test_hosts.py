@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster_harness import ROOT, hosts, wait_until, why_no_hosts
+from tests.harness import write_corpus
+from tests.orchestrator.cluster.runs import losses
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))]
 RUN = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
@@ -31,12 +33,6 @@ def cluster():
         yield running
 
 
-def losses(run_dir: Path) -> list[tuple]:
-    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [tuple(row.get(key) for key in ("step", "train/loss", "train/grad_norm", "validation/loss"))
-            for row in rows]
-
-
 def test_nobody_talks_to_the_cluster_without_its_token(cluster):
     assert cluster.get("/api/jobs/", authenticated=False)[0] == 401
     assert cluster.get("/api/jobs/") == (200, b"[]")
@@ -45,8 +41,7 @@ def test_nobody_talks_to_the_cluster_without_its_token(cluster):
 
 @pytest.fixture
 def run(tmp_path):
-    for i in range(20):
-        (tmp_path / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
+    write_corpus(tmp_path, 20)
     return [*RUN, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache"]
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster_harness import wait_until
 from tests.harness import free_port
 from tests.orchestrator.cluster.runs import (
+    PATIENCE_S,
     PLANTED,
     ROOT,
     command,
@@ -24,7 +26,6 @@ from tests.orchestrator.cluster.runs import (
     sparing,
     start,
     wait_for_step,
-    wait_until,
 )
 
 pytestmark = pytest.mark.ray
@@ -145,9 +146,9 @@ def test_ray_job_stop_ends_a_run_with_a_checkpoint(cluster, text, tmp_path):
                                 "--submission-id", "stopped", "--", "python",
                                 *command(text, tmp_path, "train.steps=2000", "checkpoint.every=0")], **there)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    wait_until(lambda: reached(tmp_path, 3), "step 3 was not reached")
+    wait_until(lambda: reached(tmp_path, 3), PATIENCE_S, "step 3 was not reached")
     subprocess.run([*job, "stop", "--address", cluster[1], "stopped"], **there)
-    wait_until((tmp_path / "summary.json").exists, "the run has not ended by itself")
+    wait_until((tmp_path / "summary.json").exists, PATIENCE_S, "the run has not ended by itself")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "preempted" and summary["checkpoint"]["step"] == summary["steps"]
 

@@ -29,6 +29,18 @@ def v3() -> Workload:
                     recompute=Recompute.selective)
 
 
+def most_allocated(recorded: profile, *, before: int = 0, since: str | None = None) -> int:
+    """The most bytes held at once, `before` the recording began and by its events, from the one named `since` on."""
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    start = next(event.start_ns() for event in events if event.name() == since) if since else 0
+    now = most = before
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now) if event.start_ns() >= start else now
+    return most
+
+
 def measured_peak(model, sequences: int, seq_len: int, microbatches: int, *, recompute: bool) -> int:
     """Bytes of parameters and optimizer, and at most of what a second step allocates on top."""
     network = Transformer(model).train()
@@ -47,14 +59,10 @@ def measured_peak(model, sequences: int, seq_len: int, microbatches: int, *, rec
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    now = most = sum(3 * p.numel() * p.element_size() for p in network.parameters())
+    before = sum(3 * p.numel() * p.element_size() for p in network.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    return most_allocated(recorded, before=before)
 
 
 @pytest.mark.parametrize("name, recompute", [("tiny", False), ("tiny", True), ("tiny_dense_active", False)])
@@ -83,14 +91,7 @@ def peak_of_rank(info: RankInfo, overrides: list[str]) -> int:
                 pipeline.finish_grads()
                 clip_and_step(optimizer, pipeline.shards, norm=1.0, optim=config.optim, lr=1e-3)
                 pipeline.zero_grad()
-    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    second = next(event.start_ns() for event in events if event.name() == "step 1")
-    now = most = 0
-    for event in events:
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now) if event.start_ns() >= second else now
-    return most
+    return most_allocated(recorded, since="step 1")
 
 
 @pytest.mark.parametrize("overrides, within", [

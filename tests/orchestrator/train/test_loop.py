@@ -16,6 +16,7 @@ from orchestrator.train import data
 from orchestrator.train.control import Control
 from orchestrator.train.loop import Trainer, run_rank
 from orchestrator.train.replica import Replicas
+from tests.harness import write_corpus
 
 LAYOUTS = {"one": (1, 1, 1, 4), "pp2_ep2": (2, 2, 2, 4), "ep4": (1, 4, 4, 2), "pp4": (4, 1, 1, 4)}
 
@@ -23,8 +24,7 @@ LAYOUTS = {"one": (1, 1, 1, 4), "pp2_ep2": (2, 2, 2, 4), "ep4": (1, 4, 4, 2), "p
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    for i in range(12):
-        (folder / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 13}\n" for j in range(120)))
+    write_corpus(folder, 12)
     return folder
 
 
