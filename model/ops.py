@@ -18,8 +18,9 @@ def swiglu_backward(grad: Tensor, hidden: Tensor) -> Tensor:
     gate, up = hidden.chunk(2, dim=-1)
     out = torch.empty_like(hidden)
     grad_gate, grad_up = out.chunk(2, dim=-1)
-    torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
+    torch.mul(grad, up, out=grad_gate)
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
     return out
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
 
 from model.config import ModelConfig
 from model.transformer import Transformer, moe_layers, routers
 from orchestrator.config import Config, LayoutConfig
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.shard import Shard, build_stage, set_grad_sync, shards_of, tie_embedding_grads
+from orchestrator.parallel.stage import Stage
 from orchestrator.plan.layout import num_stages, split_stages, stages_of
 from orchestrator.plan.schedule import torch_class
 
@@ -140,9 +140,9 @@ class Pipeline:
         hidden = self._hidden(part).requires_grad_()
         losses = self._no_losses(tokens)[None].requires_grad_()
         total = layout.pp * len(self.stage_ids)
-        stages = [PipelineStage(module, index, total, tokens.device, group=self.mesh.pp,
-                                input_args=(part,) if index == 0 else (hidden,),
-                                output_args=(losses,) if index == total - 1 else (hidden,))
+        stages = [Stage(module, index, total, tokens.device, group=self.mesh.pp,
+                        input_args=(part,) if index == 0 else (hidden,),
+                        output_args=(losses,) if index == total - 1 else (hidden,))
                   for index, module in zip(self.stage_ids, self.stages, strict=True)]
         collected = _Collected()
         kind = torch_class(layout.schedule)

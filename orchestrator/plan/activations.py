@@ -46,7 +46,8 @@ def backward_bytes(work: Workload, moe: bool) -> float:
 
 
 def gradient_bytes(work: Workload, moe: bool) -> float:
-    """Of the outputs of one block's products, which a weight part multiplies with their inputs."""
+    """Of the outputs of one block's products and norms, which a weight part multiplies with their inputs, and of the
+    norms' inputs, which autograd does not let go either."""
     model, heads, values = work.model, work.model.n_heads / work.tp, count.v_head_dim(work.model)
     if model.attention is Attention.mla:
         attention = (model.q_lora_rank + model.kv_lora_rank + model.qk_rope_head_dim
@@ -60,7 +61,7 @@ def gradient_bytes(work: Workload, moe: bool) -> float:
         inner = shared + model.n_routed_experts + rows * (2 * model.moe_inter_dim + model.dim)
     else:
         inner = 2 * model.inter_dim / work.tp + stream(work)
-    return work.microbatch_tokens * work.keeping.element * (attention + stream(work) + inner)
+    return work.microbatch_tokens * work.keeping.element * (attention + 5 * stream(work) + inner)
 
 
 def logit_gradient_bytes(work: Workload) -> float:

@@ -37,10 +37,10 @@ class Keeping:
     """The experts' outputs are kept for the gradient of the routing weights."""
     fp8_more: bool = False
     """With FP8 products, SwiGLU's inputs are kept in FP8 too, and attention's output in twelve bits."""
-    split_gradients: bool = False
-    """From a backward's input part to its weight part, gradients of every product's output are kept."""
-    reduce_copy: bool = False
-    """Gradients of a block are copied to be reduced, not reduced where they are."""
+    eager: bool = False
+    """As torch's autograd, FSDP2 and pipelining do unless told otherwise: gradients are made by a stage's first
+    backward of a step and reduced as copies; a stage's output is kept until its backward; from a backward's input part
+    to its weight part, gradients of every product's and norm's output are kept."""
     gathers_tokens: bool = False
     """Expert-parallel ranks gather each other's tokens whole, rather than exchange rows."""
     padded_values: bool = False
@@ -53,12 +53,12 @@ PLANNED = Keeping(weight=2, moments=4, routed_output=False, fp8_more=True, logit
 """What the V3 report keeps (section 3.3.3): bf16 weights and moments, fp32 gradients and masters, SwiGLU's inputs in
 FP8 beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
 
-SPARING = Keeping(weight=6, master_is_weight=True, logit=12, split_gradients=True, reduce_copy=True)
+SPARING = Keeping(weight=6, master_is_weight=True, logit=12, eager=True)
 """fp32 gathered over the replicas, and its bf16 cast of autocast's cache; the loss in fp32: log-probabilities, and two
 gradients of them."""
 
 SPARING_CPU = Keeping(weight=4, master_is_weight=True, element=4, logit=12, padded_values=True,
-                      split_gradients=True, reduce_copy=True, framework_gib=0.0)
+                      eager=True, framework_gib=0.0)
 """The same in fp32 on a CPU, where nothing but tensors is counted."""
 
 MEGATRON = Keeping(weight=2, routed_output=False, framework_gib=0.0)

@@ -5,6 +5,7 @@ flight is read off the schedule's table. The peak is the largest sum over a rank
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,8 @@ from orchestrator.plan.workload import Workload, is_last, largest_block, stage_l
 
 GIB = 2**30
 FULL = "needs {total:.0f} GiB of {have:.0f} usable, {most:.0f} of them {component}"
+
+
 def memory_gib(work: Workload) -> dict[str, float]:
     """By component, with `total`, of the pipeline rank that needs most."""
     return max(group_memory_gib(work, activation_peaks(work)), key=lambda parts: parts["total"])
@@ -36,7 +39,7 @@ def rank_memory_gib(work: Workload) -> list[dict[str, float]]:
     return [found[next(i for i, group in enumerate(_groups(work)) if rank in group.ranks)] for rank in range(work.pp)]
 
 
-def too_large(work: Workload, peaks: list[tuple[float, float]] | None = None) -> str | None:
+def too_large(work: Workload, peaks: list[tuple[float, float, float]] | None = None) -> str | None:
     """Why it does not fit, or None if it does: the fullest rank against the usable share of the device.
 
     peaks: `activation_peaks`, if known.
@@ -49,39 +52,45 @@ def too_large(work: Workload, peaks: list[tuple[float, float]] | None = None) ->
     return FULL.format(total=need["total"], have=have, most=need[component], component=component)
 
 
-def group_memory_gib(work: Workload, peaks: list[tuple[float, float]]) -> list[dict[str, float]]:
+def group_memory_gib(work: Workload, peaks: list[tuple[float, float, float]]) -> list[dict[str, float]]:
     """Of every group of ranks that hold alike."""
     found = []
-    for group, (held, logits) in zip(_groups(work), peaks, strict=True):
-        parts = state_bytes(work, group.dense / work.tp, group.routed / (work.ep * work.etp))
+    for group, (held, logits, absent) in zip(_groups(work), peaks, strict=True):
+        parts = _state(work, group.dense, group.routed)
+        parts["gradients"] -= absent
         parts |= {"activations": held, "logits": logits, "buffers": _buffer_bytes(work, moe=group.routed > 0)}
         gib = {name: size / GIB for name, size in parts.items()} | {"framework": work.keeping.framework_gib}
         found.append(gib | {"total": sum(gib.values())})
     return found
 
 
-def activation_peaks(work: Workload) -> list[tuple[float, float]]:
-    """Per group of ranks, bytes of activations and of logits at the action where their sum is largest. It depends on
-    the layout and on recompute, not on the ZeRO stage."""
+def activation_peaks(work: Workload) -> list[tuple[float, float, float]]:
+    """Per group of ranks, bytes of activations, of logits and of gradients that are not there yet, at the action where
+    most is held. It depends on the layout and on recompute, and where gradients are made late on the ZeRO stage."""
     groups = _groups(work)
     kinds = {kind for group in groups for case in group.cases for kind in case.running}
     block = {moe: block_bytes(work, moe) for moe in kinds}
     backward = {moe: backward_bytes(work, moe) for moe in kinds}
-    split = {moe: gradient_bytes(work, moe) for moe in (False, True)} if work.keeping.split_gradients else {}
+    split = {moe: gradient_bytes(work, moe) for moe in (False, True)} if work.keeping.eager else {}
     head, loss, logits = head_bytes(work), loss_bytes(work), logit_gradient_bytes(work)
+    output = work.microbatch_tokens * stream(work) * work.keeping.element
     peaks = []
     for group in groups:
-        best = 0.0, 0.0
+        best = 0.0, 0.0, 0.0, 0.0
         for case in group.cases:
+            absent = case.dense_absent or case.routed_absent
+            absent = _state(work, case.dense_absent, case.routed_absent)["gradients"] if absent else 0.0
             bodies = case.dense * block.get(False, 0.0) + case.moe * block.get(True, 0.0)
             bodies += case.split_dense * split.get(False, 0.0) + case.split_moe * split.get(True, 0.0)
+            bodies += case.outputs * output
             heads = case.heads * head + case.split_heads * logits
             # A stage's backward begins with the loss, whose logits are gone when the blocks' turn comes.
-            at_loss = bodies, heads + case.last * loss
-            gone = head if case.last and not case.split_heads else 0.0
-            in_block = bodies + max([backward[kind] for kind in case.running]), heads - gone
-            best = max(best, at_loss, in_block, key=sum)
-        peaks.append(best)
+            at_loss = heads + case.last * loss
+            after_loss = heads - head if case.last and not case.split_heads else heads
+            in_block = bodies + max([backward[kind] for kind in case.running], default=0.0)
+            best = max(best, (bodies + at_loss - absent, bodies, at_loss, absent),
+                       (in_block + after_loss - absent, in_block, after_loss, absent))
+        peaks.append(best[1:])
     return peaks
 
 
@@ -94,12 +103,18 @@ def stages_on(work: Workload, rank: int) -> list[int]:
     return stages_of(rank, work.pp, Schedule[work.schedule], work.stages_per_rank)
 
 
+def _state(work: Workload, dense: float, routed: float) -> dict[str, float]:
+    """`state_bytes` of numbers of parameters before tensor and expert parallelism."""
+    return state_bytes(work, dense / work.tp, routed / (work.ep * work.etp))
+
+
 def state_bytes(work: Workload, dense: float, experts: float) -> dict[str, float]:
     """Of a rank's parameters outside the routed experts and of its routed ones, by component."""
     keep, total = work.keeping, {"weights": 0.0, "gradients": 0.0, "masters": 0.0, "moments": 0.0}
+    reduced = 1 if keep.eager and work.microbatches == 1 else 2  # nothing to add up: reduced as they are made
     for number, replicas in ((dense, work.replicas), (experts, work.expert_replicas)):
         master = 0.0 if keep.master_is_weight and replicas == 1 else keep.master
-        for stage, name, each in ((3, "weights", keep.weight), (2, "gradients", keep.gradient),
+        for stage, name, each in ((3, "weights", keep.weight), (reduced, "gradients", keep.gradient),
                                   (1, "masters", master), (1, "moments", keep.moments)):
             total[name] += number * each / (replicas if work.zero >= stage else 1)
     return total
@@ -121,6 +136,12 @@ class _Case:
     """As `dense`, of microbatches between the parts of their backward; 0 where nothing more is kept for them."""
     split_moe: int = 0
     split_heads: int = 0
+    outputs: int = 0
+    """Outputs of stages that are kept beside their blocks' own."""
+    dense_absent: float = 0.0
+    """Parameters, before tensor and expert parallelism, that have no gradient yet; 0 where gradients are always
+    there."""
+    routed_absent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,35 +157,44 @@ class _Group:
 def _groups(work: Workload) -> list[_Group]:
     schedule = work.schedule if work.pp > 1 else "1f1b"
     return _groups_of(tuple(vars(work.model).items()), work.seq_len, work.pp, schedule, work.stages_per_rank,
-                      work.even_stages, _enough(schedule, work.microbatches, work.pp), work.keeping.split_gradients)
+                      work.even_stages, _enough(schedule, work.microbatches, work.pp), work.keeping.eager)
 
 
 @lru_cache(maxsize=512)
 def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_rank: int, even: bool,
-               microbatches: int, split: bool) -> list[_Group]:
+               microbatches: int, eager: bool) -> list[_Group]:
     model = ModelConfig(**dict(shape))
     work = Workload(model, HardwareConfig(), seq_len, 1, pp, 1, 1, schedule, microbatches, stages_per_rank,
                     even_stages=even)
     ranges, groups = stage_layers(work), {}
     for rank, cases in enumerate(in_flight(work)):
         stages = stages_on(work, rank)
-        sizes = [stage_parameters(work, stage, ranges) for stage in stages]
+        sizes = {stage: stage_parameters(work, stage, ranges) for stage in stages}
         blocks = {stage: _blocks(work, stage, ranges) for stage in stages}
         last = {stage: is_last(work, stage, len(ranges)) for stage in stages}
-        key = sum(dense for dense, _ in sizes), sum(routed for _, routed in sizes)
+        key = _sum(sizes.values())
         ranks, found = groups.setdefault(key, ([], set()))
         ranks.append(rank)
         def number(counts: tuple[tuple[int, int], ...], kind: bool, blocks=blocks) -> int:
             return sum(times * blocks[stage].count(kind) for stage, times in counts)
 
-        for running, counts, halfway in cases:
-            halfway = halfway if split else ()
+        for running, counts, halfway, started in cases:
+            if running is None and not eager:
+                continue
+            halfway = halfway if eager else ()
+            absent = _sum(size for stage, size in sizes.items() if eager and stage not in started)
             heads, split_heads = (sum(times * last[stage] for stage, times in which) for which in (counts, halfway))
-            found.add(_Case(number(counts, False), number(counts, True), heads, last[running],
-                            tuple(sorted(set(blocks[running]))), number(halfway, False), number(halfway, True),
-                            split_heads))
+            outputs = sum(times for stage, times in counts if not last[stage]) if eager else 0
+            kinds = () if running is None else tuple(sorted(set(blocks[running])))
+            found.add(_Case(number(counts, False), number(counts, True), heads, running is not None and last[running],
+                            kinds, number(halfway, False), number(halfway, True), split_heads, outputs, *absent))
     return [_Group(tuple(ranks), *key, tuple(case for case in cases if not any(_more(other, case) for other in cases)))
             for key, (ranks, cases) in groups.items()]
+
+
+def _sum(sizes: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    dense, routed = zip((0.0, 0.0), *sizes, strict=True)
+    return sum(dense), sum(routed)
 
 
 def _blocks(work: Workload, stage: int, ranges: list[range]) -> list[bool]:
@@ -177,17 +207,19 @@ def _blocks(work: Workload, stage: int, ranges: list[range]) -> list[bool]:
 
 def _more(other: _Case, case: _Case) -> bool:
     """Whether `other` is another case that needs at least as much, whatever the sizes."""
-    return other != case and other.last == case.last and set(case.running) <= set(other.running) and (
-        other.dense >= case.dense and other.moe >= case.moe and other.heads >= case.heads
-        and other.split_dense >= case.split_dense and other.split_moe >= case.split_moe
-        and other.split_heads == case.split_heads)
+    more = ("dense", "moe", "heads", "split_dense", "split_moe", "outputs")
+    less = ("dense_absent", "routed_absent")
+    return (other != case and other.last == case.last and other.split_heads == case.split_heads
+            and set(case.running) <= set(other.running)
+            and all(getattr(other, name) >= getattr(case, name) for name in more)
+            and all(getattr(other, name) <= getattr(case, name) for name in less))
 
 
 def in_flight(work: Workload) -> list[list[tuple]]:
-    """Per rank: a stage that runs, how many microbatches of each stage are held then, and how many of these are between
-    the parts of their backward; every such case."""
+    """Per rank, every case of: a stage that runs (None between two actions), how many microbatches of each stage are
+    held then, how many of these are between the parts of their backward, and the stages that have gradients."""
     if work.pp == 1:
-        return [[(0, ((0, 1),), ())]]
+        return [_cases([[("F", 0, 0)], [("B", 0, 0)]] * min(work.microbatches, 2))]
     if work.schedule == "dualpipe":
         table = dualpipe(work.pp, work.microbatches)
     else:
@@ -202,15 +234,22 @@ def _enough(schedule: str, microbatches: int, pp: int) -> int:
 
 def _cases(row: list[tuple]) -> list[tuple]:
     """Up with a forward; down with a full backward or a weight part, which still see what they free."""
-    now, halfway = Counter(), Counter()
+    now, halfway, started = Counter(), Counter(), frozenset()
     seen: set[tuple] = set()
+
+    def see(running: int | None) -> None:
+        seen.add((running, tuple(sorted(now.items())), tuple(sorted(halfway.items())), started))
+
     for slot in row:
         for kind, stage, _ in slot:
             now[stage] += kind == "F"
             halfway[stage] += kind == "I"
-            seen.add((stage, tuple(sorted(now.items())), tuple(sorted(halfway.items()))))
+            see(stage)
             now[stage] -= kind in "BW"
             halfway[stage] -= kind == "W"
+            if kind in "BW":
+                started |= {stage}
+                see(None)
     return list(seen)
 
 
@@ -224,5 +263,5 @@ def _buffer_bytes(work: Workload, *, moe: bool) -> float:
     if work.replicas == 1:
         return rows + sends
     gathered = 2 * keep.weight if work.zero >= 3 else 0.0
-    reduced = keep.gradient if work.zero >= 2 or keep.reduce_copy else 0.0
+    reduced = keep.gradient if work.zero >= 2 or keep.eager else 0.0
     return rows + sends + (largest_block(work) * (gathered + reduced) if gathered + reduced else 0.0)

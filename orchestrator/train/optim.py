@@ -101,3 +101,6 @@ def clip_and_step(optimizer: AdamW, shards: list[Shard], *, norm: float, optim: 
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
+    for shard in shards:
+        if shard.value is not shard.parameter:  # a second reference, which would hold the gradient from step to step
+            shard.value.grad = None

@@ -160,20 +160,24 @@ def test_other_refusals_have_their_status(server):
     assert [model.id for model in server.client().models.list()] == [NAME]
 
 
+LONG = dict(model=NAME, prompt="x", max_tokens=64, temperature=0)
+"""Greedy: a sampled continuation now and then ends early, by the token that says so."""
+
+
 def test_a_client_that_leaves_midway_frees_its_slot(slow):
-    events = slow.client().completions.create(model=NAME, prompt="x", max_tokens=64, stream=True)
+    events = slow.client().completions.create(**LONG, stream=True)
     next(iter(events))
     assert slow.engine.load()["running"] == 1
     events.close()
     wait_until(lambda: slow.engine.load()["running"] == 0 and slow.engine.free == [0])
     with pytest.raises(openai.APITimeoutError):  # not streamed: the connection is closed on the answer
-        slow.client().with_options(timeout=0.1).completions.create(model=NAME, prompt="x", max_tokens=64)
+        slow.client().with_options(timeout=0.1).completions.create(**LONG)
     wait_until(lambda: slow.engine.load()["running"] == 0)
 
 
 def test_more_than_may_wait_are_sent_away_and_late_answers_end(slow):
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(lambda: slow.client().completions.create(model=NAME, prompt="x", max_tokens=64))
+        first = pool.submit(lambda: slow.client().completions.create(**LONG))
         wait_until(lambda: slow.engine.load()["running"] == 1)
         with pytest.raises(openai.RateLimitError):
             slow.client().completions.create(model=NAME, prompt="y")

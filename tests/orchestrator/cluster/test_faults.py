@@ -85,10 +85,11 @@ def test_a_crash_loop_ends_with_its_own_exit_code_and_its_bill(text, tmp_path):
 
 @pytest.mark.parametrize("victim, signal_number, overrides", [
     (1, signal.SIGKILL, ["cluster.spares=1"]), (0, signal.SIGKILL, ["checkpoint.memory_every=0"]),
-    (2, signal.SIGSTOP, [])], ids=["killed, a spare", "rank 0 killed, from storage", "frozen"])
+    (2, signal.SIGSTOP, ["cluster.step_timeout_s=10"])],
+    ids=["killed, a spare", "rank 0 killed, from storage", "frozen"])
 def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
         text, clean, tmp_path, victim, signal_number, overrides):
-    process = start(*command(text, tmp_path, *LONG, "cluster.step_timeout_s=4", *overrides))
+    process = start(*command(text, tmp_path, *LONG, *overrides))
     wait_for_step(tmp_path, 23, process)
     ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
     os.kill(ranks[victim]["pid"], signal_number)
@@ -99,9 +100,10 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
     told = next(row for row in replaced if row["rank"] == victim)
     assert told["cause"] and told["node"] == ranks[victim]["node_rank"] and told["silent_s"] >= 0
     if signal_number == signal.SIGSTOP:
-        assert told["silent_s"] >= 4  # the step timeout; how much later depends on the machine
+        assert told["silent_s"] >= 10  # the step timeout; how much later depends on the machine
     gone = [row["rank"] for row in replaced]  # a survivor that is slow to come back may have to go as well
-    assert victim in gone and len(gone) <= 2 and len(recovered) == 1
+    assert victim in gone and len(gone) <= 2
+    assert len(recovered) == 1 or (signal_number == signal.SIGSTOP and len(recovered) == 2)
     if "checkpoint.memory_every=0" in overrides:
         assert events(tmp_path, "resumed")[-1]["path"] != "memory"
     elif gone == [victim]:
