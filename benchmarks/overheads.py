@@ -129,7 +129,7 @@ def median(found: list[tuple[float, float]]) -> tuple[float, float]:
 
 def heartbeats(seconds: float = 10.0) -> float:
     """CPU seconds a second that a rank's process spends on saying how it is, as often as its controller asks."""
-    from orchestrator.cluster.ranks import POLL_S
+    from orchestrator.cluster.ranks import ASK_S
     from orchestrator.cluster.worker import THREADS, Worker
 
     ray.init(address="local", include_dashboard=False, num_cpus=1, logging_level="ERROR", log_to_driver=False,
@@ -144,7 +144,7 @@ def heartbeats(seconds: float = 10.0) -> float:
                 if asks:
                     ray.get(worker.status.remote())
                     turns.append(0)
-                time.sleep(POLL_S)
+                time.sleep(ASK_S)
             used.append((cpu_s(pid) - cpu) / (time.perf_counter() - began))
         return max(0.0, used[1] - used[0])
     finally:

@@ -139,8 +139,8 @@ def _check_key(override, shown: str) -> None:
         hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
         if part not in hints:
             prefix = "".join(f"{name}." for name in walked)
-            near = _same_leaf(part) or _near(part, list(hints), prefix) or _near(key, _all_keys())
-            raise BadRequest(f"{key}: unknown key{near}; `sparing train --cfg job` prints all keys")
+            near = _same_leaf(part) or _near(part, list(hints), prefix) or _near(key, [*_all_keys(), *_groups()])
+            raise BadRequest(f"{key}: unknown key{near or '; `sparing train --cfg job` prints all keys'}")
         walked.append(part)
         hint = hints[part]
     if dataclasses.is_dataclass(hint):

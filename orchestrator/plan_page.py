@@ -74,12 +74,14 @@ def _timelines(data: dict, work: Workload) -> list[str]:
 
 def _memory(data: dict) -> str:
     sizes, have = data["best"]["memory_gib"], data["hardware"]["memory_gib"]
-    parts = [(name, size, f"b{i % 7}") for i, (name, size) in enumerate(sizes.items()) if name != "total"]
+    colours = ["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b8"]
+    parts = [(name, sizes[name], css) for name, css in zip([name for name in sizes if name != "total"], colours,
+                                                           strict=True)]
     free = max(0.0, have - sizes["total"])
     rows = [[f'<i class="key box {css}"></i>{escape(name)}', f"{size:.1f}", f"{size / have:.0%}"]
             for name, size, css in [*parts, ("free", free, "b7")]]
     return figure("Memory of the fullest rank", f"{sizes['total']:.1f} of {have:.1f} GiB",
-                  stacked_bar([*parts, ("free", free, "b7")]) + table(["", "GiB", "of the device"], rows))
+                  stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory") + table(["", "GiB", "of the device"], rows))
 
 
 def _memory_over_time(data: dict, work: Workload) -> str:

@@ -173,7 +173,7 @@ def _time(runs: list[Run]) -> str:
     for run, found in closed:
         bars.append(f'<p class="bar-label">{escape(run.label)}</p>' if many else "")
         bars.append(stacked_bar([(name.replace("_", " "), share.device_s, css.get(name, "b7"))
-                                 for name, share in found.items()]))
+                                 for name, share in found.items()], "share of charged device time"))
     rows = []
     for name in dict.fromkeys([*BUCKETS, *(name for _, found in closed for name in found)]):
         if any(name in found for _, found in closed):

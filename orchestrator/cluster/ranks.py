@@ -22,6 +22,9 @@ from orchestrator.errors import Transient
 from orchestrator.train.control import Recovery
 
 POLL_S = 0.25
+"""Between two looks at who has ended."""
+ASK_S = 0.5
+"""Between two questions to a rank how it is, which it answers beside its work."""
 ANSWER_S = 1.5
 """A rank that has not said how it is for this long does not answer."""
 DRAIN_S = 10.0
@@ -51,7 +54,7 @@ class Ranks:
         """Question to an actor of the reserve where it lives -> the actor."""
         self.leaving: set[str] = set()
         """Ray's ids of the nodes that are being drained."""
-        self.looked_at = 0.0
+        self.looked_at = self.asked_at = 0.0
         self.doors: dict[str, tuple[str, int]] = {}
         """Ray's id of a node -> where its raylet listens."""
         self.unreachable: set[str] = set()
@@ -202,9 +205,11 @@ class Ranks:
     def _ask(self, group: Group) -> None:
         """One question a rank is under way at any time; nobody waits for a rank that does not answer."""
         now, waiting = time.monotonic(), {rank for rank, _ in group.asked.values()}
-        for rank, member in enumerate(self.members):
-            if rank not in waiting and not group.ended.get(rank, {}).get("dead"):
-                group.asked[member.worker.status.remote()] = (rank, now)
+        if now - self.asked_at > ASK_S:
+            self.asked_at = now
+            for rank, member in enumerate(self.members):
+                if rank not in waiting and not group.ended.get(rank, {}).get("dead"):
+                    group.asked[member.worker.status.remote()] = (rank, now)
         refs = list(group.asked)
         answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0.1) if refs else ([], [])
         for ref in answered:

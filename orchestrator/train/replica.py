@@ -1,14 +1,13 @@
 """The newest state of a rank and of its buddy on another node, in host memory: the first tier to recover from.
 
 A `Replicas` lives as long as its process and outlives the process group. `Buddies` fills it while a group lives:
-every `checkpoint.memory_every` steps each rank packs its state, hashes it, keeps it and sends it to its buddy, over a
-gloo group of its own. When the ranks meet again after one was replaced, `agree` finds the newest
-step whose every rank's state is held by somebody, and `fetch` brings it home. Two steps are kept of each, so that a
-failure in the middle of an exchange costs nothing. (The idea is GEMINI's, SOSP 2023.)
+every `checkpoint.memory_every` steps each rank packs its state, takes a checksum, keeps it and sends it to its buddy,
+over a gloo group of its own. When the ranks meet again after one was replaced, `agree` finds the newest step whose
+every rank's state is held by somebody, and `fetch` brings it home. Two steps are kept of each, so that a failure in the
+middle of an exchange costs nothing. (The idea is GEMINI's, SOSP 2023.)
 """
 
 import datetime
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable
@@ -32,16 +31,16 @@ STATE_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class Replica:
-    """One rank's packed state after `step`: a safetensors file in memory and its SHA-256."""
+    """One rank's packed state after `step`: a safetensors file in memory and its `checksum`."""
 
     owner: int
     step: int
     data: Tensor
     """uint8, on the CPU."""
-    digest: bytes
+    checksum: int
 
     def check(self) -> None:
-        if hashlib.sha256(self.data.numpy()).digest() != self.digest:
+        if checksum(self.data) != self.checksum:
             raise NotTrustworthy(f"the copy in memory of rank {self.owner}'s state after step {self.step} is damaged")
 
 
@@ -95,7 +94,7 @@ class Replicas:
 class Buddies:
     """One rank's half of the exchange within one group of ranks; all ranks `offer` and `advance` at the same steps.
 
-    The thread hashes; only the training thread communicates, so that a broken group is left at once. An exchange takes
+    The thread checks; only the training thread communicates, so that a broken group is left at once. An exchange takes
     three steps: copy, send, and keep what has come.
     """
 
@@ -113,7 +112,7 @@ class Buddies:
         """Copy the state now; an exchange that is under way is ended before."""
         self.finish()
         data = pack(pieces, state, room=lambda num_bytes: self.replicas.room(self.rank, num_bytes))
-        self._packing = self._packer.submit(_hashed, self.rank, step, data)
+        self._packing = self._packer.submit(_checked, self.rank, step, data)
 
     def finish(self) -> None:
         """Take an exchange that is under way to its end."""
@@ -128,7 +127,7 @@ class Buddies:
             mine, self._packing = self._packing.result(), None
             self.replicas.put(mine)
             to, source = (self.rank + self.shift) % self.world, (self.rank - self.shift) % self.world
-            sent, header = _header(mine), torch.empty(5, dtype=torch.int64)
+            sent, header = _header(mine), torch.empty(2, dtype=torch.int64)
             works = [dist.isend(sent, to, group=self.group), dist.isend(mine.data, to, group=self.group)]
             dist.recv(header, source, group=self.group)
             theirs = _replica(source, mine.step, header, self.replicas.room(source, int(header[0])))
@@ -226,12 +225,20 @@ def pack(pieces: Iterable[Piece], state: dict, *, room: Callable[[int], Tensor])
     return data
 
 
-def _hashed(owner: int, step: int, data: Tensor) -> Replica:
-    return Replica(owner, step, data, hashlib.sha256(data.numpy()).digest())
+def checksum(data: Tensor) -> int:
+    """XOR of all words of 8 bytes: one pass at the speed of memory, which finds every word that differs alone. It is
+    against accidents; what is written to storage has a SHA-256."""
+    whole = len(data) // 8 * 8
+    words = torch.hash_tensor(data[:whole].view(torch.int64)).view(torch.int64).item()
+    return words ^ int.from_bytes(data[whole:].numpy().tobytes(), "little")
+
+
+def _checked(owner: int, step: int, data: Tensor) -> Replica:
+    return Replica(owner, step, data, checksum(data))
 
 
 def _receive(owner: int, source: int, step: int, group: dist.ProcessGroup) -> Replica:
-    header = torch.empty(5, dtype=torch.int64)
+    header = torch.empty(2, dtype=torch.int64)
     dist.recv(header, source, group=group)
     replica = _replica(owner, step, header, torch.empty(int(header[0]), dtype=torch.uint8))
     dist.recv(replica.data, source, group=group)
@@ -239,10 +246,9 @@ def _receive(owner: int, source: int, step: int, group: dist.ProcessGroup) -> Re
 
 
 def _replica(owner: int, step: int, header: Tensor, data: Tensor) -> Replica:
-    """That which a header announces by its bytes and its hash; `data` is still to be filled."""
-    return Replica(owner, step, data, header[1:].numpy().tobytes())
+    """That which a header announces by its size and its checksum; `data` is still to be filled."""
+    return Replica(owner, step, data, int(header[1]))
 
 
 def _header(replica: Replica) -> Tensor:
-    digest = torch.frombuffer(bytearray(replica.digest), dtype=torch.int64)
-    return torch.cat([torch.tensor([len(replica.data)]), digest])
+    return torch.tensor([len(replica.data), replica.checksum])

@@ -4,11 +4,13 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
+from orchestrator.errors import NotTrustworthy
 from orchestrator.parallel.mesh import RankInfo
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
-from orchestrator.train.replica import Buddies, Replicas, buddy_shift
+from orchestrator.train.replica import Buddies, MemoryLoader, Replica, Replicas, buddy_shift, checksum
 from tests.orchestrator.train.test_loop import make_config, run, text  # noqa: F401  (a fixture)
 
 
@@ -36,6 +38,18 @@ def test_no_rank_leaves_in_the_middle_of_an_exchange(ranks, text, tmp_path, step
                          checkpoint__every=0)
     config.layout.dp = config.layout.ep = 2
     assert run(ranks, train_with_a_laggard, config) == [kept, kept]
+
+
+@pytest.mark.parametrize("at", [0, 40, 47, 50])  # in a word, in the last whole one, in what is left
+def test_a_copy_whose_memory_was_damaged_is_refused(at):
+    data = torch.randint(0, 256, (51,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    replica = Replica(3, 7, data, checksum(data))
+    replica.check()
+    data[at] ^= 16
+    with pytest.raises(NotTrustworthy, match="rank 3's state after step 7 is damaged"):
+        replica.check()
+    with pytest.raises(NotTrustworthy):
+        MemoryLoader(replica)
 
 
 @pytest.mark.parametrize("nodes, shift", [
