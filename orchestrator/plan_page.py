@@ -80,8 +80,9 @@ def _memory(data: dict) -> str:
     free = max(0.0, have - sizes["total"])
     rows = [[f'<i class="key box {css}"></i>{escape(name)}', f"{size:.1f}", f"{size / have:.0%}"]
             for name, size, css in [*parts, ("free", free, "b7")]]
+    bar = stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory")
     return figure("Memory of the fullest rank", f"{sizes['total']:.1f} of {have:.1f} GiB",
-                  stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory") + table(["", "GiB", "of the device"], rows))
+                  bar + table(["", "GiB", "of the device"], rows))
 
 
 def _memory_over_time(data: dict, work: Workload) -> str:
