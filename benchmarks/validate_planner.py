@@ -173,10 +173,18 @@ def report(held: list[Held], missing: list[tuple[dict, str]], rows: list[dict]) 
         known = [item for item in held if item.row["set"] == which]
         kinds = Counter(made(item.work) for item in known)
         print(f"inside the P10-P90 band, {which}: {mean(map(inside, known)):.1%} ({dict(kinds)})")
-    print("\npeers on their own rows: theirs, ours")
+    print("\npeers on their own rows: theirs, ours, ours on the others after scaling to one of them (median over which)")
     for name, which, theirs in PEERS:
         ours = [item.error for item in held if published.prefix(item.row) == which]
-        print(f"{name:44s}{theirs:8.2%}{mean(map(abs, ours)):8.2%}  bias {mean(ours):+.1%}, {len(ours)} rows")
+        print(f"{name:44s}{theirs:8.2%}{mean(map(abs, ours)):8.2%}{scaled_to_one(ours):8.2%}  bias {mean(ours):+.1%}, "
+              f"{len(ours)} rows")
+
+
+def scaled_to_one(errors: list[float]) -> float:
+    """Mean absolute error of the other rows when every prediction is divided by one row's, as `plan calibrate=` does
+    with one run; the median over which row that is."""
+    return statistics.median(mean(abs((1 + other) / (1 + one) - 1) for j, other in enumerate(errors) if j != i)
+                             for i, one in enumerate(errors))
 
 
 def deepseek(held: list[Held]) -> None:
