@@ -173,7 +173,7 @@ def report(held: list[Held], missing: list[tuple[dict, str]], rows: list[dict]) 
         known = [item for item in held if item.row["set"] == which]
         kinds = Counter(made(item.work) for item in known)
         print(f"inside the P10-P90 band, {which}: {mean(map(inside, known)):.1%} ({dict(kinds)})")
-    print("\npeers on their own rows: theirs, ours, ours on the others after scaling to one of them (median over which)")
+    print("\npeers on their own rows: theirs, ours, ours on the other rows after scaling to one (median over which)")
     for name, which, theirs in PEERS:
         ours = [item.error for item in held if published.prefix(item.row) == which]
         print(f"{name:44s}{theirs:8.2%}{mean(map(abs, ours)):8.2%}{scaled_to_one(ours):8.2%}  bias {mean(ours):+.1%}, "
