@@ -11,8 +11,9 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from orchestrator.choices import LaunchKind
@@ -47,7 +48,11 @@ def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
     environment |= authentication(job.address, allow_insecure=job.allow_insecure)
     ended = 0
 
-    with subprocess.Popen(["sh", str(file)], env=environment) as shown:
+    with subprocess.Popen(["sh", str(file)], env=environment, text=True, stderr=subprocess.PIPE) as shown:
+        complaint: list[str] = []
+        reader = threading.Thread(target=_copy_to_a_traceback, args=(shown.stderr, complaint), daemon=True)
+        reader.start()
+
         def returned() -> int | None:
             """Ray's log may stall when nodes are lost, and then never ends with its job."""
             nonlocal ended
@@ -59,12 +64,25 @@ def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
             return None
 
         code = _poll(returned, stop=f"ray job stop --address {job.address} {job.name}")
+        reader.join(POLL_S)
     outcome = job_outcome(job.address, job.name, code)
     if outcome is None:
         raise Transient(f"{job.name}: the connection to {job.address} ended before the job; it goes on if the head "
                         f"does: ray job logs --address {job.address} --follow {job.name}; if the head is gone, launch "
                         "again on another one with the same run.dir and resume=auto")
+    if outcome and outcome == code:  # the command's own failure, perhaps
+        sys.stderr.writelines(complaint)
     return outcome
+
+
+def _copy_to_a_traceback(lines: Iterable[str], rest: list[str]) -> None:
+    """Lines to our stderr, but for a traceback and what follows it: Ray's command has one where the cluster is gone."""
+    for line in lines:
+        if rest or line.startswith("Traceback "):
+            rest.append(line)
+        else:
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
 
 def _torchrun(job: Job, file: Path, environment: dict[str, str]) -> int:

@@ -58,7 +58,8 @@ def group_memory_gib(work: Workload, peaks: list[tuple[float, float, float]]) ->
     for group, (held, logits, absent) in zip(_groups(work), peaks, strict=True):
         parts = _state(work, group.dense, group.routed)
         parts["gradients"] -= absent
-        parts |= {"activations": held, "logits": logits, "buffers": _buffer_bytes(work, moe=group.routed > 0)}
+        buffers = _buffer_bytes(work, moe=group.routed > 0, reducing=not absent)
+        parts |= {"activations": held, "logits": logits, "buffers": buffers}
         gib = {name: size / GIB for name, size in parts.items()} | {"framework": work.keeping.framework_gib}
         found.append(gib | {"total": sum(gib.values())})
     return found
@@ -253,9 +254,9 @@ def _cases(row: list[tuple]) -> list[tuple]:
     return list(seen)
 
 
-def _buffer_bytes(work: Workload, *, moe: bool) -> float:
+def _buffer_bytes(work: Workload, *, moe: bool, reducing: bool) -> float:
     """In transit: rows of one all-to-all there and back, a microbatch to the next stage, one block's gradients where
-    they are not reduced in place, and with ZeRO stage 3 two blocks' weights."""
+    they are not reduced in place and are there to be reduced, and with ZeRO stage 3 two blocks' weights."""
     model, keep = work.model, work.keeping
     tokens = work.microbatch_tokens * stream(work) * keep.element
     rows = 2 * tokens * model.n_activated_experts * work.imbalance if moe and work.ep > 1 else 0.0
@@ -263,5 +264,5 @@ def _buffer_bytes(work: Workload, *, moe: bool) -> float:
     if work.replicas == 1:
         return rows + sends
     gathered = 2 * keep.weight if work.zero >= 3 else 0.0
-    reduced = keep.gradient if work.zero >= 2 or keep.eager else 0.0
+    reduced = keep.gradient if reducing and (work.zero >= 2 or keep.eager) else 0.0
     return rows + sends + (largest_block(work) * (gathered + reduced) if gathered + reduced else 0.0)

@@ -16,7 +16,7 @@ import yaml
 
 from orchestrator import launch_submit
 from orchestrator.compose import compose_config
-from orchestrator.errors import BadRequest, NotFit
+from orchestrator.errors import BadRequest, NotFit, Transient
 from orchestrator.launch import HELP, Job, LaunchKind, fill, pinned
 from orchestrator.launch_dashboard import authentication, has_ended, job_outcome
 from orchestrator.launch_submit import submit
@@ -231,6 +231,24 @@ def test_a_log_that_stalls_does_not_outlast_its_job(dashboard, monkeypatch, tmp_
     monkeypatch.setattr(launch_submit, "LOOK_S", 0.2)
     job = Job(LaunchKind.ray_job, "mine", "echo step 1\nexec sleep 600\n", f"http://127.0.0.1:{port}")
     assert submit(job, tmp_path / "runs") == 34 and "step 1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_rays_own_traceback_is_not_shown_where_the_cluster_is_gone(dashboard, monkeypatch, tmp_path, capfd, known):
+    answers, port = dashboard
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    answers["/api/jobs/", "right"] = (200, "[]")
+    answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": "FAILED", "driver_exit_code": 1} if known else
+                                                          {"status": "RUNNING"}))
+    script = "echo said 1>&2\necho Traceback of ray 1>&2\necho ConnectionError 1>&2\nexit 1\n"
+    job = Job(LaunchKind.ray_job, "mine", script, f"http://127.0.0.1:{port}")
+    if known:
+        assert submit(job, tmp_path / "runs") == 1
+    else:
+        with pytest.raises(Transient, match="the connection to .* ended before the job"):
+            submit(job, tmp_path / "runs")
+    shown = capfd.readouterr().err
+    assert "said\n" in shown and ("Traceback" in shown) == known and ("ConnectionError" in shown) == known
 
 
 FAKES = {

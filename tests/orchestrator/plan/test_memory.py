@@ -109,12 +109,11 @@ PP = ["layout.pp=2", "layout.microbatches=4"]
 BOTH = ["layout.dp=2", "layout.ep=2"]
 
 
-@pytest.mark.parametrize("overrides, within", [
-    (PP, 0.05), (PP + ["layout.schedule=gpipe"], 0.05), (PP + ["layout.schedule=interleaved_1f1b"], 0.05),
-    (PP + ["layout.schedule=interleaved_zero_bubble"], 0.05), (PP + ["layout.schedule=zbv"], 0.05),
-    (PP + ["layout.schedule=dualpipev"], 0.05), (["layout.dp=2"], 0.05), (BOTH, 0.05),
-    ([*BOTH, "layout.pp=2", "layout.microbatches=2"], 0.07)])
-def test_the_fullest_ranks_measured_peak_is_met(ranks, overrides, within):
+@pytest.mark.parametrize("overrides", [
+    PP, PP + ["layout.schedule=gpipe"], PP + ["layout.schedule=interleaved_1f1b"],
+    PP + ["layout.schedule=interleaved_zero_bubble"], PP + ["layout.schedule=zbv"], PP + ["layout.schedule=dualpipev"],
+    ["layout.dp=2"], BOTH, [*BOTH, "layout.pp=2", "layout.microbatches=2"]], ids=" ".join)
+def test_the_fullest_ranks_measured_peak_is_met_within_five_percent(ranks, overrides):
     config = compose_config(["model=tiny", *overrides])
     layout = config.layout
     work = Workload(config.model, catalogue()["cpu"], 128, 8, layout.pp, layout.dp, layout.ep, layout.schedule.name,
@@ -122,7 +121,7 @@ def test_the_fullest_ranks_measured_peak_is_met(ranks, overrides, within):
     found = ranks.run(peak_of_rank, overrides, world=layout.pp * layout.dp)
     predicted = memory_gib(work)["total"] * GIB
     print(f"{' '.join(overrides)}: predicted over measured {predicted / max(found) - 1:+.1%}")
-    assert predicted == pytest.approx(max(found), rel=within)
+    assert predicted == pytest.approx(max(found), rel=0.05)
 
 
 @pytest.mark.parametrize("schedule, pp, microbatches", [

@@ -1,10 +1,12 @@
-"""Places to store things: a disk, a small disk, memory, and S3 over HTTP (a moto server on this machine)."""
+"""What is saved, and places to save it: a disk, a small one, memory, and S3 over HTTP (a moto server here)."""
 
 import subprocess
 
 import pytest
+import torch
 
 from orchestrator.train import storage
+from tests.orchestrator.train.team import EXPERTS, Team, pieces_of
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +48,35 @@ def small_disk(tmp_path):
         pytest.skip(f"mounting a tmpfs is not permitted here: {error}")
     yield place
     subprocess.run(["umount", "-l", place], check=True, timeout=10)
+
+
+@pytest.fixture
+def tensors():
+    """Global tensors of a small MoE: uneven rows, a scalar, several types, experts one entry each."""
+    generator = torch.Generator().manual_seed(0)
+    found = {"model.tok_embeddings.weight": torch.randn(13, 8, generator=generator),
+             "model.norm.weight": torch.randn(8, generator=generator).bfloat16(),
+             "optim.step": torch.tensor(7.0),
+             "model.counts": torch.arange(5)}
+    for tree in ("model", "optim.exp_avg"):
+        for block, count in EXPERTS.items():
+            for expert in range(count):
+                name = f"{tree}.{block}.moe.experts.{expert}"
+                found[f"{name}.w13"] = torch.randn(6, 4, generator=generator)
+                found[f"{name}.w2"] = torch.randn(4, 3, generator=generator)
+    return found
+
+
+@pytest.fixture
+def save(root, tensors):
+    """Save all of `tensors` at a step from some ranks; the result of rank 0."""
+    return lambda step, world=4, **kwargs: Team(root, world, **kwargs).save(
+        step, lambda rank, world: pieces_of(tensors, rank, world))
+
+
+@pytest.fixture
+def saved(tmp_path, tensors):
+    """The path of a whole checkpoint of 4 ranks on disk."""
+    result = Team(str(tmp_path)).save(3, lambda rank, world: pieces_of(tensors, rank, world))
+    assert result.ok, result.error
+    return result.path
