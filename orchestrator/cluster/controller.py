@@ -161,6 +161,8 @@ class Controller:
                     return result
                 decision, lost = Decision(Action.resize, self.regroup_cause), ranks.leaving_ranks
             else:
+                ranks.hear(group)
+                self._forget_logged(group)
                 faults.append(fault_of(decision, group))
                 decision, lost = self._answer(ranks, group, faults)
             decision = self._refill(ranks, decision, lost)
@@ -178,14 +180,19 @@ class Controller:
             states = [state_of(rank, group, now) for rank in range(len(group.infos))]
             if self.state is State.forming and all(state.phase is not Phase.start for state in states):
                 self._enter(State.training)
-            if states[0].phase in (Phase.step, Phase.validate, Phase.save, Phase.done):
-                self.events = []  # rank 0 has logged them
+            self._forget_logged(group)
             decision = decide(states, limits, now)
             self._tell(group, ranks.homes, force=decision.action is not Action.wait)
             if decision.action is not Action.wait:
                 return decision
             if self.state is State.training:
                 self._look_around(ranks)
+
+    def _forget_logged(self, group: Group) -> None:
+        """Events of the recovery before, once rank 0 has logged them, which it does before its first step."""
+        status = group.statuses[0]
+        if status.get("generation") == group.generation and status.get("phase") in ("step", "validate", "save", "done"):
+            self.events = []
 
     def _look_around(self, ranks) -> None:
         """Whether the ranks should stop: their nodes are about to go, or there is room for more of them."""

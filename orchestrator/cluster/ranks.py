@@ -114,6 +114,11 @@ class Ranks:
             self.looked_at = time.monotonic()
             self._look()
 
+    def hear(self, group: Group) -> None:
+        """After a fault: how far the ranks have come that can still say so."""
+        self.asked_at = 0.0
+        self._ask(group, wait_s=0.5)
+
     def stacks(self) -> list[str]:
         """What the threads of every rank are doing; a rank that does not answer says so."""
         refs = [member.worker.stacks.remote() for member in self.members]
@@ -202,7 +207,7 @@ class Ranks:
             except RayError as error:
                 group.ended[rank] = {"error": str(error).splitlines()[-1], "exit_code": 1, "at": time.time()}
 
-    def _ask(self, group: Group) -> None:
+    def _ask(self, group: Group, wait_s: float = 0.1) -> None:
         """One question a rank is under way at any time; nobody waits for a rank that does not answer."""
         now, waiting = time.monotonic(), {rank for rank, _ in group.asked.values()}
         if now - self.asked_at > ASK_S:
@@ -211,7 +216,7 @@ class Ranks:
                 if rank not in waiting and not group.ended.get(rank, {}).get("dead"):
                     group.asked[member.worker.status.remote()] = (rank, now)
         refs = list(group.asked)
-        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0.1) if refs else ([], [])
+        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=wait_s) if refs else ([], [])
         for ref in answered:
             rank, _ = group.asked.pop(ref)
             with contextlib.suppress(RayError):

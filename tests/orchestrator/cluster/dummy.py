@@ -97,6 +97,9 @@ class Dummy:
     def stacks(self) -> list[str]:
         return ["asleep"] * len(self.members)
 
+    def hear(self, group: Group) -> None:
+        """Every poll has told all."""
+
     def drain(self, group: Group, lost: set[int]) -> list[int]:
         return sorted(lost | {rank for rank, record in group.ended.items() if record.get("dead")})
 

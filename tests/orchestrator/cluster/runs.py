@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[3]
 FOUR = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
         "train.steps=8", "train.validate_every=4", "train.validate_sequences=16", "checkpoint.every=2",
         "checkpoint.keep=0", "data.validation_fraction=0.2", "optim.warmup_steps=2", "tracker=off"]
-LONG = ["train.steps=60", "checkpoint.every=20", "checkpoint.memory_every=5", "train.validate_every=0"]
+TWO = "layout.pp=1"
+"""Two of the ranks: less to start, and as much to lose."""
+LONG = [TWO, "train.steps=50", "checkpoint.every=10", "checkpoint.memory_every=5", "train.validate_every=0"]
 PATIENCE_S = 180
 """For whatever a run is waited for."""
 PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),

@@ -19,6 +19,7 @@ from tests.orchestrator.cluster.runs import (
     PATIENCE_S,
     PLANTED,
     ROOT,
+    TWO,
     command,
     environment,
     losses,
@@ -75,10 +76,10 @@ def test_torchrun_gives_the_same_losses_bit_for_bit(text, whole, tmp_path):
 
 
 def test_sigterm_saves_and_resume_auto_goes_on_with_the_runs_own_config(text, whole, tmp_path):
-    process = start(*command(text, tmp_path, "train.steps=400", "checkpoint.every=0", "optim.decay_fraction=0"),
+    process = start(*command(text, tmp_path, TWO, "train.steps=400", "checkpoint.every=0", "optim.decay_fraction=0"),
                     under=("timeout", "600"))  # which passes the signal on to its whole process group
     wait_for_step(tmp_path, 3, process)
-    in_use = sparing(*command(text, tmp_path, "resume=auto"))
+    in_use = sparing(*command(text, tmp_path, TWO, "resume=auto"))
     assert in_use.returncode == 2 and "in use by a live run (process " in in_use.stderr
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=180)
@@ -144,7 +145,7 @@ def test_ray_job_stop_ends_a_run_with_a_checkpoint(cluster, text, tmp_path):
              "env": environment(**cluster[0], PYTHONPATH="")}
     submitted = subprocess.run([*job, "submit", "--address", cluster[1], "--working-dir", ".", "--no-wait",
                                 "--submission-id", "stopped", "--", "python",
-                                *command(text, tmp_path, "train.steps=2000", "checkpoint.every=0")], **there)
+                                *command(text, tmp_path, TWO, "train.steps=2000", "checkpoint.every=0")], **there)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     wait_until(lambda: reached(tmp_path, 3), PATIENCE_S, "step 3 was not reached")
     subprocess.run([*job, "stop", "--address", cluster[1], "stopped"], **there)
