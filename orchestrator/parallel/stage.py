@@ -1,5 +1,8 @@
 """torch's pipeline stage, with receive buffers that live as long as they are needed."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
@@ -7,42 +10,47 @@ from torch.distributed.pipelining import PipelineStage
 
 class Stage(PipelineStage):
     """torch makes a buffer for what each microbatch receives, activation and gradient, and holds all of them for the
-    life of the runtime: 120 microbatches of DeepSeek-V3 take 28 GB a stage. Here a buffer is made when its
-    message is asked for and belongs to whoever reads it; between, a tensor without storage remembers its shape.
+    life of the runtime: 120 microbatches of DeepSeek-V3 take 28 GB a stage. Here a buffer is made when its message is
+    asked for and belongs to whoever reads it; between, a tensor without storage remembers its shape.
     """
 
     def _setup_forward_recv_info(self, *args, **kwargs) -> None:
-        super()._setup_forward_recv_info(*args, **kwargs)
-        self._release(self.args_recv_info)
+        with self._without_storage():
+            super()._setup_forward_recv_info(*args, **kwargs)
 
     def _setup_backward_recv_info(self, *args, **kwargs) -> None:
-        super()._setup_backward_recv_info(*args, **kwargs)
-        self._release(self.grad_recv_info)
+        with self._without_storage():
+            super()._setup_backward_recv_info(*args, **kwargs)
 
     def _get_recv_ops(self, recv_infos: tuple) -> list:
-        for info in recv_infos:
-            if _buffer(info) is not None:
-                info.buffer = torch.empty_like(info.buffer, device=self.device, requires_grad=info.buffer.requires_grad)
+        for info, buffer in _buffers(recv_infos):
+            info.buffer = torch.empty_like(buffer, device=self.device, requires_grad=buffer.requires_grad)
         return super()._get_recv_ops(recv_infos)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple:
         found = super()._retrieve_recv_activations(fwd_chunk_id)
-        self._release({fwd_chunk_id: self.args_recv_info[fwd_chunk_id]})
+        _let_go(self.args_recv_info[fwd_chunk_id])
         return found
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple:
         found = super()._retrieve_recv_grads(bwd_chunk_id)
-        self._release({bwd_chunk_id: self.grad_recv_info[bwd_chunk_id]})
+        _let_go(self.grad_recv_info[bwd_chunk_id])
         return found
 
-    @staticmethod
-    def _release(recv_infos: dict[int, tuple]) -> None:
-        for infos in recv_infos.values():
-            for info in infos:
-                if _buffer(info) is not None:
-                    info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=info.buffer.requires_grad)
+    @contextlib.contextmanager
+    def _without_storage(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
 
 
-def _buffer(info) -> Tensor | None:
-    """None for a stage's own arguments and for what has no gradient."""
-    return getattr(info, "buffer", None)
+def _let_go(recv_infos: tuple) -> None:
+    for info, buffer in _buffers(recv_infos):
+        info.buffer = torch.empty_like(buffer, device="meta", requires_grad=buffer.requires_grad)
+
+
+def _buffers(recv_infos: tuple) -> list[tuple[object, Tensor]]:
+    """Not a stage's own arguments, nor what has no gradient."""
+    return [(info, info.buffer) for info in recv_infos if getattr(info, "buffer", None) is not None]

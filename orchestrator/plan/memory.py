@@ -79,8 +79,8 @@ def activation_peaks(work: Workload) -> list[tuple[float, float, float]]:
     for group in groups:
         best = 0.0, 0.0, 0.0, 0.0
         for case in group.cases:
-            absent = case.dense_absent or case.routed_absent
-            absent = _state(work, case.dense_absent, case.routed_absent)["gradients"] if absent else 0.0
+            missing = case.dense_absent, case.routed_absent
+            absent = _state(work, *missing)["gradients"] if any(missing) else 0.0
             bodies = case.dense * block.get(False, 0.0) + case.moe * block.get(True, 0.0)
             bodies += case.split_dense * split.get(False, 0.0) + case.split_moe * split.get(True, 0.0)
             bodies += case.outputs * output
