@@ -48,7 +48,8 @@ def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
     environment |= authentication(job.address, allow_insecure=job.allow_insecure)
     ended = 0
 
-    with subprocess.Popen(["sh", str(file)], env=environment, text=True, stderr=subprocess.PIPE) as shown:
+    with subprocess.Popen(["sh", str(file)], env=environment, text=True, errors="replace",
+                          stderr=subprocess.PIPE) as shown:
         complaint: list[str] = []
         reader = threading.Thread(target=_copy_to_a_traceback, args=(shown.stderr, complaint), daemon=True)
         reader.start()

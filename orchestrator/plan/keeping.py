@@ -57,8 +57,8 @@ SPARING = Keeping(weight=6, master_is_weight=True, logit=12, eager=True)
 """fp32 gathered over the replicas, and its bf16 cast of autocast's cache; the loss in fp32: log-probabilities, and two
 gradients of them."""
 
-SPARING_CPU = Keeping(weight=4, master_is_weight=True, element=4, logit=12, padded_values=True,
-                      eager=True, framework_gib=0.0)
+SPARING_CPU = Keeping(weight=4, master_is_weight=True, element=4, logit=12, padded_values=True, eager=True,
+                      framework_gib=0.0)
 """The same in fp32 on a CPU, where nothing but tensors is counted."""
 
 MEGATRON = Keeping(weight=2, routed_output=False, framework_gib=0.0)

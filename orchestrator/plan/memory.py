@@ -176,19 +176,21 @@ def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_ra
         key = _sum(sizes.values())
         ranks, found = groups.setdefault(key, ([], set()))
         ranks.append(rank)
+
         def number(counts: tuple[tuple[int, int], ...], kind: bool, blocks=blocks) -> int:
             return sum(times * blocks[stage].count(kind) for stage, times in counts)
 
         for running, counts, halfway, started in cases:
-            if running is None and not eager:
-                continue
-            halfway = halfway if eager else ()
-            absent = _sum(size for stage, size in sizes.items() if eager and stage not in started)
+            if not eager:
+                if running is None:
+                    continue
+                halfway, started = (), stages
+            absent = _sum(size for stage, size in sizes.items() if stage not in started)
             heads, split_heads = (sum(times * last[stage] for stage, times in which) for which in (counts, halfway))
             outputs = sum(times for stage, times in counts if not last[stage]) if eager else 0
-            kinds = () if running is None else tuple(sorted(set(blocks[running])))
-            found.add(_Case(number(counts, False), number(counts, True), heads, running is not None and last[running],
-                            kinds, number(halfway, False), number(halfway, True), split_heads, outputs, *absent))
+            kinds = tuple(sorted(set(blocks.get(running, ()))))
+            found.add(_Case(number(counts, False), number(counts, True), heads, last.get(running, False), kinds,
+                            number(halfway, False), number(halfway, True), split_heads, outputs, *absent))
     return [_Group(tuple(ranks), *key, tuple(case for case in cases if not any(_more(other, case) for other in cases)))
             for key, (ranks, cases) in groups.items()]
 
