@@ -58,7 +58,8 @@ def main(overrides: list[str]) -> None:
 
 
 def rank(number: int, config, port: int, found) -> None:
-    from orchestrator.parallel.mesh import RankInfo, connect
+    from orchestrator.parallel.mesh import connect
+    from orchestrator.parallel.rank_info import RankInfo
     from orchestrator.plan.layout import layout_of
     from orchestrator.train.control import Control
     from orchestrator.train.drift import check_replicas

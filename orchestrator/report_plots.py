@@ -12,6 +12,8 @@ from html import escape
 WIDTH, HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 MAX_POINTS, MAX_TITLES = 800, 50
+IN_BAR_CHARACTER = 7.5
+"""Width of a character in a bar's label (13 px, bold), so that a part too narrow for its label has none."""
 LOAD_EDGES = (0.25, 0.5, 0.7, 0.9, 1.1, 1.4, 2.0, 4.0)
 """Classes of an expert's load over the mean; the fifth, around 1, is balance."""
 
@@ -93,8 +95,9 @@ def stacked_bar(parts: Sequence[tuple[str, float, str]], what: str) -> str:
         span = value / total * width
         drawn.append(f'<rect class="{css}" x="{x:.2f}" y="0" width="{max(0.0, span - 1.5):.2f}" height="{height}">'
                      f"<title>{escape(label)}: {value / total:.1%}</title></rect>")
-        if span > 70:
-            drawn.append(f'<text class="inbar" x="{x + 8:.1f}" y="22">{escape(label)} {value / total:.0%}</text>')
+        told = f"{label} {value / total:.0%}"
+        if span > 16 + IN_BAR_CHARACTER * len(told):
+            drawn.append(f'<text class="inbar" x="{x + 8:.1f}" y="22">{escape(told)}</text>')
         x += span
     return "".join(drawn) + "</svg>"
 

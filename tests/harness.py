@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 
 _MODULES: dict[str, object] = {}
 

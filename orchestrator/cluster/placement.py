@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.config import Config, LayoutConfig
 from orchestrator.errors import BadRequest
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import check_run
 
 

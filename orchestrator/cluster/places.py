@@ -1,6 +1,8 @@
 """Where the actors of a run may live: placement groups, all in one or each apart."""
 
-import ray
+import time
+
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -18,8 +20,13 @@ class Places:
             placement_group(bundles, strategy=strategy)]
 
     def wait(self, timeout_s: float) -> None:
-        """Until all are there; `GetTimeoutError`."""
-        ray.get([group.ready() for group in self.groups], timeout=timeout_s)
+        """Until all are there; `GetTimeoutError`. In short turns, between which a signal is heard; `ready()` would
+        take a process for the question."""
+        deadline = time.monotonic() + timeout_s
+        for group in self.groups:
+            while not group.wait(1.0):
+                if time.monotonic() > deadline:
+                    raise GetTimeoutError(f"{len(self.groups)} placement groups")
 
     def strategy(self, place: int) -> PlacementGroupSchedulingStrategy:
         """For an actor that is to live there."""

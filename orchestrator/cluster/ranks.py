@@ -282,13 +282,16 @@ class Ranks:
 
     def _start(self, place: int) -> Member:
         """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
-        environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1"}
-        if not self.request.gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment = {}  # with one of its own, an actor cannot take a process that Ray has ready
+        if self.request.gpu:
+            environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        elif ray.cluster_resources().get("GPU"):
+            environment = {"CUDA_VISIBLE_DEVICES": ""}
         worker = ray.remote(Worker).options(
             num_cpus=1, num_gpus=1 if self.request.gpu else 0, resources=self.request.custom,
             max_concurrency=THREADS, max_restarts=0,
-            scheduling_strategy=self.places.strategy(place), runtime_env={"env_vars": environment}).remote()
+            scheduling_strategy=self.places.strategy(place),
+            runtime_env={"env_vars": environment} if environment else None).remote()
         return Member(worker, place)
 
 
@@ -302,8 +305,10 @@ def place(config: Config, request: placement.Request) -> Ranks:
         places.wait(limit)
         ranks = Ranks(request, places, config.layout.ep)
         members = [ranks._start(i // each) for i in range(request.ranks)]
-        homes = ray.get([member.worker.home.remote() for member in members],
-                        timeout=max(10.0, limit - (ranks.placed_at - began)))
+        asked = [member.worker.home.remote() for member in members]
+        for member in members:
+            member.worker.warm.remote()
+        homes = ray.get(asked, timeout=max(10.0, limit - (ranks.placed_at - began)))
     except RayError as error:
         places.remove()
         if not isinstance(error, GetTimeoutError):

@@ -13,6 +13,8 @@ from ray.exceptions import RayError
 from orchestrator.config import ClusterKind, Config
 from orchestrator.errors import NotFit, Transient
 
+RANK_PROGRAM = "orchestrator.train.loop"
+
 
 @contextlib.contextmanager
 def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
@@ -29,11 +31,9 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
             _knock(os.environ.get("RAY_ADDRESS", ""), patience_s=config.cluster.join_timeout_s)
             ray.init(address="auto", **quiet)
         else:
-            os.environ.pop("RAY_ADDRESS", None)
             ranks = config.layout.pp * config.layout.dp + config.cluster.spares
-            path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
-            _start(num_cpus=max(ranks, os.cpu_count() or 1), include_dashboard=False, _node_ip_address="127.0.0.1",
-                   object_store_memory=128 << 20, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
+            _start(ranks, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
+                   **quiet)
     except ConnectionError as error:
         raise NotFit("cluster=ray: no Ray cluster is reachable from here; start one with `ray start --head`, set "
                      "RAY_ADDRESS (and RAY_AUTH_MODE and the token of a cluster that asks for one), or use "
@@ -49,14 +49,37 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start(**options) -> None:
-    """A Ray of our own; once more where a busy machine does not bring it up in the 30 s that Ray allows itself."""
-    with _process_group_of_its_own():
+def _start(ranks: int, **options) -> None:
+    """A Ray of our own; once more where a busy machine does not bring it up in the 30 s that Ray allows itself. It has
+    a process ready for every rank, which imports what a rank needs while the driver is still at work."""
+    path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTHONPATH": path, "RAY_preload_python_modules": RANK_PROGRAM, "RAY_ADDRESS": None,
+                   "RAY_num_workers_soft_limit": str(ranks)}
+    with _process_group_of_its_own(), _environment(**environment):
         try:
-            ray.init(address="local", **options)
+            ray.init(address="local", num_cpus=ranks, **options)
         except Exception:
             ray.shutdown()
-            ray.init(address="local", **options)
+            ray.init(address="local", num_cpus=ranks, **options)
+
+
+@contextlib.contextmanager
+def _environment(**variables: str | None) -> Iterator[None]:
+    """Of processes that are started meanwhile; None takes a variable away."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set_environment(variables)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

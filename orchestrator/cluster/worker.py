@@ -14,9 +14,8 @@ import ray
 
 from orchestrator.config import Config, from_dict
 from orchestrator.errors import PeerLost, SparingError, Transient
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control, Recovery
-from orchestrator.train.replica import Replicas
 
 THREADS = 4
 """One for the rank program, the others for `status`, `request_stop` and the like."""
@@ -26,9 +25,12 @@ lease is that of an actor which waits for others to be placed."""
 
 
 class Worker:
-    """Method results are plain data, so that a driver needs nothing but this room's classes to read them."""
+    """Method results are plain data, so that a driver needs nothing but this room's classes to read them; torch is for
+    the actor alone to import."""
 
     def __init__(self) -> None:
+        from orchestrator.train.replica import Replicas
+
         self.control = Control(generation=-1)
         self.replicas = Replicas()
         self.asked_at, self.lease_s = time.monotonic(), FIRST_LEASE_S

@@ -1,8 +1,7 @@
-"""Processes into a rank grid: environment, device, process groups. The only reader of RANK and its kin."""
+"""Processes into a rank grid: device, process groups."""
 
 import contextlib
 import datetime
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,20 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from orchestrator.errors import NotFit
+from orchestrator.parallel.rank_info import RankInfo, under_torchrun
 from orchestrator.plan.layout import Coordinate, Layout
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """One process among all; torchrun's meanings."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,19 +47,6 @@ class Mesh:
                 getattr(mesh._get_root_mesh(), "_pg_registry", {}).clear()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def rank_from_env() -> RankInfo:
-    """What torchrun, Slurm's srun with torchrun's names, or a Ray worker put into the environment."""
-    env = os.environ
-    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    return RankInfo(rank, world_size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world_size)),
-                    int(env.get("GROUP_RANK", 0)), env.get("MASTER_ADDR", "127.0.0.1"),
-                    int(env.get("MASTER_PORT", 29500)))
-
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def pick_device(info: RankInfo) -> torch.device:

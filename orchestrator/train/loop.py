@@ -18,8 +18,9 @@ from torch import Tensor
 from model.transformer import routers
 from orchestrator.config import ComputeDtype, Config, OnSpike
 from orchestrator.errors import NotFit, NotTrustworthy, PeerLost
-from orchestrator.parallel.mesh import Mesh, RankInfo, connect, meet, open_store, pick_device
+from orchestrator.parallel.mesh import Mesh, connect, meet, open_store, pick_device
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import layout_of
 from orchestrator.train import data, spikes
 from orchestrator.train.accounts import Accounts, peak_flops_per_s

@@ -16,7 +16,8 @@ import torch
 
 from orchestrator.config import Config, from_dict, to_dict
 from orchestrator.errors import SparingError
-from orchestrator.parallel.mesh import open_store, rank_from_env
+from orchestrator.parallel.mesh import open_store
+from orchestrator.parallel.rank_info import rank_from_env
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run, require
 from orchestrator.train.control import Control

@@ -22,6 +22,7 @@ from orchestrator.serve_api import build_app
 from orchestrator.serve_engine import Engine, Usage
 from orchestrator.serve_request import Limits
 from orchestrator.train.tokenizer import load_tokenizer
+from tests.cluster_harness import wait_until
 
 CAPACITY = 96
 NAME = "small"
@@ -51,7 +52,7 @@ class Server:
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
-        wait_until(lambda: self.server.started)
+        wait_until(lambda: self.server.started, 30, "no server")
 
     def client(self, key: str = "none") -> openai.OpenAI:
         port = self.listener.getsockname()[1]
@@ -62,13 +63,6 @@ class Server:
         self.engine.close()
         self.thread.join(20)
         self.listener.close()
-
-
-def wait_until(condition, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -169,16 +163,16 @@ def test_a_client_that_leaves_midway_frees_its_slot(slow):
     next(iter(events))
     assert slow.engine.load()["running"] == 1
     events.close()
-    wait_until(lambda: slow.engine.load()["running"] == 0 and slow.engine.free == [0])
+    wait_until(lambda: slow.engine.load()["running"] == 0 and slow.engine.free == [0], 30, "the slot is not free")
     with pytest.raises(openai.APITimeoutError):  # not streamed: the connection is closed on the answer
         slow.client().with_options(timeout=0.1).completions.create(**LONG)
-    wait_until(lambda: slow.engine.load()["running"] == 0)
+    wait_until(lambda: slow.engine.load()["running"] == 0, 30, "it runs on")
 
 
 def test_more_than_may_wait_are_sent_away_and_late_answers_end(slow):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(lambda: slow.client().completions.create(**LONG))
-        wait_until(lambda: slow.engine.load()["running"] == 1)
+        wait_until(lambda: slow.engine.load()["running"] == 1, 30, "it does not run")
         with pytest.raises(openai.RateLimitError):
             slow.client().completions.create(model=NAME, prompt="y")
         with pytest.raises(openai.APIStatusError, match="no answer within timeout_s=0.5") as caught:

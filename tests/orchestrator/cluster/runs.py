@@ -12,7 +12,8 @@ from tests.cluster_harness import wait_until
 ROOT = Path(__file__).parents[3]
 FOUR = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
         "train.steps=8", "train.validate_every=4", "train.validate_sequences=16", "checkpoint.every=2",
-        "checkpoint.keep=0", "data.validation_fraction=0.2", "optim.warmup_steps=2", "tracker=off"]
+        "checkpoint.keep=0", "data.validation_fraction=0.2", "optim.warmup_steps=2", "cluster.threads_per_rank=1",
+        "tracker=off"]
 TWO = "layout.pp=1"
 """Two of the ranks: less to start, and as much to lose."""
 LONG = [TWO, "train.steps=50", "checkpoint.every=10", "checkpoint.memory_every=5", "train.validate_every=0"]

@@ -12,12 +12,9 @@ import pytest
 
 from tests.cluster_harness import ROOT, hosts, wait_until, why_no_hosts
 from tests.harness import write_corpus
-from tests.orchestrator.cluster.runs import losses
+from tests.orchestrator.cluster.runs import FOUR, losses
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))]
-RUN = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
-       "train.steps=6", "train.validate_every=3", "train.validate_sequences=16", "checkpoint.every=3",
-       "data.validation_fraction=0.2", "optim.warmup_steps=2", "cluster.threads_per_rank=1", "tracker=off"]
 QUICK = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "1000",
          "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 """To call a node dead whose cable is cut within seconds."""
@@ -42,7 +39,7 @@ def test_nobody_talks_to_the_cluster_without_its_token(cluster):
 @pytest.fixture
 def run(tmp_path):
     write_corpus(tmp_path, 20)
-    return [*RUN, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache"]
+    return [*FOUR, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache"]
 
 
 def start_here(run: list[str], tmp_path: Path) -> subprocess.Popen:
@@ -60,7 +57,7 @@ def launched(cluster, tmp_path: Path, run: list[str]) -> dict:
 def test_a_job_from_outside_runs_across_the_nodes_with_the_local_losses(cluster, run, tmp_path):
     local = start_here(run, tmp_path)
     job = subprocess.run(**launched(cluster, tmp_path, run), capture_output=True, timeout=240)
-    assert job.returncode == 0 and "completed: 6 steps" in job.stdout, job.stdout + job.stderr
+    assert job.returncode == 0 and "completed: 8 steps" in job.stdout, job.stdout + job.stderr
     assert local.wait(240) == 0, local.stdout.read()
     ranks = json.loads((tmp_path / "hosts" / "status.json").read_text())["ranks"]
     assert [rank["node_rank"] for rank in ranks] == [0, 0, 1, 2]

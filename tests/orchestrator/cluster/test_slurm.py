@@ -12,8 +12,7 @@ from orchestrator.compose import compose_config
 from orchestrator.launch import fill
 from tests.cluster_harness import ROOT, wait_until
 from tests.harness import write_corpus
-from tests.orchestrator.cluster.runs import losses
-from tests.orchestrator.cluster.test_hosts import RUN
+from tests.orchestrator.cluster.runs import FOUR, losses
 from tests.slurm_harness import slurm, why_no_slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))]
@@ -30,7 +29,7 @@ def environment():
 @pytest.mark.xfail(strict=False, reason="on a busy machine the attempt that was queued again was seen not to end")
 def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(environment, tmp_path):
     write_corpus(tmp_path, 20)
-    run = [*RUN, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache", "layout.pp=2", "layout.dp=1",
+    run = [*FOUR, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache", "layout.pp=2", "layout.dp=1",
            "layout.ep=1", "train.steps=40", "train.validate_every=0", "hardware=cpu"]
     launch = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "launch", "launch=slurm", "cluster.nodes=2", *run,

@@ -5,7 +5,8 @@ import torch
 
 from model.moe import LocalDispatcher, Routing
 from orchestrator.parallel.dispatch import AllToAllDispatcher
-from orchestrator.parallel.mesh import RankInfo, connect
+from orchestrator.parallel.mesh import connect
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import Layout
 
 EXPERTS, DIM, TOKENS, TOP_K = 8, 6, 10, 2

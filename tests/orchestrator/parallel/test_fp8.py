@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from orchestrator.config import Config, OptimConfig, Schedule
-from orchestrator.parallel.mesh import RankInfo, connect
+from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import build_pipeline
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.parallel.shard import Shard
 from orchestrator.plan.layout import check_run, layout_of
 from orchestrator.train.optim import build_optimizer, moments

@@ -14,8 +14,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from model.config import ModelConfig
 from model.transformer import routers
 from orchestrator.config import Config, Recompute, Schedule
-from orchestrator.parallel.mesh import RankInfo, connect
+from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import build_pipeline
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import check_run, layout_of
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
 

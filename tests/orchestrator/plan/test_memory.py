@@ -10,8 +10,9 @@ from model import count
 from model.transformer import Transformer
 from orchestrator.compose import compose_config
 from orchestrator.config import Recompute
-from orchestrator.parallel.mesh import RankInfo, connect
+from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan import memory
 from orchestrator.plan.activations import block_bytes
 from orchestrator.plan.hardware import catalogue

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import Attention, ModelConfig
 from orchestrator.config import Config
 from orchestrator.parallel.dispatch import AllToAllDispatcher
-from orchestrator.parallel.mesh import RankInfo, connect
+from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import build_pipeline
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import layout_of
 from orchestrator.plan.state_bytes import training_bytes
 from orchestrator.train.optim import build_optimizer, clip_and_step, moments

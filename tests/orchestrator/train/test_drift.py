@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orchestrator.errors import Drifted, PeerLost
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.parallel.shard import EMBEDDING
 from orchestrator.train.drift import odd_ones
 from orchestrator.train.loop import Trainer

@@ -11,7 +11,7 @@ import pytest
 from model.config import ModelConfig
 from orchestrator.config import Config, OnSpike, WandbMode
 from orchestrator.errors import BadRequest, NotTrustworthy
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import data
 from orchestrator.train.control import Control
 from orchestrator.train.loop import Trainer, run_rank

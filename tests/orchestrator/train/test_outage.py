@@ -17,7 +17,7 @@ import torch
 from model.config import ModelConfig
 from orchestrator.config import Config, WandbMode
 from orchestrator.errors import NotFit
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import checkpoint, storage
 from orchestrator.train.checkpoint import Loader, Piece, Saver
 from orchestrator.train.control import Control

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator.errors import NotTrustworthy
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
 from orchestrator.train.replica import Buddies, MemoryLoader, Replica, Replicas, buddy_shift, checksum

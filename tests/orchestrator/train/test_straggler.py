@@ -2,7 +2,7 @@
 
 import json
 
-from orchestrator.parallel.mesh import RankInfo
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import straggler
 from tests.orchestrator.train.test_loop import events, make_config, run, text, train  # noqa: F401  (a fixture)
 
