@@ -161,8 +161,6 @@ class Controller:
                     return result
                 decision, lost = Decision(Action.resize, self.regroup_cause), ranks.leaving_ranks
             else:
-                ranks.hear(group)
-                self._forget_logged(group)
                 faults.append(fault_of(decision, group))
                 decision, lost = self._answer(ranks, group, faults)
             decision = self._refill(ranks, decision, lost)
@@ -180,8 +178,10 @@ class Controller:
             states = [state_of(rank, group, now) for rank in range(len(group.infos))]
             if self.state is State.forming and all(state.phase is not Phase.start for state in states):
                 self._enter(State.training)
-            self._forget_logged(group)
             decision = decide(states, limits, now)
+            if decision.action is not Action.wait:
+                ranks.hear(group)
+            self._forget_logged(group)
             self._tell(group, ranks.homes, force=decision.action is not Action.wait)
             if decision.action is not Action.wait:
                 return decision
@@ -220,8 +220,8 @@ class Controller:
         self.progress.say(f"rank {fault.rank} on node {fault.node}: {fault.cause}; " + (
             "replacing it" if decision.is_lost else "connecting again"))
         self._enter(State.draining)
-        if not any(record.get("dead") or "error" in record for record in group.ended.values()):  # a hang
-            self._keep_stacks(ranks.stacks(), len(faults))
+        if fault.rank not in group.ended:  # a hang
+            self._keep_stacks(ranks.stacks(group), len(faults))
         lost = ranks.drain(group, {fault.rank} if decision.is_lost else set())
         return (replace(decision, action=Action.replace) if lost else decision), lost
 

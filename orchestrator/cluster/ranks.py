@@ -115,19 +115,19 @@ class Ranks:
             self._look()
 
     def hear(self, group: Group) -> None:
-        """After a fault: how far the ranks have come that can still say so."""
+        """At the end of a group: how far the ranks have come that can still say so."""
         self.asked_at = 0.0
         self._ask(group, wait_s=0.5)
 
-    def stacks(self) -> list[str]:
-        """What the threads of every rank are doing; a rank that does not answer says so."""
-        refs = [member.worker.stacks.remote() for member in self.members]
-        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=2.0)
-        texts = ["does not answer"] * len(refs)
-        for rank, ref in enumerate(refs):
-            if ref in answered:
-                with contextlib.suppress(RayError):
-                    texts[rank] = ray.get(ref)
+    def stacks(self, group: Group) -> list[str]:
+        """What the threads of every rank are doing; a rank that does not answer says so, and is not waited for."""
+        refs = {member.worker.stacks.remote(): rank for rank, member in enumerate(self.members)
+                if group.statuses[rank].get("answers", True)}
+        answered, _ = ray.wait(list(refs), num_returns=len(refs), timeout=2.0) if refs else ([], [])
+        texts = ["does not answer"] * len(self.members)
+        for ref in answered:
+            with contextlib.suppress(RayError):
+                texts[refs[ref]] = ray.get(ref)
         return texts
 
     def drain(self, group: Group, lost: set[int]) -> list[int]:

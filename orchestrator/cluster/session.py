@@ -54,7 +54,7 @@ def _start(ranks: int, **options) -> None:
     a process ready for every rank, which imports what a rank needs while the driver is still at work."""
     path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
     environment = {"PYTHONPATH": path, "RAY_preload_python_modules": RANK_PROGRAM, "RAY_ADDRESS": None,
-                   "RAY_num_workers_soft_limit": str(ranks)}
+                   "RAY_num_workers_soft_limit": str(ranks), "RAY_kill_worker_timeout_milliseconds": "500"}
     with _process_group_of_its_own(), _environment(**environment):
         try:
             ray.init(address="local", num_cpus=ranks, **options)

@@ -94,7 +94,7 @@ class Dummy:
             status.update(generation=group.generation, phase="step", step=self.step, steps=self.steps,
                           heartbeat_at=self.now, claim=1)
 
-    def stacks(self) -> list[str]:
+    def stacks(self, group) -> list[str]:
         return ["asleep"] * len(self.members)
 
     def hear(self, group: Group) -> None:

@@ -16,7 +16,9 @@ FOUR = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inte
         "tracker=off"]
 TWO = "layout.pp=1"
 """Two of the ranks: less to start, and as much to lose."""
-LONG = [TWO, "train.steps=50", "checkpoint.every=10", "checkpoint.memory_every=5", "train.validate_every=0"]
+LONG = [TWO, "train.steps=20", "checkpoint.every=5", "checkpoint.memory_every=5", "train.validate_every=0"]
+STRUCK = 8
+"""Steps of a long run after which something happens to it."""
 PATIENCE_S = 180
 """For whatever a run is waited for."""
 PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
@@ -24,9 +26,12 @@ PLANTED = {"WANDB_API_KEY": secrets.token_hex(20), "AWS_SECRET_ACCESS_KEY": secr
 """Secrets in the environment of the cluster and of whoever submits to it."""
 
 
-def command(text: Path, run_dir: Path | str, *overrides: str) -> list[str]:
-    return ["-m", "orchestrator", "train", *FOUR, f"data.path={text}/*.txt", f"data.cache_dir={text}/cache",
-            f"run.dir={run_dir}", *overrides]
+def overrides(text: Path, run_dir: Path | str, *others: str) -> list[str]:
+    return [*FOUR, f"data.path={text}/*.txt", f"data.cache_dir={text}/cache", f"run.dir={run_dir}", *others]
+
+
+def command(text: Path, run_dir: Path | str, *others: str) -> list[str]:
+    return ["-m", "orchestrator", "train", *overrides(text, run_dir, *others)]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -63,6 +68,11 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     wait_until(lambda: reached(run_dir, step) or process.poll() is not None, PATIENCE_S,
                f"step {step} was not reached")
     assert process.poll() is None, process.communicate()
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), PATIENCE_S,
+               "ranks outlive their driver")
 
 
 def events(run_dir: Path, kind: str) -> list[dict]:

@@ -3,29 +3,35 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from orchestrator.__main__ import main
+from orchestrator.cluster.session import ray_session
+from orchestrator.compose import compose_config
+from orchestrator.config import ClusterKind
 from tests.cluster_harness import wait_until
 from tests.orchestrator.cluster.runs import (
     LONG,
     PATIENCE_S,
-    ROOT,
+    STRUCK,
     TWO,
     command,
-    environment,
     events,
     losses,
+    overrides,
+    reached,
     rows,
     sparing,
     start,
     wait_for_step,
+    wait_until_gone,
 )
 
 pytestmark = pytest.mark.ray
-FAIL_AT = """
+SCRIPTED = """
 import os, sys, threading, time
 
 def patch():
@@ -36,66 +42,81 @@ def patch():
 
     def step(self, tokens):
         if self.mesh.info.rank == 1 and self.progress.step == 3:
-            raise ZeroDivisionError("scripted failure")
+            if os.path.exists(self.config.run.dir + "/raises"):
+                raise ZeroDivisionError("scripted failure")
+            if os.path.exists(self.config.run.dir + "/exits"):
+                os._exit(9)
         return original(self, tokens)
 
     Trainer._step = step
 
 threading.Thread(target=patch, daemon=True).start()
 """
-CRASH_LOOP = FAIL_AT.replace('raise ZeroDivisionError("scripted failure")', "os._exit(9)")
+"""In every process of the runs: what rank 1 does in its fourth step if the run directory holds such a file."""
 
 
 @pytest.fixture(scope="module")
-def clean(text, tmp_path_factory) -> list[tuple]:
+def ray_here(tmp_path_factory) -> Iterator[None]:
+    """Runs of this process share one Ray, with room for two ranks and a spare."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(SCRIPTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site))
+        with ray_session(compose_config(["experiment=tiny", TWO, "cluster.spares=1"]), ClusterKind.local):
+            yield
+
+
+@pytest.fixture(scope="module")
+def clean(text, tmp_path_factory, ray_here) -> list[tuple]:
     """Losses of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("clean") / "run"
-    done = sparing(*command(text, folder, *LONG))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["train", *overrides(text, folder, *LONG)]) == 0
     return losses(folder)
 
 
-def test_a_rank_that_fails_ends_the_run_with_its_own_error(text, tmp_path):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(FAIL_AT)
-    done = sparing(*command(text, tmp_path / "run", TWO), PYTHONPATH=f"{ROOT}:{tmp_path / 'site'}")
-    assert done.returncode == 1
-    assert "rank 1 on node 0: ZeroDivisionError: scripted failure" in done.stderr and "Traceback" not in done.stderr
-    assert "scripted failure" in (tmp_path / "run" / "error.txt").read_text()
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+def test_a_rank_that_fails_ends_the_run_with_its_own_error(text, ray_here, tmp_path, capsys):
+    (tmp_path / "raises").touch()
+    assert main(["train", *overrides(text, tmp_path, TWO)]) == 1
+    told = capsys.readouterr().err
+    assert "rank 1 on node 0: ZeroDivisionError: scripted failure" in told and "Traceback" not in told
+    assert "scripted failure" in (tmp_path / "error.txt").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed" and summary["steps"] == 3 and summary["usd_total"] > 0
-    assert events(tmp_path / "run", "rank_replaced"), "a first failure is tried again, the same one is not"
-    again = sparing(*command(text, tmp_path / "run", TWO, "resume=auto"))
-    assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["attempts"] == 2
+    assert events(tmp_path, "rank_replaced"), "a first failure is tried again, the same one is not"
+    (tmp_path / "raises").unlink()
+    assert main(["train", f"run.dir={tmp_path}", "resume=auto"]) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["attempts"] == 2
 
 
-def test_a_crash_loop_ends_with_its_own_exit_code_and_its_bill(text, tmp_path):
+def test_a_crash_loop_ends_with_its_own_exit_code_and_its_bill(text, ray_here, tmp_path, capsys):
     """Ranks that die again and again at the same step, each by itself: no error to compare, only no progress."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(CRASH_LOOP)
-    done = sparing(*command(text, tmp_path / "run", TWO), PYTHONPATH=f"{ROOT}:{tmp_path / 'site'}")
-    assert done.returncode == 93, done.stdout + done.stderr
-    assert "3 faults without progress since step 3" in done.stderr and "Traceback" not in done.stderr
-    found = events(tmp_path / "run", "decision")
+    (tmp_path / "exits").touch()
+    assert main(["train", *overrides(text, tmp_path, TWO)]) == 93
+    told = capsys.readouterr().err
+    assert "3 faults without progress since step 3" in told and "Traceback" not in told
+    found = events(tmp_path, "decision")
     assert [(row["action"], row["rank"]) for row in found] == [("replace", 1)] * 2
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed" and summary["usd_total"] > 0
     assert summary["measured"]["charged_s"] == pytest.approx(2 * summary["measured"]["wall_s"], rel=0.02)
 
 
-@pytest.mark.parametrize("victim, signal_number, overrides", [
+@pytest.mark.parametrize("victim, signal_number, also", [
     (1, signal.SIGKILL, ["cluster.spares=1"]), (0, signal.SIGKILL, ["checkpoint.memory_every=0"]),
     (1, signal.SIGSTOP, ["cluster.step_timeout_s=10"])],
     ids=["killed, a spare", "rank 0 killed, from storage", "frozen"])
 def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
-        text, clean, tmp_path, victim, signal_number, overrides):
-    process = start(*command(text, tmp_path, *LONG, *overrides))
-    wait_for_step(tmp_path, 13, process)
-    ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
-    os.kill(ranks[victim]["pid"], signal_number)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
+        text, clean, tmp_path, victim, signal_number, also):
+    def strike() -> list[dict]:
+        wait_until(lambda: reached(tmp_path, STRUCK), PATIENCE_S, f"step {STRUCK} was not reached")
+        ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
+        os.kill(ranks[victim]["pid"], signal_number)
+        return ranks
+
+    with ThreadPoolExecutor(1) as pool:
+        struck = pool.submit(strike)
+        assert main(["train", *overrides(text, tmp_path, *LONG, *also)]) == 0
+        ranks = struck.result()
     assert losses(tmp_path) == clean
     replaced, recovered = events(tmp_path, "rank_replaced"), events(tmp_path, "recovered")
     told = next(row for row in replaced if row["rank"] == victim)
@@ -104,16 +125,16 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
         assert told["silent_s"] >= 10  # the step timeout; how much later depends on the machine
     gone = [row["rank"] for row in replaced]  # a survivor that is slow to come back may have to go as well
     assert victim in gone and len(gone) <= 2 and len(recovered) == 1
-    if "checkpoint.memory_every=0" in overrides:
+    if "checkpoint.memory_every=0" in also:
         assert events(tmp_path, "resumed")[-1]["path"] != "memory"
     elif gone == [victim]:
         assert events(tmp_path, "resumed")[-1]["path"] == "memory"
-    print(f"{overrides}: found after {told['silent_s']:.1f} s of silence, replaced {gone}, "
+    print(f"{also}: found after {told['silent_s']:.1f} s of silence, replaced {gone}, "
           f"next step {recovered[0]['seconds']:.1f} s after the fault was found, "
           f"{recovered[0]['lost_steps']} steps lost")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert sum(summary["buckets_s"].values()) == pytest.approx(summary["measured"]["charged_s"])
-    held = 2 + ("cluster.spares=1" in overrides)
+    held = 2 + ("cluster.spares=1" in also)
     assert summary["measured"]["charged_s"] == pytest.approx(held * summary["measured"]["wall_s"], rel=0.02)
     assert (summary["buckets_s"]["spares"] > 0) == (held > 2)
     assert summary["buckets_s"]["restart"] > 0 and summary["attempts"] == 1
@@ -124,14 +145,9 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
         assert "does not answer" in (tmp_path / "stacks-1.txt").read_text()
 
 
-def wait_until_gone(pids: list[int]) -> None:
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), PATIENCE_S,
-               "ranks outlive their driver")
-
-
 def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(text, clean, tmp_path):
     process = start(*command(text, tmp_path, *LONG))
-    wait_for_step(tmp_path, 13, process)
+    wait_for_step(tmp_path, STRUCK, process)
     pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
     process.kill()
     process.communicate()
@@ -143,19 +159,3 @@ def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(te
     bill = [row["cost/usd_total"] for row in rows(tmp_path)]
     first = events(tmp_path, "resumed")[-1]["step"]
     assert bill == sorted(bill) and bill[first] > charged, "what is charged never goes back"
-
-
-def test_a_cluster_ends_a_run_whose_driver_is_killed_with_a_checkpoint(cluster, text, clean, tmp_path):
-    process = subprocess.Popen([sys.executable, *command(text, tmp_path, "cluster=ray", *LONG, "checkpoint.every=0")],
-                               cwd=ROOT, env=environment(**cluster[0]), stdout=subprocess.DEVNULL)
-    wait_for_step(tmp_path, 13, process)
-    pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
-    process.kill()
-    process.wait()
-    wait_until_gone(pids)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "preempted" and summary["checkpoint"]["step"] == summary["steps"] >= 13
-    assert "its driver is gone" in (tmp_path / "events.jsonl").read_text()
-    done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto", **cluster[0])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [row[:3] for row in losses(tmp_path)] == [row[:3] for row in clean]

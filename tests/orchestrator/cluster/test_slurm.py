@@ -30,7 +30,7 @@ def environment():
 def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(environment, tmp_path):
     write_corpus(tmp_path, 20)
     run = [*FOUR, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache", "layout.pp=2", "layout.dp=1",
-           "layout.ep=1", "train.steps=40", "train.validate_every=0", "hardware=cpu"]
+           "layout.ep=1", "train.steps=16", "train.validate_every=0", "hardware=cpu"]
     launch = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "launch", "launch=slurm", "cluster.nodes=2", *run,
          f"run.dir={tmp_path}/slurm"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
@@ -52,10 +52,10 @@ def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(en
     control("scancel", "--batch", "--signal=TERM", "1")  # what --signal=B:TERM@300 sends before the time limit
     wait_until(lambda: job().get("Restarts") == "1" and job().get("JobState") == "PENDING", 120, log, every_s=0.2)
     saved = len(losses(tmp_path / "slurm"))
-    assert 3 <= saved < 40
+    assert 3 <= saved < 16
     control("scontrol", "update", "JobId=1", SOON)
     out, _ = launch.communicate(timeout=240)
-    assert launch.returncode == 0 and "completed: 40 steps" in out and "[running, restart 1]" in out, out
+    assert launch.returncode == 0 and "completed: 16 steps" in out and "[running, restart 1]" in out, out
     local = subprocess.run([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
                            cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=240)
     assert local.returncode == 0, local.stderr
