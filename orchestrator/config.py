@@ -139,7 +139,7 @@ class CheckpointConfig:
     """Write while training goes on."""
     max_failures: int = 5
     """Failed saves in a row after which the run ends; 0 is never."""
-    memory_every: int = 10
+    memory_every: int = 20
     """Steps between copies of each rank's state into its own host memory and a buddy's, from which the others go on
     when a rank is replaced; 0 is none."""
 

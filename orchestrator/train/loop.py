@@ -7,6 +7,7 @@ decisions that all ranks must share (a non-finite step, a request to stop, the b
 import contextlib
 import logging
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -75,8 +76,6 @@ def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: flo
 
 def threads_per_rank(config: Config, info: RankInfo) -> int:
     """CPU threads of a rank: as configured, else this machine's cores shared by the ranks on it."""
-    import os
-
     return config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // info.local_world_size)
 
 

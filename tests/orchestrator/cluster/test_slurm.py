@@ -26,7 +26,6 @@ def environment():
         yield variables | {"PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.xfail(strict=False, reason="on a busy machine the attempt that was queued again was seen not to end")
 def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(environment, tmp_path):
     write_corpus(tmp_path, 20)
     run = [*FOUR, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache", "layout.pp=2", "layout.dp=1",
@@ -54,7 +53,7 @@ def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(en
     saved = len(losses(tmp_path / "slurm"))
     assert 3 <= saved < 16
     control("scontrol", "update", "JobId=1", SOON)
-    out, _ = launch.communicate(timeout=240)
+    out, _ = launch.communicate(timeout=480)
     assert launch.returncode == 0 and "completed: 16 steps" in out and "[running, restart 1]" in out, out
     local = subprocess.run([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
                            cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=240)
