@@ -70,6 +70,11 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     assert process.poll() is None, process.communicate()
 
 
+def has_saved(run_dir: Path) -> bool:
+    """Whether the run would go on from storage: a checkpoint is written beside the steps and may take its time."""
+    return bool(events(run_dir, "checkpoint_saved"))
+
+
 def wait_until_gone(pids: list[int]) -> None:
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), PATIENCE_S,
                "ranks outlive their driver")

@@ -20,6 +20,7 @@ from tests.orchestrator.cluster.runs import (
     TWO,
     command,
     events,
+    has_saved,
     losses,
     overrides,
     reached,
@@ -109,6 +110,7 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
         text, clean, tmp_path, victim, signal_number, also):
     def strike() -> list[dict]:
         wait_until(lambda: reached(tmp_path, STRUCK), PATIENCE_S, f"step {STRUCK} was not reached")
+        wait_until(lambda: "checkpoint.memory_every=0" not in also or has_saved(tmp_path), PATIENCE_S, "nothing saved")
         ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
         os.kill(ranks[victim]["pid"], signal_number)
         return ranks
@@ -148,6 +150,7 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
 def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(text, clean, tmp_path):
     process = start(*command(text, tmp_path, *LONG))
     wait_for_step(tmp_path, STRUCK, process)
+    wait_until(lambda: has_saved(tmp_path), PATIENCE_S, "nothing saved")
     pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
     process.kill()
     process.communicate()
