@@ -45,8 +45,8 @@ def sparing(*arguments: str, timeout: float = 240, **variables: str) -> subproce
                           capture_output=True, timeout=timeout)
 
 
-def start(*arguments: str, under: tuple[str, ...] = ()) -> subprocess.Popen:
-    return subprocess.Popen([*under, sys.executable, *arguments], cwd=ROOT, env=environment(), text=True,
+def start(*arguments: str, under: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
+    return subprocess.Popen([*under, sys.executable, *arguments], cwd=ROOT, env=environment(**variables), text=True,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

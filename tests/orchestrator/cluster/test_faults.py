@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.cluster_harness import wait_until
 from tests.orchestrator.cluster.runs import (
     LONG,
     PATIENCE_S,
+    ROOT,
     STRUCK,
     TWO,
     command,
@@ -47,20 +49,27 @@ def patch():
                 raise ZeroDivisionError("scripted failure")
             if os.path.exists(self.config.run.dir + "/exits"):
                 os._exit(9)
+        if self.progress.step >= 8 and os.path.exists(self.config.run.dir + "/lingers"):
+            time.sleep(1)
         return original(self, tokens)
 
     Trainer._step = step
 
 threading.Thread(target=patch, daemon=True).start()
 """
-"""In every process of the runs: what rank 1 does in its fourth step if the run directory holds such a file."""
+"""In every process of the runs: what its step does if the run directory holds such a file."""
 
 
 @pytest.fixture(scope="module")
-def ray_here(tmp_path_factory) -> Iterator[None]:
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(SCRIPTED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_here(site) -> Iterator[None]:
     """Runs of this process share one Ray, with room for two ranks and a spare."""
-    site = tmp_path_factory.mktemp("site")
-    (site / "sitecustomize.py").write_text(SCRIPTED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site))
         with ray_session(compose_config(["experiment=tiny", TWO, "cluster.spares=1"]), ClusterKind.local):
@@ -147,14 +156,17 @@ def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
         assert "does not answer" in (tmp_path / "stacks-1.txt").read_text()
 
 
-def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(text, clean, tmp_path):
-    process = start(*command(text, tmp_path, *LONG))
+def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(text, clean, site, tmp_path):
+    """Ranks take a moment to end, in which they would come to the end of the run, but for their slow steps."""
+    (tmp_path / "lingers").touch()
+    process = start(*command(text, tmp_path, *LONG), PYTHONPATH=f"{ROOT}:{site}")
     wait_for_step(tmp_path, STRUCK, process)
     wait_until(lambda: has_saved(tmp_path), PATIENCE_S, "nothing saved")
     pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
     process.kill()
     process.communicate()
     wait_until_gone(pids)
+    (tmp_path / "lingers").unlink()
     charged = rows(tmp_path)[-1]["cost/usd_total"]
     done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto")
     assert done.returncode == 0, done.stdout + done.stderr
