@@ -34,6 +34,7 @@ class Worker:
         self.control = Control(generation=-1)
         self.replicas = Replicas()
         self.asked_at, self.lease_s = time.monotonic(), FIRST_LEASE_S
+        self.raylet = os.getppid()
         threading.Thread(target=self._keep_lease, daemon=True, name="lease").start()
 
     def home(self) -> dict:
@@ -98,9 +99,11 @@ class Worker:
         hang_up(silent)
 
     def _keep_lease(self) -> None:
+        """Also end with the raylet: Ray itself waits to become a child of process 1, which an orphan of a desktop
+        session or of some containers never does."""
         while True:
             time.sleep(1.0)
-            if time.monotonic() - self.asked_at > self.lease_s:
+            if time.monotonic() - self.asked_at > self.lease_s or os.getppid() != self.raylet:
                 os._exit(33)
 
 
