@@ -179,11 +179,12 @@ class Controller:
             if self.state is State.forming and all(state.phase is not Phase.start for state in states):
                 self._enter(State.training)
             decision = decide(states, limits, now)
-            if decision.action is not Action.wait:
+            is_over = decision.action is not Action.wait
+            if is_over:
                 ranks.hear(group)
             self._forget_logged(group)
-            self._tell(group, ranks.homes, force=decision.action is not Action.wait)
-            if decision.action is not Action.wait:
+            self._tell(group, ranks.homes, force=is_over)
+            if is_over:
                 return decision
             if self.state is State.training:
                 self._look_around(ranks)

@@ -259,8 +259,6 @@ class Ranks:
         for ref in ready:
             member = self.homing.pop(ref)
             try:
-                if member.home is None:
-                    member.worker.warm.remote()
                 member.home = ray.get(ref)
             except RayError:  # it died with its node: another one waits in its stead
                 self.reserve.remove(member)
@@ -292,6 +290,7 @@ class Ranks:
             max_concurrency=THREADS, max_restarts=0,
             scheduling_strategy=self.places.strategy(place),
             runtime_env={"env_vars": environment} if environment else None).remote()
+        worker.warm.remote()
         return Member(worker, place)
 
 
@@ -305,10 +304,8 @@ def place(config: Config, request: placement.Request) -> Ranks:
         places.wait(limit)
         ranks = Ranks(request, places, config.layout.ep)
         members = [ranks._start(i // each) for i in range(request.ranks)]
-        asked = [member.worker.home.remote() for member in members]
-        for member in members:
-            member.worker.warm.remote()
-        homes = ray.get(asked, timeout=max(10.0, limit - (ranks.placed_at - began)))
+        homes = ray.get([member.worker.home.remote() for member in members],
+                        timeout=max(10.0, limit - (ranks.placed_at - began)))
     except RayError as error:
         places.remove()
         if not isinstance(error, GetTimeoutError):

@@ -49,7 +49,7 @@ class Worker:
                 "pid": os.getpid(), "gpu": int(gpus[0]) if gpus else -1, "port": port}
 
     def warm(self) -> None:
-        """Import what a rank needs, so that a spare is ready at once."""
+        """Import what a rank needs, beside whatever else is asked, so that it is ready at once."""
         import orchestrator.train.loop  # noqa: F401
 
     def run(self, config: dict, info: RankInfo, placed_at: float, attempt: int,

@@ -32,6 +32,7 @@ from tests.orchestrator.cluster.runs import (
     sparing,
     start,
     wait_for_step,
+    wait_until_gone,
 )
 
 pytestmark = pytest.mark.ray
@@ -176,7 +177,7 @@ def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(te
     wait_until(lambda: has_saved(tmp_path), PATIENCE_S, "nothing saved")
     pids = [rank["pid"] for rank in json.loads((tmp_path / "status.json").read_text())["ranks"]]
     os.kill(events(tmp_path, "attempt_claimed")[0]["pid"], signal.SIGKILL)
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), LEASE_S - 10, "ranks live on")
+    wait_until_gone(pids, LEASE_S - 10)
     process.kill()
     process.communicate()
     (tmp_path / "lingers").unlink()
