@@ -11,7 +11,6 @@ is not run again, only foretold anew.
 import argparse
 import contextlib
 import json
-import socket
 import statistics
 import subprocess
 import sys
@@ -78,12 +77,9 @@ def train(model: str, layout: str, run: Path, steps: int) -> None:
     words = [f"model={model}", *SIZES[model], *(f"layout.{key}={value}" for key, value in keys.items()),
              f"train.steps={steps}", "train.validate_every=0", "train.validate_sequences=16", "checkpoint.every=0",
              "checkpoint.memory_every=0", "tracker=off", f"run.dir={run}"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = int(keys["pp"]) * int(keys["dp"])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
-                           f"--master-port={port}", "-m", "orchestrator", "train", *words], cwd=ROOT, text=True,
+                           "--standalone", "-m", "orchestrator", "train", *words], cwd=ROOT, text=True,
                           capture_output=True)
     if done.returncode:
         sys.exit(f"{layout}: {done.stdout}{done.stderr}")

@@ -34,7 +34,9 @@ def main(overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="overheads-") as folder:
         config = compose_config([*SIZES, *overrides, f"run.dir={folder}/run", f"checkpoint.dir={folder}/checkpoints"])
         found = torch.multiprocessing.get_context("spawn").Manager().dict()
-        torch.multiprocessing.spawn(rank, (config, free_port(), found), nprocs=2)
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.environ["TORCHELASTIC_RUN_ID"] = "overheads"  # the store is served by who started the ranks
+        torch.multiprocessing.spawn(rank, (config, store.port, found), nprocs=2)
     found = dict(found)
     step_s, step_cpu_s = found.pop("step")
     save_s = found["checkpoint"][0] + found["checkpoint"][1]
@@ -156,14 +158,6 @@ def cpu_s(pid: int) -> float:
     with open(f"/proc/{pid}/stat") as file:
         user, system = file.read().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ Starting a Python with torch takes seconds, a request milliseconds. A worker tha
 the one test, and the next starts fresh ones.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import sys
 import time
@@ -33,10 +35,12 @@ class Ranks:
             process = self.context.Process(target=_serve, args=(there, sys.path), daemon=True)
             process.start()
             self.workers.append((process, here))
-        port = free_port()
+        import torch.distributed as dist
+
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         used = self.workers[:world]
         for rank, (_, pipe) in enumerate(used):
-            info = RankInfo(rank, world, rank, world, 0, "127.0.0.1", port)
+            info = RankInfo(rank, world, rank, world, 0, "127.0.0.1", store.port)
             pipe.send((function.__code__.co_filename, function.__name__, info, args))
         results, failure = {}, None
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(used)}
@@ -73,14 +77,18 @@ def write_corpus(folder: Path, files: int) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that no connection takes by chance: the kernel gives those from 32768 on, Ray its workers those below
+    20000."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _serve(pipe, path: list[str]) -> None:
     sys.path[:] = path
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # the store is served by who started the ranks, as torchrun does
     import torch
     import torch.distributed as dist
 

@@ -1,6 +1,7 @@
 """The actor around one rank: runs the rank program in one of its threads while others answer questions about it."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 import socket
@@ -35,18 +36,20 @@ class Worker:
         self.replicas = Replicas()
         self.asked_at, self.lease_s = time.monotonic(), FIRST_LEASE_S
         self.raylet = os.getppid()
+        self.listener = socket.socket()
         threading.Thread(target=self._keep_lease, daemon=True, name="lease").start()
 
     def home(self) -> dict:
-        """Where this actor lives: Ray node id, address, host, pid, GPU index (-1 is none), a free port."""
+        """Where this actor lives: Ray node id, address, host, pid, GPU index (-1 is none), a port it listens at."""
         self.asked_at = time.monotonic()
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        self.listener.close()
+        dual = socket.has_dualstack_ipv6()
+        self.listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
+                                             backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
         return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "host": socket.gethostname(),
-                "pid": os.getpid(), "gpu": int(gpus[0]) if gpus else -1, "port": port}
+                "pid": os.getpid(), "gpu": int(gpus[0]) if gpus else -1, "port": self.listener.getsockname()[1]}
 
     def warm(self) -> None:
         """Import what a rank needs, beside whatever else is asked, so that it is ready at once."""
@@ -57,6 +60,8 @@ class Worker:
         """The rank program to its end: {"result": ...} or {"error": ..., "at": ..., ...}; never raises."""
         self.asked_at, self.lease_s = time.monotonic(), LEASE_S
         self.control = Control(generation=recovery.generation if recovery else 0)
+        if info.rank == 0:
+            info = dataclasses.replace(info, listen_fd=self.listener.detach())
         outcome = self._run(config, info, placed_at, attempt, recovery)
         gc.collect()  # a broken group's connections, so that its other ranks hear of it, and its devices' memory
         return outcome

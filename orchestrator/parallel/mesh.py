@@ -67,7 +67,8 @@ def open_store(info: RankInfo, *, timeout_s: float) -> dist.Store | None:
         return None
     return dist.TCPStore(info.master_addr, info.master_port, info.world_size,
                          timeout=datetime.timedelta(seconds=timeout_s),
-                         is_master=info.rank == 0 and not under_torchrun(), multi_tenant=True)
+                         is_master=info.rank == 0 and not under_torchrun(), multi_tenant=True,
+                         master_listen_fd=info.listen_fd if info.listen_fd >= 0 else None)
 
 
 def meet(store: dist.Store | None, info: RankInfo, *, timeout_s: float) -> None:

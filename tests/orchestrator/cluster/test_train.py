@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.cluster_harness import wait_until
-from tests.harness import free_port
 from tests.orchestrator.cluster.runs import (
     PATIENCE_S,
     PLANTED,
@@ -69,7 +68,7 @@ def test_status_tells_who_hosts_what(whole):
 
 
 def test_torchrun_gives_the_same_losses_bit_for_bit(text, whole, tmp_path):
-    done = sparing("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
+    done = sparing("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
                    *command(text, tmp_path / "run", TWO), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == losses(whole[0])
