@@ -12,6 +12,8 @@ from html import escape
 WIDTH, HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 MAX_POINTS, MAX_TITLES = 800, 50
+AXIS_TITLE, TICK_CHARACTER = 26, 6.6
+"""Width of the upright title of an axis with its gaps, and of a character in a tick's label (11 px)."""
 IN_BAR_CHARACTER = 7.5
 """Width of a character in a bar's label (13 px, bold), so that a part too narrow for its label has none."""
 LOAD_EDGES = (0.25, 0.5, 0.7, 0.9, 1.1, 1.4, 2.0, 4.0)
@@ -44,10 +46,11 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, levels: 
     low, high = x_range or (min(xs), max(xs))
     x_ticks = nice_ticks(low, high, 6)
     y_ticks = nice_ticks(0.0 if from_zero else min(ys), _clipped_high(drawn, levels), 5)
-    x_scale = _scale(low, high, LEFT, WIDTH - RIGHT)
+    left = max(LEFT, AXIS_TITLE + TICK_CHARACTER * max(len(y_format(y)) for y in y_ticks))
+    x_scale = _scale(low, high, left, WIDTH - RIGHT)
     y_scale = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{y_label} over {x_label}")}">',
-             _axes(x_ticks, y_ticks, x_scale, y_scale, x_label, y_label, y_format)]
+             _axes(left, x_ticks, y_ticks, x_scale, y_scale, x_label, y_label, y_format)]
     parts += [_level(label, y, y_scale, y_format) for label, y in levels]
     parts += [*(_draw(s, x_scale, y_scale) for s in drawn),
               *(_titles(s, x_scale, y_scale, x_label, y_format) for s in drawn if s.style != "faint"), "</svg>"]
@@ -164,16 +167,16 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: start + (value - low) / span * (end - start)
 
 
-def _axes(x_ticks, y_ticks, x_scale, y_scale, x_label: str, y_label: str, y_format) -> str:
+def _axes(left: float, x_ticks, y_ticks, x_scale, y_scale, x_label: str, y_label: str, y_format) -> str:
     bottom, right, parts = HEIGHT - BOTTOM, WIDTH - RIGHT, []
     for y in y_ticks:
-        parts += [_line("grid", LEFT, right, y_scale(y), y_scale(y)),
-                  _text("tick", LEFT - 7, y_scale(y) + 3.5, y_format(y), anchor="end")]
+        parts += [_line("grid", left, right, y_scale(y), y_scale(y)),
+                  _text("tick", left - 7, y_scale(y) + 3.5, y_format(y), anchor="end")]
     for x in x_ticks:
-        if LEFT - 0.5 <= x_scale(x) <= right + 0.5:
+        if left - 0.5 <= x_scale(x) <= right + 0.5:
             parts += [_line("mark", x_scale(x), x_scale(x), bottom, bottom + 4),
                       _text("tick", x_scale(x), bottom + 16, format_number(x))]
-    parts += [_line("base", LEFT, right, bottom, bottom), _text("axis", (LEFT + right) / 2, HEIGHT - 6, x_label),
+    parts += [_line("base", left, right, bottom, bottom), _text("axis", (left + right) / 2, HEIGHT - 6, x_label),
               _text("axis", -(TOP + bottom) / 2, 12, y_label, more=' transform="rotate(-90)"')]
     return "".join(parts)
 
