@@ -6,27 +6,33 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+NODE = "ray.io/node-id"
+"""Ray's own label of a node."""
+
 
 class Places:
-    """One for each of `bundles`, which are in Ray's names what it holds.
+    """One for each of `bundles`, which are in Ray's names what it holds. With `spread`, each is on a node of its own.
 
-    Together they come all at once or not at all; but while one of them has lost its node, Ray places no actor in any
-    other. So a run that can do without some has them `apart`. With `spread`, each is on a node of its own."""
+    In one group they come all at once or not at all; but while one of them has lost its node, Ray places no actor in
+    any other. So a run that can do without some has them `apart`: spread ones come together and are then parted."""
 
     def __init__(self, bundles: list[dict[str, float]], *, spread: bool, apart: bool):
-        self.bundles, self.apart = bundles, apart and not spread
-        strategy = "STRICT_SPREAD" if spread else "PACK"
-        self.groups = [placement_group([bundle]) for bundle in bundles] if self.apart else [
-            placement_group(bundles, strategy=strategy)]
+        self.bundles, self.spread, self.apart = bundles, spread, apart
+        if apart and not spread:
+            self.groups = [placement_group([bundle]) for bundle in bundles]
+        else:
+            self.groups = [placement_group(bundles, strategy="STRICT_SPREAD" if spread else "PACK")]
 
     def wait(self, timeout_s: float) -> None:
-        """Until all are there; `GetTimeoutError`. In short turns, between which a signal is heard; `ready()` would
-        take a process for the question."""
+        """Until all are there; `GetTimeoutError`."""
         deadline = time.monotonic() + timeout_s
-        for group in self.groups:
-            while not group.wait(1.0):
-                if time.monotonic() > deadline:
-                    raise GetTimeoutError(f"{len(self.groups)} placement groups")
+        self._wait(deadline)
+        if self.apart and self.spread:
+            nodes = self.nodes()
+            self.remove()
+            self.groups = [placement_group([bundle], bundle_label_selector=[{NODE: node}])
+                           for bundle, node in zip(self.bundles, nodes, strict=True)]
+            self._wait(deadline)
 
     def strategy(self, place: int) -> PlacementGroupSchedulingStrategy:
         """For an actor that is to live there."""
@@ -35,18 +41,33 @@ class Places:
 
     def nodes(self) -> list[str]:
         """Ray's id of the node that each place is on, or was last; empty without one."""
+        table = placement_group_table()
         return [node for group in self.groups
-                for _, node in sorted(placement_group_table(group)["bundles_to_node_id"].items())]
+                for _, node in sorted(table[group.id.hex()]["bundles_to_node_id"].items())]
 
     def renew(self, place: int) -> bool:
         """Ask anew for a place apart whose node is gone, and say whether that was so. Ray would try to find another
-        without a pause, which takes a core of its head (ray#65007)."""
-        if not self.apart or placement_group_table(self.groups[place])["state"] != "RESCHEDULING":
+        without a pause, which takes a core of its head (ray#65007). Also for one on the same node as another, which two
+        that were asked for at once may find."""
+        if not self.apart:
+            return False
+        nodes = self.nodes()
+        taken = {node for other, node in enumerate(nodes) if other != place and node} if self.spread else set()
+        is_lost = placement_group_table(self.groups[place])["state"] == "RESCHEDULING"
+        if not is_lost and nodes[place] not in taken:
             return False
         remove_placement_group(self.groups[place])
-        self.groups[place] = placement_group([self.bundles[place]])
+        elsewhere = [{NODE: f"!in({','.join(sorted(taken))})"}] if taken else None
+        self.groups[place] = placement_group([self.bundles[place]], bundle_label_selector=elsewhere)
         return True
 
     def remove(self) -> None:
         for group in self.groups:
             remove_placement_group(group)
+
+    def _wait(self, deadline: float) -> None:
+        """In short turns, between which a signal is heard; `ready()` would take a process for the question."""
+        for group in self.groups:
+            while not group.wait(1.0):
+                if time.monotonic() > deadline:
+                    raise GetTimeoutError(f"{len(self.groups)} placement groups")

@@ -244,7 +244,7 @@ class Ranks:
     def _look(self) -> None:
         """What has changed around the ranks: nodes about to go, reserves that have found a place."""
         self.leaving = nodes.leaving()
-        for place in {member.place for member in self.reserve if member.home is None}:
+        for place in {member.place for member in self.reserve} - {member.place for member in self.members}:
             if self.places.renew(place):
                 self.reserve = [self._start(place) if member.place == place else member for member in self.reserve]
                 self.homing = {ref: member for ref, member in self.homing.items() if member in self.reserve}
