@@ -4,6 +4,7 @@ Shapes: B sequences, S tokens, D dim, H heads, R rotary elements of a head.
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Every released MLA model norms its latents with this, whatever its other norms use (Moonlight: 1e-5).
 LATENT_NORM_EPS = 1e-6
+MASK_ELEMENTS = 1 << 22
+"""Most of a cached step's mask at a time: 20 MiB as booleans and as the fp32 that a kernel makes of them."""
 
 
 class RMSNorm(nn.Module):
@@ -118,13 +121,17 @@ class LatentAttention(nn.Module):
         q_nope, q_rope [B, S, H, *]; kept [B, L, kv_lora_rank + R] is key and, in its first part, value of every
         head; mask [B, S, L]. Heads are laid out as further queries of one head, so that nothing is expanded.
         """
-        config, (batch, seq_len, heads, nope) = self.config, q_nope.shape
+        config, (heads, nope) = self.config, q_nope.shape[2:]
+
+        def attend(q: Tensor, mask: Tensor) -> Tensor:
+            mask = mask[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
+            out = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], kept[:, None], kept[:, None],
+                                                 attn_mask=mask[:, None], scale=self.scale)
+            return out[:, 0].unflatten(1, (-1, heads))
+
         up_k, up_v = self.wkv_b.weight.view(heads, nope + config.v_head_dim, -1).split([nope, config.v_head_dim], dim=1)
-        q = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, up_k), q_rope], dim=-1).flatten(1, 2)
-        mask = mask[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
-        out = F.scaled_dot_product_attention(q[:, None], kept[:, None], kept[:, None], attn_mask=mask[:, None],
-                                             scale=self.scale)
-        out = out.view(batch, seq_len, heads, -1)[..., : config.kv_lora_rank]
+        q = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, up_k), q_rope], dim=-1)
+        out = _in_blocks(attend, q, mask, heads)[..., : config.kv_lora_rank]
         return self.wo(torch.einsum("bshc,hvc->bshv", out, up_v).flatten(2))
 
 
@@ -158,9 +165,13 @@ class GroupedQueryAttention(nn.Module):
         if cache is None:
             return self.wo(_attend(q, k, v, config.head_dim**-0.5))
         k, v = (t.transpose(1, 2) for t in cache.append(k, v))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=cache.mask[:, None],
-                                             scale=config.head_dim**-0.5, enable_gqa=q.shape[2] != k.shape[1])
-        return self.wo(out.transpose(1, 2).flatten(2))
+
+        def attend(q: Tensor, mask: Tensor) -> Tensor:
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None],
+                                                 scale=config.head_dim**-0.5, enable_gqa=q.shape[2] != k.shape[1])
+            return out.transpose(1, 2)
+
+        return self.wo(_in_blocks(attend, q, cache.mask, 1).flatten(2))
 
     def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         rotary = _rotary_dim(self.config)
@@ -193,6 +204,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
                                          scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     return out[..., :size].transpose(1, 2).flatten(2)
+
+
+def _in_blocks(attend: Callable[[Tensor, Tensor], Tensor], q: Tensor, mask: Tensor, rows: int) -> Tensor:
+    """attend(q, mask) of queries [B, S, H, *] and what each sees [B, S, L], block by block, so that a long prompt's
+    mask, of which the kernel takes `rows` rows a query and makes numbers, stays small."""
+    size = max(1, MASK_ELEMENTS // (rows * mask.shape[0] * mask.shape[2]))
+    if q.shape[1] <= size:
+        return attend(q, mask)
+    return torch.cat([attend(*block) for block in zip(q.split(size, dim=1), mask.split(size, dim=1), strict=True)], 1)
 
 
 def _rotary_dim(config: ModelConfig) -> int:

@@ -23,17 +23,22 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the fewest tokens with that share of probability (Holtzman et al. 2020)."""
+    """temperature 0 is greedy, and what is next to it; top_p keeps the fewest tokens with that share of probability
+    (Holtzman et al. 2020)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-6
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """logits [.., V] -> the distribution that is sampled from, fp32; greedy puts all on the best token."""
         logits = logits.float()
-        if self.temperature == 0:
+        if self.is_greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        p = (logits / self.temperature).softmax(-1)
+        p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, order = p.sort(dim=-1, descending=True)
             ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
@@ -180,7 +185,7 @@ class _Row:
         self.proposed: tuple[int, Tensor] | None = None
 
     def draw(self, p: Tensor) -> int:
-        return int(p.argmax() if self.sampling.temperature == 0 else torch.multinomial(p, 1, generator=self.generator))
+        return int(p.argmax() if self.sampling.is_greedy else torch.multinomial(p, 1, generator=self.generator))
 
     def settle(self, cache: Cache, counts: Counts) -> list[int]:
         """The tokens that this step's logits [1 or 2, V] decide; a rejected draft is forgotten."""
@@ -196,7 +201,8 @@ class _Row:
             else:
                 self.states = self.states[:-1]
                 cache.cut(self.slot, cache.lengths[self.slot] - 1)
-                p = (p[:1] - q).clamp(min=0)
+                left = (p[:1] - q).clamp(min=0)
+                p = left if left.any() else p[:1]  # which differ by rounding alone
         tokens.append(self.draw(p[0]))
         self.fresh += tokens
         return tokens

@@ -37,6 +37,14 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> 
 
 def config_from_hf(values: Mapping, *, name: str = "custom") -> ModelConfig:
     """The shape that a config.json describes. `ValueError` names what cannot be expressed."""
+    try:
+        return _config_from_hf(values, name)
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"config.json: a value is missing or of the wrong kind ({type(error).__name__}: {error}); "
+                         "take the file from the model's release") from error
+
+
+def _config_from_hf(values: Mapping, name: str) -> ModelConfig:
     family = _family_named(values.get("architectures"))
     for key, only in {**family.constants, "hidden_act": "silu"}.items():
         if values.get(key, only) != only:

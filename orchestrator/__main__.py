@@ -183,7 +183,7 @@ def _report(arguments: list[str]) -> int:
 def _export(arguments: list[str]) -> int:
     import torch
 
-    from orchestrator.train.export import export_checkpoint
+    from orchestrator.train.export import TOKENIZER, export_checkpoint
 
     named, rest = options("export", arguments, ("dtype",), HELP["export"])
     source, out = positional("export", rest, 2, HELP["export"])
@@ -194,14 +194,21 @@ def _export(arguments: list[str]) -> int:
     path = export_checkpoint(source, out, dtype=dtypes[dtype])
     print(f"wrote {out} from {_shown(path)}\n"
           f"next  AutoModelForCausalLM.from_pretrained({out!r}), or sparing import {out}")
+    if not os.path.isfile(os.path.join(out, TOKENIZER)):
+        print(f"note  the checkpoint's {TOKENIZER} is not to be found any more: put it into {out}")
     return 0
 
 
 def _import(arguments: list[str]) -> int:
-    from orchestrator.train.export import import_hf
+    from orchestrator.train.export import TOKENIZER, import_hf
 
     source, out = positional("import", arguments, 2, HELP["import"])
-    print(f"wrote {_shown(import_hf(source, out))}\nnext  sparing train model=... resume={out}")
+    path = import_hf(source, out)
+    beside = os.path.join(out, TOKENIZER)
+    words = f" data.tokenizer={beside}" if os.path.isfile(beside) else ""
+    print(f"wrote {_shown(path)}\nnext  sparing train model=... resume={out}{words}")
+    if not words:
+        print(f"note  {source} has no {TOKENIZER}: generate, evaluate and serve need tokenizer=FILE")
     return 0
 
 

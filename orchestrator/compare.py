@@ -13,7 +13,7 @@ import time
 from model import count
 from model.config import ModelConfig
 from orchestrator.arguments import taken
-from orchestrator.compose import compose_config
+from orchestrator.compose import compose_config, quoted
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import BadRequest, SparingError
 from orchestrator.plan.cost import model_flops
@@ -34,9 +34,9 @@ usage: sparing compare [KEY=VALUE ...] [seeds=0,1] [out=DIR] [at='PLAN']
   sparing compare experiment=tiny at='model=deepseek_v3 cluster=h800_2048 tokens=14.8e12'
 
 Trains the model, a dense model of equal active and one of equal total parameters, on the same data in the same order,
-and reports what each loss cost in FLOPs, device-hours and dollars; writes compare.json and compare.html. The same
-command goes on with a comparison that was interrupted. Keys are those of train; the learning rate does not decay,
-so that each validation stands for a run of its length.
+and reports what each loss cost in FLOPs, device-hours and dollars; writes compare.json and compare.html. With out=DIR
+the same command goes on with a comparison that was interrupted. Keys are those of train; the learning rate does not
+decay, so that each validation stands for a run of its length.
 at= takes the words of a plan, and says what both would cost there: an extrapolation, far beyond what was measured."""
 OPTIONS = ("seeds", "out", "at")
 COSTS = {"flops": "FLOPs", "device_s": "device-seconds", "usd": "dollars"}
@@ -205,9 +205,9 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
     for seed in seeds:
         for name, words in commands.items():
             path, done = storage.join(out, f"{name}-seed{seed}"), done + 1
-            if not storage.exists(storage.join(path, "summary.json")):
+            if not _is_complete(path):
                 print(f"\nrun {done} of {total}: {name}, seed {seed}", flush=True)
-                code = _train([*words, f"seed={seed}", f"run.dir={path}", "resume=auto"])
+                code = _train([*words, f"seed={seed}", f"run.dir={quoted(path)}", "resume=auto"])
                 if code:
                     raise SparingError(f"compare: {path} ended with exit code {code}; its message stands above, and "
                                        f"the same command with out={out} goes on from there")
@@ -217,6 +217,11 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
                                  f"ended as {one.summary['status']}; give another out=DIR, or the command that made it")
             runs[name].append(one)
     return runs
+
+
+def _is_complete(path: str) -> bool:
+    """Runs that failed or were preempted have a summary, too."""
+    return storage.exists(storage.join(path, "summary.json")) and read_run(path).summary["status"] == "completed"
 
 
 def _train(words: list[str]) -> int:
@@ -233,6 +238,7 @@ def _changes(model: ModelConfig, twin: ModelConfig) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     words = text.split(",")
-    if not all(word.strip().isdigit() for word in words) or len(set(words)) != len(words):
+    seeds = [int(word) for word in words if word.strip().isdecimal()]
+    if len(seeds) != len(words) or len(set(seeds)) != len(seeds):
         raise BadRequest(f"seeds={text}: must be different whole numbers with commas between, as in seeds=0,1")
-    return [int(word) for word in words]
+    return seeds

@@ -222,6 +222,13 @@ def read_config(path: str) -> Config:
                          "in another run.dir") from error
 
 
+def quoted(value: str) -> str:
+    """A text as the value of an override, in quotes where its grammar would read something else."""
+    if re.fullmatch(r"[\w./:@%+~-]+", value, re.ASCII):
+        return value
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), value) + "'"
+
+
 def _groups() -> list[str]:
     return sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 

@@ -57,7 +57,7 @@ class HarnessModel(LM):
         """Log-probability of each continuation after its context, and whether greedy decoding would say it."""
         rows, firsts = [], []
         for request in requests:
-            context, continuation = map(self.encode, request.args)
+            context, continuation = self._parted(*request.args)
             row = [self.loaded.tokenizer.eos, *context, *continuation]
             row = row[-max(self.window, len(continuation) + 1) :]
             rows.append(row)
@@ -75,11 +75,18 @@ class HarnessModel(LM):
         """Greedy text up to a stop text."""
         return [self._continue(*request.args) for request in requests]
 
+    def _parted(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness's own models do it: what a text begins with may be other tokens alone than inside one."""
+        blank = len(context) - len(context.rstrip())
+        context, continuation = context[: len(context) - blank], context[len(context) - blank :] + continuation
+        before = self.encode(context)
+        return before, self.encode(context + continuation)[len(before) :]
+
     def _continue(self, context: str, options: dict) -> str:
         stops = options.get("until") or []
-        stream = TextStream(self.loaded.tokenizer, [stops] if isinstance(stops, str) else stops)
         max_tokens = min(options.get("max_gen_toks", MAX_NEW_TOKENS), self.loaded.window - 1)
         prompt = [self.loaded.tokenizer.eos, *self.encode(context)][-(self.loaded.window - max_tokens) :]
+        stream = TextStream(self.loaded.tokenizer, [stops] if isinstance(stops, str) else stops, prompt)
         decoder = Decoder(self.loaded.model, slots=1, capacity=len(prompt) + max_tokens)
         text = "".join([stream.push(token) for _, token in generate(
             decoder, [prompt], max_tokens=max_tokens, stops=lambda row, token: stream.stopped)])

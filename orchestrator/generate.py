@@ -142,7 +142,7 @@ def complete(loaded, prompts: list[list[int]], request: Request, *, speculative:
 
     decoder = Decoder(loaded.model, slots=min(SLOTS, len(prompts)),
                       capacity=max(map(len, prompts)) + request.max_tokens)
-    streams = [TextStream(loaded.tokenizer, request.stops) for _ in prompts]
+    streams = [TextStream(loaded.tokenizer, request.stops, prompt) for prompt in prompts]
     rows, counts, start = [[] for _ in prompts], Counts(), time.perf_counter()
     for row, token in generate(decoder, prompts, max_tokens=request.max_tokens, seed=request.seed,
                                sampling=Sampling(request.temperature, request.top_p), speculative=speculative,

@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from torch import Tensor
 from model import count, hf
 from model.config import ModelConfig
 from model.transformer import Transformer
-from orchestrator.config import DataConfig, from_dict
+from orchestrator.config import from_dict
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
 from orchestrator.train.checkpoint import newest_under
-from orchestrator.train.export import StateDict
+from orchestrator.train.export import TOKENIZER, StateDict, tokenizer_of
 from orchestrator.train.shards import Loader
 from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,6 +39,8 @@ class Weights:
     """`byte`, or the path of a tokenizer.json; as it was in training, or beside a Hugging Face model."""
     trained_len: int
     """Tokens of a training sequence, where that is known."""
+    is_foreign: bool = False
+    """Trained elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def open_weights(path: str) -> Iterator[Weights]:
     if storage.local_path(path) and os.path.isfile(os.path.join(path, "config.json")):
         with plain_errors():
             config, tensors = hf.load(path)
-        beside = os.path.join(path, "tokenizer.json")
-        yield Weights(path, config, tensors, beside if os.path.isfile(beside) else "", config.max_seq_len)
+        beside = os.path.join(path, TOKENIZER)
+        yield Weights(path, config, tensors, beside if os.path.isfile(beside) else "", config.max_seq_len, True)
         return
     checkpoint = newest_under(path)
     if checkpoint is None:
@@ -71,10 +74,10 @@ def open_weights(path: str) -> Iterator[Weights]:
     with contextlib.closing(Loader(checkpoint)) as loader:
         with plain_errors():
             config = from_dict(ModelConfig, loader.state["config"]["model"])
-            tokenizer = from_dict(DataConfig, loader.state["config"]["data"]).tokenizer
-        # An imported checkpoint was trained elsewhere: its config says nothing of that.
-        seq_len = config.max_seq_len if loader.state.get("weights_only") else loader.state["config"]["train"]["seq_len"]
-        yield Weights(checkpoint, config, StateDict(loader, config), tokenizer, seq_len)
+            tokenizer, foreign = tokenizer_of(checkpoint, loader.state), bool(loader.state.get("weights_only"))
+        # An imported checkpoint's config says nothing of its training.
+        seq_len = config.max_seq_len if foreign else loader.state["config"]["train"]["seq_len"]
+        yield Weights(checkpoint, config, StateDict(loader, config), tokenizer, seq_len, foreign)
 
 
 def look(path: str, *, tokenizer: str = "") -> tuple[Weights, Tokenizer]:
@@ -155,9 +158,22 @@ def free_bytes(device: torch.device | str) -> int | None:
         return torch.cuda.mem_get_info()[0]
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+    return min([free, *_group_free()])
+
+
+def _group_free(root: str = "/sys/fs/cgroup") -> Iterator[int]:
+    """What the limits of a container or of a batch job leave (cgroup v2); files in the page cache make room."""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/cgroup") as file:
+            groups = [root, *(group for group in file.read().rpartition("0::/")[2].strip().split("/") if group)]
+        for folder in (os.path.join(*groups[: depth + 1]) for depth in range(len(groups))):
+            with contextlib.suppress(OSError, ValueError):  # no such file at the root, "max" where there is no limit
+                limit, used, stat = (Path(folder, f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+                held = dict(line.split() for line in stat.splitlines())
+                yield max(0, int(limit) - int(used) + int(held["active_file"]) + int(held["inactive_file"]))
 
 
 def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:
@@ -169,17 +185,20 @@ def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:
     if tokenizer.vocab_size > weights.config.vocab_size:
         raise BadRequest(f"tokenizer={name}: has {tokenizer.vocab_size} tokens, the model {weights.config.vocab_size}; "
                          "give the one it was trained with")
+    if weights.is_foreign and not tokenizer.has_eos:
+        raise BadRequest(f"tokenizer={name}: does not say which token ends a text; put the model's "
+                         "tokenizer_config.json beside it, or one that is {\"eos_token\": \"...\"}")
     return tokenizer
 
 
 class TextStream:
     """One sequence's tokens as text: whole characters only, and nothing that a stop string may yet swallow.
 
-    `stopped` tells that a stop string or the end of the document came; the text ends before it.
+    `stopped` tells that a stop string or the end of the document came; the text ends before it. before: the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.read, self.eos, self.stops = tokenizer.stream(), tokenizer.eos, list(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
+        self.read, self.eos, self.stops = tokenizer.stream(before), tokenizer.eos, list(stops)
         self.held, self.stopped = "", False
 
     def push(self, token: int) -> str:

@@ -145,15 +145,28 @@ def _nodes(config: Config) -> tuple[int, int]:
 
 
 def _overrides(config: Config, arguments: list[str], stamp: str, cwd: Path) -> list[str]:
-    """The run's own words, with a run directory that is the same at every start."""
+    """The run's own words, with a run directory that is the same at every start. What a launcher starts in the
+    checkout is told paths from here."""
+    from orchestrator.compose import quoted
+
+    def here(path: str) -> str:
+        return str(cwd / Path(path).expanduser()) if path and "://" not in path else path
+
+    paths = {"data.path": ",".join(part if re.match(r"stdlib(:|$)", part) else here(part)
+                                   for part in map(str.strip, config.data.path.split(","))),
+             "data.tokenizer": "byte" if config.data.tokenizer == "byte" else here(config.data.tokenizer),
+             "checkpoint.dir": here(config.checkpoint.dir or ""), "run.calibrate": here(config.run.calibrate or "")}
     kept = [word for word in arguments if not re.match(r"\+*launch\b", word)]
     kept = [word for word in kept if word.split("=", 1)[0] not in ("run.dir", "resume")]
-    run_dir = config.run.dir or f"runs/{config.run.name}-{stamp}"
-    run_dir = run_dir if "://" in run_dir else str(cwd / run_dir)
     resume = "auto" if config.resume == "none" else config.resume
+    if config.launch.kind not in RUN_ELSEWHERE:
+        kept = [f"{key}={quoted(paths[key])}" if paths.get(key := word.split("=", 1)[0].lstrip("+")) else word
+                for word in kept]
+        resume = resume if resume == "auto" else here(resume)
+    run_dir = here(config.run.dir or f"runs/{config.run.name}-{stamp}")
     wait = [] if config.launch.kind is LaunchKind.torchrun else [f"cluster.join_timeout_s={JOIN_TIMEOUT_S}"]
     given = any(word.startswith("cluster.join_timeout_s=") for word in kept)
-    return [*kept, *([] if given else wait), f"run.dir={run_dir}", f"resume={resume}"]
+    return [*kept, *([] if given else wait), f"run.dir={quoted(run_dir)}", f"resume={quoted(resume)}"]
 
 
 def _address(config: Config) -> str | None:

@@ -24,7 +24,12 @@ from orchestrator.launch_dashboard import authentication, has_ended, job_outcome
 POLL_S = 2.0
 LOOK_S = 10.0
 """Between two looks at a job whose log is followed."""
-SLURM_ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+SILENCE_S = 300.0
+"""A scheduler that cannot be asked this long is given up; its job is not."""
+SLURM_ENDS = {"COMPLETED": 0, "FAILED": 1, "OUT_OF_MEMORY": 1, "DEADLINE": 1, "CANCELLED": Preempted.exit_code,
+              "PREEMPTED": Preempted.exit_code, "TIMEOUT": Preempted.exit_code, "NODE_FAIL": Preempted.exit_code,
+              "BOOT_FAIL": Preempted.exit_code}
+"""Our exit code by a job's last state, where the job has none of its own."""
 
 
 def submit(job: Job, folder: Path) -> int:
@@ -119,7 +124,7 @@ def _slurm(job: Job, file: Path, environment: dict[str, str]) -> int:
         if state not in SLURM_ENDS:
             return None
         code = int(fields.get("ExitCode", "1:0").split(":")[0])
-        return code if state == "COMPLETED" or code else Preempted.exit_code if state != "FAILED" else 1
+        return code or SLURM_ENDS[state]
 
     return _poll(outcome, stop=f"scancel {number}")
 
@@ -155,10 +160,19 @@ def _skypilot(job: Job, file: Path, environment: dict[str, str]) -> int:
 
 
 def _poll(outcome: Callable[[], int | None], *, stop: str) -> int:
+    """Ask until there is an answer; a scheduler that is busy or restarts is asked again."""
+    heard = time.monotonic()
     try:
-        while (code := outcome()) is None:
+        while True:
+            try:
+                if (code := outcome()) is not None:
+                    return code
+                heard = time.monotonic()
+            except NotFit as error:
+                if time.monotonic() - heard > SILENCE_S:
+                    raise Transient(f"{error}; not to be reached for {SILENCE_S / 60:.0f} minutes, the job may go on: "
+                                    f"end it with {stop}") from None
             time.sleep(POLL_S)
-        return code
     except KeyboardInterrupt:
         print(f"\nthe job goes on; end it with: {stop}", file=sys.stderr)
         raise

@@ -91,7 +91,7 @@ class Engine:
             if len(self.waiting) + len(sequences) > self.max_waiting + len(self.free):
                 raise Full
             for sequence in sequences:
-                sequence.stream = TextStream(self.loaded.tokenizer, sequence.stops)
+                sequence.stream = TextStream(self.loaded.tokenizer, sequence.stops, sequence.prompt)
                 self.waiting.append(sequence)
             self.usage.requests += 1
             self.changed.notify()

@@ -28,7 +28,9 @@ class Refused(Exception):
     @property
     def body(self) -> dict:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        said = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        # What a client sent may hold half of a surrogate pair, which no answer can.
+        return {"error": {key: text and text.encode(errors="backslashreplace").decode() for key, text in said.items()}}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ An imported checkpoint holds weights alone; `resume=` on it starts a new run fro
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 
@@ -12,15 +13,21 @@ from torch import Tensor
 
 from model import hf
 from model.config import ModelConfig
-from orchestrator.config import Config, from_dict, to_dict
+from orchestrator.config import Config, DataConfig, from_dict, to_dict
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
 from orchestrator.train.checkpoint import Saver, newest_under
 from orchestrator.train.shards import Loader, Piece
+from orchestrator.train.tokenizer import bytes_as_files
+
+TOKENIZER = "tokenizer.json"
+BESIDE = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
+"""What tells text from tokens and where a text ends; it travels with the weights."""
 
 
 def export_checkpoint(checkpoint: str, out: str, *, dtype: torch.dtype = torch.float32) -> str:
-    """Write the newest checkpoint under `checkpoint` (or itself) as a Hugging Face directory; returns its path."""
+    """Write the newest checkpoint under `checkpoint` (or itself) as a Hugging Face directory, its tokenizer with it
+    where that is still to be found; returns its path."""
     path = newest_under(checkpoint)
     if path is None:
         raise BadRequest(f"{checkpoint}: no whole checkpoint there; name a run directory or a checkpoint in it")
@@ -29,11 +36,18 @@ def export_checkpoint(checkpoint: str, out: str, *, dtype: torch.dtype = torch.f
     with contextlib.closing(Loader(path)) as loader, _plain_errors():
         config = from_dict(ModelConfig, loader.state["config"]["model"])
         hf.export(storage.local_path(out), config, StateDict(loader, config), dtype=dtype)
+        tokenizer = tokenizer_of(path, loader.state)
+    if tokenizer == "byte":
+        for name, text in bytes_as_files().items():
+            storage.write_bytes(storage.join(out, name), text.encode())
+    elif tokenizer:
+        _copy_tokenizer(tokenizer, out)
     return path
 
 
 def import_hf(directory: str, out: str) -> str:
-    """Write a Hugging Face directory as a checkpoint of weights under `out`; returns the checkpoint's path."""
+    """Write a Hugging Face directory as a checkpoint of weights under `out`, its tokenizer beside; returns the
+    checkpoint's path."""
     if not os.path.isdir(directory):
         raise BadRequest(f"{directory}: is no directory; name one with config.json and model.safetensors")
     if storage.list_dir(out):
@@ -47,7 +61,32 @@ def import_hf(directory: str, out: str) -> str:
     result = saver.wait()
     if not result.ok:
         raise BadRequest(f"{out}: {result.error}")
+    _copy_tokenizer(os.path.join(directory, TOKENIZER), out)
     return result.path
+
+
+def tokenizer_of(path: str, state: dict) -> str:
+    """Of a checkpoint at `path`: `byte` or a file, as in training. An imported one has it beside; if not, empty."""
+    if not state.get("weights_only"):
+        return from_dict(DataConfig, state["config"]["data"]).tokenizer
+    beside = os.path.join(os.path.dirname(path.rstrip("/")), TOKENIZER)
+    return beside if os.path.isfile(beside) else ""
+
+
+def _copy_tokenizer(file: str, out: str) -> None:
+    """With what says which token ends a text; that may be in config.json, which is not to be copied."""
+    if not os.path.isfile(file):
+        return
+    folder = os.path.dirname(file)
+    found = {name: os.path.join(folder, name) for name in BESIDE if os.path.isfile(os.path.join(folder, name))}
+    for name, source in (found | {TOKENIZER: file}).items():
+        with open(source, "rb") as read:
+            storage.write_bytes(storage.join(out, name), read.read())
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as read:
+            end = json.load(read).get("eos_token_id")
+        if end is not None and len(found) == 1:
+            storage.write_bytes(storage.join(out, BESIDE[-1]), json.dumps({"eos_token_id": end}).encode())
 
 
 EXPERTS = ".moe.experts."

@@ -12,17 +12,19 @@ import torch
 import torch.distributed as dist
 
 from model.config import ModelConfig
-from orchestrator.config import Config, to_dict
+from orchestrator.config import Config, DataKind, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.train import checkpoint
 from orchestrator.train.control import Recovery
 from orchestrator.train.drift import check_replicas
+from orchestrator.train.export import tokenizer_of
 from orchestrator.train.manifest import CorruptManifest
 from orchestrator.train.replica import Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
 from orchestrator.train.state import pieces_of, restore
+from orchestrator.train.tokenizer import load_tokenizer, same_ids
 
 FREE_MODEL_KEYS = {"name", "max_seq_len", "init_std", "bias_update_speed", "balance_loss_weight", "mtp_loss_weight"}
 FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", "train.batch_ramp_steps")
@@ -113,6 +115,7 @@ class Checkpoints:
                 loader.close()
                 self.resumed = {"path": path, "skipped": tried, "causes": causes}
                 if state.get("weights_only"):
+                    _check_tokenizer(self.config, path, state)
                     return None
                 _fill(progress, state)
                 return state
@@ -287,3 +290,11 @@ def _get(values: dict, dotted: str):
     for part in dotted.split("."):
         values = values[part]
     return values
+
+
+def _check_tokenizer(config: Config, path: str, state: dict) -> None:
+    """Weights from elsewhere are worth nothing under another tokenizer than their own."""
+    theirs, ours = tokenizer_of(path, state), config.data.tokenizer
+    if theirs and config.data.kind is DataKind.text and not same_ids(load_tokenizer(theirs), load_tokenizer(ours)):
+        raise BadRequest(f"data.tokenizer={ours}: is not that of the weights in resume={config.resume}; use "
+                         f"data.tokenizer={theirs}")

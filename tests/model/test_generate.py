@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from model import attention
 from model.cache import Cache
 from model.config import Attention, QKNorm
 from model.generate import Counts, Decoder, Sampling, generate
@@ -49,6 +50,20 @@ def test_decoding_from_the_cache_equals_the_whole_forward_for_rows_that_join_and
     torch.testing.assert_close(decoder.decode([0], [texts[0][4]]), whole[[0], [4]], atol=1e-4, rtol=1e-4)
     found = decoder.prefill([0, 1, 2], [texts[0][5:6], texts[1][:17], texts[2][9:11]])
     torch.testing.assert_close(found, whole[[0, 1, 2], [5, 16, 10]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [V3, QWEN3_MOE], ids=lambda config: config.name)
+def test_a_long_prompt_is_read_in_blocks_that_change_nothing(config, monkeypatch):
+    model, prompts = build(config), [list(range(1, 41)), list(range(9, 20))]
+    whole = Decoder(model, slots=2, capacity=64).hidden([1, 0], prompts)
+    sizes, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 1024)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention",
+                        lambda *args, **named: sizes.append(named["attn_mask"].numel()) or attend(*args, **named))
+    found = Decoder(model, slots=2, capacity=64).hidden([1, 0], prompts)
+    torch.testing.assert_close(found[0], whole[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1, :11], whole[1, :11], atol=1e-5, rtol=1e-5)
+    assert max(sizes) <= 1024 and len(sizes) > config.n_layers
 
 
 @pytest.mark.parametrize("config", [V3, QWEN3_MOE], ids=lambda config: config.name)

@@ -169,6 +169,14 @@ def test_a_torn_shard_is_named(exported):
         dict(load(exported)[1])
 
 
+@pytest.mark.parametrize("wrong", [
+    {"rope_scaling": "yarn"}, {"quantization_config": "fp8"}, {"rope_parameters": {"rope_type": "default"}},
+    {"num_attention_heads": [4]}, {"architectures": [["x"]]}, {"hidden_size": float("inf")}], ids=str)
+def test_a_value_of_the_wrong_kind_is_no_traceback(wrong):
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        config_from_hf(config_to_hf(TINY) | wrong)
+
+
 def test_tensors_missing_unknown_or_misshapen_are_named():
     theirs = dict(to_hf(random_tensors(TINY), TINY))
     with pytest.raises(ValueError, match="1 tensors are missing, such as model.norm.weight; take all shards"):

@@ -89,3 +89,7 @@ def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_
     assert set(result["multiplier"]) == {"equal_active", "equal_total"} and len(trained) == 3
     assert "<svg" in (tmp_path / "c/compare.html").read_text()
     assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0 and len(trained) == 3
+    file = tmp_path / "c/moe-seed3/summary.json"  # as of a run that was preempted
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "preempted"}))
+    assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0 and len(trained) == 4
+    assert json.loads(file.read_text())["status"] == "completed"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,9 +14,14 @@ import torch
 from model import hf
 from model.transformer import Transformer
 from orchestrator.__main__ import main
-from orchestrator.inference import TextStream, load_for_inference
+from orchestrator.compose import compose_config
+from orchestrator.errors import BadRequest
+from orchestrator.inference import TextStream, _group_free, load_for_inference, look
+from orchestrator.parallel.rank_info import RankInfo
+from orchestrator.train.control import Control
 from orchestrator.train.export import export_checkpoint, import_hf
-from orchestrator.train.tokenizer import load_tokenizer
+from orchestrator.train.loop import run_rank
+from orchestrator.train.tokenizer import bytes_as_files, load_tokenizer
 from tests.model.test_hf import TINY
 
 BYTES = dataclasses.replace(TINY, vocab_size=264, n_mtp_layers=1, max_seq_len=96)
@@ -30,6 +36,8 @@ def checkpoint(tmp_path_factory):
             if name == "lm_head.weight":  # letters only, so that the text can be read
                 parameter[:97], parameter[123:] = 0, 0
     hf.export(folder / "hf", BYTES, model.state_dict())
+    for name, text in bytes_as_files().items():
+        (folder / "hf" / name).write_text(text)
     import_hf(str(folder / "hf"), str(folder / "checkpoints"))
     return folder
 
@@ -43,7 +51,7 @@ def generate(capsys, *arguments, code=0) -> tuple[str, str]:
 def test_a_run_a_checkpoint_and_a_hugging_face_directory_say_the_same(checkpoint, tmp_path, capsys):
     path = export_checkpoint(str(checkpoint), str(tmp_path / "hf"))
     texts = {generate(capsys, where, "prompt=def ", "max_tokens=20", *more)[0]
-             for where, more in [(checkpoint, ()), (path, ()), (tmp_path / "hf", ("tokenizer=byte",))]}
+             for where, more in [(checkpoint, ()), (path, ()), (tmp_path / "hf", ()), (path, ("tokenizer=byte",))]}
     assert len(texts) == 1 and len(texts.pop()) == 21, "20 letters and the line's end"
 
 
@@ -141,3 +149,43 @@ def test_a_path_without_a_model_is_one_line(tmp_path, capsys):
     assert "no whole checkpoint there" in generate(capsys, tmp_path, "prompt=x", code=2)[1]
     (tmp_path / "config.json").write_text("{}")
     assert generate(capsys, tmp_path, "prompt=x", code=2)[1].count("\n") == 1
+
+
+def test_a_tokenizer_travels_with_its_weights(checkpoint, tmp_path, capsys):
+    """Out and in again: never do weights of one tokenizer meet another in silence."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer.from_str(bytes_as_files()["tokenizer.json"])
+    made.add_special_tokens(["<stop>"])
+    shutil.copytree(checkpoint / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    (tmp_path / "hf" / "tokenizer_config.json").unlink()
+    made.save(str(tmp_path / "hf" / "tokenizer.json"))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"eos_token_id": 257}))
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "in")]) == 0
+    assert f"data.tokenizer={tmp_path / 'in' / 'tokenizer.json'}" in capsys.readouterr().out
+    assert look(str(tmp_path / "in"))[1].eos == 257
+    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert look(str(tmp_path / "out"))[1].eos == 257
+
+    data = ["data.path=stdlib:json", f"data.cache_dir={tmp_path}", "train.seq_len=32", "train.validate_sequences=2"]
+    asked = compose_config(["model=tiny", "tracker=off", *data, f"resume={tmp_path / 'in'}", "train.steps=1",
+                            f"run.dir={tmp_path / 'run'}", f"checkpoint.dir={tmp_path / 'run'}"])
+    asked = dataclasses.replace(asked, model=look(str(tmp_path / "in"))[0].config)
+    with pytest.raises(BadRequest, match=r"data\.tokenizer=byte: is not that of the weights .*use data\.tokenizer="):
+        run_rank(asked, RankInfo(), control=Control(), placed_at=0.0)
+
+    (tmp_path / "in" / "tokenizer.json").unlink()
+    assert "in: has no tokenizer.json; add tokenizer=FILE" in generate(capsys, tmp_path / "in", "prompt=x", code=2)[1]
+    (tmp_path / "out" / "generation_config.json").unlink()
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"x": 0}, []))
+    made.save(str(tmp_path / "out" / "tokenizer.json"))
+    assert "does not say which token ends a text" in generate(capsys, tmp_path / "out", "prompt=x", code=2)[1]
+
+
+def test_what_a_containers_limit_leaves_is_what_is_free(tmp_path):
+    for name, text in (("max", "1000000"), ("current", "800000"), ("stat", "anon 1\nactive_file 5\ninactive_file 7\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert list(_group_free(str(tmp_path))) == [200012]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(_group_free(str(tmp_path))) == []

@@ -140,6 +140,51 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("given, meant", [
+    (["run.dir='/tmp/a,b (1)'"], {"run.dir": "/tmp/a,b (1)"}), (["run.dir=x y"], {"run.dir": "/shared/sparing/x y"}),
+    (["data.path='a/*.txt, stdlib:json, s3://b/c'", "data.tokenizer=t.json", "resume=runs/x", "run.calibrate=runs/y"],
+     {"data.path": "/shared/sparing/a/*.txt,stdlib:json,s3://b/c", "data.tokenizer": "/shared/sparing/t.json",
+      "resume": "/shared/sparing/runs/x", "run.calibrate": "/shared/sparing/runs/y"})])
+def test_a_path_means_on_the_cluster_what_it_means_here(given, meant):
+    line = next(line for line in filled("launch=slurm", "hardware=cpu", *given).manifest.splitlines()
+                if "orchestrator train" in line)
+    config = compose_config(shlex.split(line.removesuffix(" &"))[4:])
+    for key, value in meant.items():
+        found = config
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == value
+
+
+def test_a_scheduler_that_does_not_answer_is_asked_again_for_minutes(monkeypatch):
+    monkeypatch.setattr(launch_submit, "POLL_S", 0.0)
+    answers = iter([None, NotFit("busy"), None, NotFit("busy"), 93])
+
+    def outcome():
+        answer = next(answers, NotFit("gone"))
+        if isinstance(answer, NotFit):
+            raise answer
+        return answer
+
+    assert launch_submit._poll(outcome, stop="scancel 1") == 93
+    monkeypatch.setattr(launch_submit, "SILENCE_S", 0.05)
+    with pytest.raises(Transient, match="gone; .*the job may go on: end it with scancel 1"):
+        launch_submit._poll(outcome, stop="scancel 1")
+
+
+@pytest.mark.parametrize("state, code, ours", [
+    ("COMPLETED", "0:0", 0), ("FAILED", "93:0", 93), ("FAILED", "0:9", 1), ("OUT_OF_MEMORY", "0:125", 1),
+    ("TIMEOUT", "0:0", 34), ("PREEMPTED", "0:15", 34), ("NODE_FAIL", "0:0", 34)])
+def test_a_slurm_jobs_last_state_is_an_exit_code_of_ours(state, code, ours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for tool, said in (("sbatch", "7"), ("scontrol", f"JobId=7 JobState={state} Restarts=0 ExitCode={code}")):
+        (tmp_path / tool).write_text(f"#!/bin/sh\necho {said}\n")
+        (tmp_path / tool).chmod(0o755)
+    assert submit(Job(LaunchKind.slurm, "name", "true\n"), tmp_path / "runs") == ours
+
+
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
 def test_a_bad_request_is_explained(arguments, message):
     with pytest.raises(BadRequest, match=message):

@@ -143,6 +143,18 @@ def test_a_message_that_is_no_text_is_refused(server, content, said):
     assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
+def test_a_temperature_next_to_nothing_is_greedy_and_harms_nobody(server):
+    greedy, next_to = (server.client().completions.create(model=NAME, prompt="def ", max_tokens=8, temperature=t)
+                       for t in (0, 1e-40))
+    assert greedy.choices[0].text == next_to.choices[0].text
+
+
+@pytest.mark.parametrize("body", ['{"model": "\\ud800", "prompt": "x"}', '{"\\ud800": 1, "prompt": "x"}'])
+def test_what_cannot_be_said_back_is_refused_in_openais_words(server, body):
+    answer = httpx.post(f"{server.client().base_url}completions", content=body)
+    assert answer.status_code in (400, 404) and "ud800" in answer.json()["error"]["message"]
+
+
 def test_other_refusals_have_their_status(server):
     with pytest.raises(openai.NotFoundError, match="use model=small"):
         server.client().completions.create(model="gpt", prompt="x")
