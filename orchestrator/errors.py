@@ -49,3 +49,8 @@ class NoProgress(SparingError):
     """Fault after fault without a step between them: do not start it again."""
 
     exit_code = 93
+
+
+def public_kind(error: SparingError) -> str:
+    """The name of the nearest of these classes: finer ones are known where they are raised alone."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)

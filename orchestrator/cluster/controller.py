@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,6 +41,8 @@ from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import STATUS, claim_run_dir, named
 
 STATUS_EVERY_S, REMOTE_STATUS_EVERY_S = 2.0, 15.0
+STALL_S = 10.0
+"""What must be written into the run directory is waited for this long: far less than a rank's lease."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ERRORS = FINAL | {"Transient": Transient}
 
@@ -119,6 +122,7 @@ class Controller:
         self.events: list[dict] = []
         """Decisions that no rank has logged yet."""
         self.wrote_status_at = 0.0
+        self.writing: threading.Thread | None = None
 
     def run(self, place) -> dict:
         """`place()` gives the actors. The summary; a failed run raises."""
@@ -135,6 +139,8 @@ class Controller:
             if ranks is not None:
                 ranks.release()
         released_at = time.time()
+        if ranks is None:  # nothing was held, nothing is charged
+            placed_at = released_at
         if error is not None:
             for event in self.events:
                 append_event(config.run.dir, **event)
@@ -283,8 +289,7 @@ class Controller:
     def _keep_stacks(self, texts: list[str], number: int) -> None:
         """After a hang: what every rank that answers was doing, into the run directory."""
         text = "\n".join(f"rank {rank}\n{text}\n" for rank, text in enumerate(texts))
-        with contextlib.suppress(SparingError):
-            storage.write_bytes(storage.join(self.config.run.dir, f"stacks-{number}.txt"), text.encode())
+        self._write(f"stacks-{number}.txt", text, wait=True)
 
     def _tell(self, group: Group, homes: list[dict], *, force: bool = False) -> None:
         """To the screen, and to whoever asks `sparing status`."""
@@ -297,8 +302,24 @@ class Controller:
             rows = [{"rank": info.rank, "node_rank": info.node_rank, "host": home["host"], "pid": home["pid"], **status}
                     for info, home, status in zip(group.infos, homes, group.statuses, strict=True)]
             data = {"time": time.time(), "attempt": self.attempt, "state": self.state.name, "ranks": rows}
-            with contextlib.suppress(SparingError):  # one try: ranks that nobody asks for long would end themselves
-                storage.write_bytes(storage.join(self.config.run.dir, STATUS), json.dumps(data).encode(), retry_s=1)
+            self._write(STATUS, json.dumps(data), wait=force)
+
+    def _write(self, name: str, text: str, *, wait: bool) -> None:
+        """Into the run directory, from a thread of its own: where storage stands still the ranks must be asked on, or
+        they would end themselves. What cannot be waited for is left out while the write before is under way."""
+        if self.writing is not None:
+            self.writing.join(STALL_S if wait else 0.0)
+            if self.writing.is_alive() and not wait:
+                return
+
+        def write() -> None:
+            with contextlib.suppress(SparingError):
+                storage.write_bytes(storage.join(self.config.run.dir, name), text.encode(), retry_s=1)
+
+        self.writing = threading.Thread(target=write, daemon=True, name="status")
+        self.writing.start()
+        if wait:
+            self.writing.join(STALL_S)
 
     def _failure(self, decision: Decision, ended: dict[int, dict]) -> SparingError:
         record = ended.get(decision.rank, {})
@@ -310,9 +331,8 @@ class Controller:
         if kind is Transient:
             message += f"; continue with run.dir={self.config.run.dir} resume=auto"
         if record.get("traceback"):
-            path = storage.join(self.config.run.dir, "error.txt")
-            storage.write_bytes(path, record["traceback"].encode())
-            message += f"; the rank's traceback is in {path}"
+            self._write("error.txt", record["traceback"], wait=True)
+            message += f"; the rank's traceback is in {storage.join(self.config.run.dir, 'error.txt')}"
         error = kind(message)
         error.rank, error.node = decision.rank, decision.node
         return error

@@ -40,7 +40,7 @@ class Keeper:
         try:
             return {"summary": attempt(from_dict(Config, config), progress=self, notice=self.notice)}
         except errors.SparingError as error:
-            return {"error": type(error).__name__, "message": str(error)}
+            return {"error": errors.public_kind(error), "message": str(error)}
         finally:
             self.ended = True
 

@@ -198,6 +198,7 @@ class Ranks:
         """Wait a moment for ranks to end; note how they did."""
         pending = [ref for rank, ref in enumerate(group.runs) if rank not in group.ended]
         done, _ = ray.wait(pending, num_returns=1, timeout=timeout_s) if pending else ([], [])
+        done, _ = ray.wait(pending, num_returns=len(pending), timeout=0) if done else ([], [])  # however many they are
         for ref in done:
             rank = group.runs.index(ref)
             try:

@@ -14,7 +14,7 @@ import traceback
 import ray
 
 from orchestrator.config import Config, from_dict
-from orchestrator.errors import PeerLost, SparingError, Transient
+from orchestrator.errors import PeerLost, SparingError, Transient, public_kind
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control, Recovery
 
@@ -48,8 +48,9 @@ class Worker:
         dual = socket.has_dualstack_ipv6()
         self.listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
                                              backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
+        gpu = device_index(gpus[0], os.environ.get("CUDA_VISIBLE_DEVICES")) if gpus else -1
         return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "host": socket.gethostname(),
-                "pid": os.getpid(), "gpu": int(gpus[0]) if gpus else -1, "port": self.listener.getsockname()[1]}
+                "pid": os.getpid(), "gpu": gpu, "port": self.listener.getsockname()[1]}
 
     def warm(self) -> None:
         """Import what a rank needs, beside whatever else is asked, so that it is ready at once."""
@@ -73,7 +74,7 @@ class Worker:
             return {"result": run_rank(from_dict(Config, config), info, control=self.control, placed_at=placed_at,
                                        attempt=attempt, replicas=self.replicas, recovery=recovery)}
         except SparingError as error:
-            return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": type(error).__name__,
+            return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": public_kind(error),
                     "is_consequence": isinstance(error, PeerLost)}
         except BaseException as error:
             lost = _is_lost_connection(error)
@@ -102,6 +103,10 @@ class Worker:
         silent: addresses of machines that nothing more is to be expected from."""
         self.control.must_leave = True
         hang_up(silent)
+        if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+            # A kernel of NCCL hears of nothing else, and its watchdog would end the process.
+            with contextlib.suppress(Exception):  # already gone
+                torch.distributed.distributed_c10d._abort_process_group()
 
     def _keep_lease(self) -> None:
         """Also end with the raylet: Ray itself waits to become a child of process 1, which an orphan of a desktop
@@ -119,8 +124,14 @@ def hang_up(addresses: set[str]) -> None:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.stat(int(entry)).st_mode):
                 with socket.socket(fileno=os.dup(int(entry))) as connection:
-                    if connection.getpeername()[0].removeprefix("::ffff:") in addresses:
+                    inet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                    if inet and connection.getpeername()[0].removeprefix("::ffff:") in addresses:
                         connection.shutdown(socket.SHUT_RDWR)
+
+
+def device_index(name: str, visible: str | None) -> int:
+    """Ray gives a device its name on the machine, as in CUDA_VISIBLE_DEVICES; torch counts those that are visible."""
+    return visible.split(",").index(name) if visible else int(name)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

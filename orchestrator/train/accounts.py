@@ -30,6 +30,8 @@ from orchestrator.train.finish import read_summary, summarise
 
 PREDICTED = ("step_time_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "memory_peak_gib", "steps_usd")
 """Logged as lines beside what is measured."""
+MANY_COUNTS, MANY_COUNTS_EVERY = 4096, 10
+"""A step's tokens by layer and expert are in every row where they are few, else in every tenth: V3's take 130 kB."""
 TEARDOWN_S = 3.0
 """Wall time kept in hand for the release of the devices when a budget is about to end a run."""
 
@@ -57,7 +59,7 @@ class Accounts:
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
         self.parts: list[dict[str, float]] = []
-        self.save_seconds = 0.0
+        self.save_seconds = self.write_seconds = self.validation_seconds = 0.0
         self.kept_tokens, self.kept_seconds = 0, 0.0
         self.tokens_before = progress.tokens
         self.final: dict | None = None
@@ -134,6 +136,7 @@ class Accounts:
         """losses: mean cross-entropies in nats per token of the held-out sequences, main head first. acceptance: of
         each MTP depth, the share of guesses that are the main model's greedy token (model/transformer.py)."""
         self.ledger.charge("validation", seconds)
+        self.validation_seconds = max(self.validation_seconds, seconds)
         self.progress.loss_validation = losses[0]
         per_token = self.corpus.bytes_per_token
         bits = losses[0] / math.log(2) / per_token if per_token else None
@@ -158,13 +161,17 @@ class Accounts:
             self.tracker.log(row | self._costs())
 
     def event(self, kind: str, **fields) -> None:
+        if kind == "checkpoint_saved":
+            self.write_seconds = max(self.write_seconds, fields["seconds"])
         if self.tracker is not None:
             self.tracker.event(kind, rank=0, node=self.mesh.info.node_rank, **fields)
 
     def budget_ends(self) -> bool:
         """Whether this step must be the last for the bill, final checkpoint and release included, to stay within."""
         step_s = max(self.step_seconds, default=0.0)
-        ahead = 2 * step_s + 2 * self.save_seconds + TEARDOWN_S
+        # The last checkpoint is written while the ranks stand still, behind one that may just have begun.
+        saves_s = 2 * max(self.save_seconds, self.write_seconds)
+        ahead = 2 * step_s + self.validation_seconds + saves_s + TEARDOWN_S
         if would_pass(self.ledger, time.time(), ahead, self.config.budget.max_usd):
             self.ended_by_budget = True
         return self.ended_by_budget
@@ -247,9 +254,11 @@ class Accounts:
         if not self.moe_layers:
             return {}
         loads = (counts.max(1).values * counts.shape[1] / counts.sum(1).clamp(min=1)).tolist()
+        every = 1 if counts.numel() <= MANY_COUNTS else MANY_COUNTS_EVERY
+        table = {"moe/tokens_per_expert": counts.tolist()} if self.progress.step % every == 0 else {}
         return {"moe/load_max_over_mean": sum(loads) / len(loads),
                 **{f"moe/load_max_over_mean/{name}": load for name, load in zip(self.moe_layers, loads, strict=True)},
-                "moe/tokens_per_expert": counts.tolist()}
+                **table}
 
     def _peak_gib(self) -> float | None:
         """The most that this rank's tensors took so far; only a GPU's allocator knows."""

@@ -32,6 +32,7 @@ from orchestrator.errors import NotFit, Transient
 from orchestrator.train import claim, storage
 from orchestrator.train.manifest import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     CorruptManifest,
     Damaged,
     Entry,
@@ -225,6 +226,9 @@ class Saver:
                 self._store.set(f"{job.sequence}/path", path)
             manifest = self._merge([self._write(path, job), *self._gather(job)], job)
             data = dump(manifest)
+            if len(data) > MAX_MANIFEST_BYTES:
+                raise NotFit(f"{path}: its manifest would have {len(data):,} bytes, must have at most "
+                             f"{MAX_MANIFEST_BYTES:,}; use fewer data-parallel ranks, or larger layout.ep")
             parse(data)
             for name, file in manifest.files.items():
                 check_shard(storage.join(path, name), file, content=False, retry_s=job.remaining_s())
@@ -297,7 +301,9 @@ class Saver:
         """Delete checkpoints beyond `keep`, each manifest before its files, and what dead attempts left unfinished."""
         self._claim.check(retry_s=job.remaining_s())
         if self.keep:
-            for path in list_checkpoints(self.directory, retry_s=job.remaining_s())[: -self.keep]:
+            found = list_checkpoints(self.directory, retry_s=job.remaining_s())
+            # Of a resume behind damaged ones: those are of no use, and are not counted towards the newest to keep.
+            for path in found[: max(0, found.index(committed) + 1 - self.keep)] if committed in found else ():
                 if path != committed:
                     storage.remove(storage.join(path, MANIFEST), retry_s=job.remaining_s())
                     storage.remove_tree(path, retry_s=job.remaining_s())

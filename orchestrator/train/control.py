@@ -4,6 +4,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from orchestrator.errors import PeerLost
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -46,6 +48,12 @@ class Control:
         with self._lock:
             self._fields.update(fields)
             self._moved_at = time.monotonic()
+
+    def alive(self, **fields) -> None:
+        """As `update`, from whatever takes long; `PeerLost` where it would be in vain."""
+        if self.must_leave:
+            raise PeerLost("the group of ranks was given up")
+        self.update(**fields)
 
     def status(self) -> dict:
         """A copy: rank, phase, step, steps, loss, tokens_per_s, usd_total, stages, layers, experts,

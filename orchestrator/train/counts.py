@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from model.config import ModelConfig
+
 
 @dataclass
 class StepSums:
@@ -56,3 +58,11 @@ class Progress:
     loss_train: float | None = None
     loss_validation: float | None = None
     extra: dict = field(default_factory=dict)
+
+
+def moe_layer_names(model: ModelConfig) -> list[str]:
+    """Every MoE layer of the model in order, MTP modules last: the rows of the step's counts."""
+    if not model.n_routed_experts:
+        return []
+    return [f"layers.{i}" for i in range(model.n_layers) if model.is_moe(i)] + [
+        f"mtp.{k}" for k in range(model.n_mtp_layers)]

@@ -6,6 +6,7 @@ sample. grain permutes the samples anew each epoch; a run's position is the numb
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,6 +75,22 @@ def prepare(config: DataConfig, *, model: ModelConfig, seq_len: int, n_extra: in
     held_out = streams["validation"]
     return Corpus(hashlib.sha256("".join(hashes).encode()).hexdigest(), index["vocab_size"], streams,
                   index["baselines"], held_out.num_bytes / held_out.num_tokens)
+
+
+def compare_over_ranks(corpus: Corpus, config: DataConfig, rank: int, store, on_progress: Callable[[], None]) -> None:
+    """Refuse data that another node's copy makes other tokens of: a pipeline's ends would train on different texts.
+
+    store: rank 0 tells the others by it, who may have to wait until it has tokenised; None for a rank alone."""
+    if store is None:
+        return
+    if rank == 0:
+        store.set("data", corpus.digest)
+    while not store.check(["data"]):
+        on_progress()
+        time.sleep(0.1)
+    if store.get("data").decode() != corpus.digest:
+        raise BadRequest(f"data.path={config.path}: the files of rank {rank}'s node are not those of rank 0's; copy "
+                         "the same to all nodes, or name a folder that they share or a URL")
 
 
 def batch(corpus: Corpus, *, seed: int, first_sample: int, num: int, seq_len: int, n_extra: int) -> np.ndarray:

@@ -23,7 +23,10 @@ def finish_run(config: Config, result: dict, *, placed_at: float, released_at: f
     if result.get("ledger") is None:
         rows_at = storage.join(config.run.dir, METRICS)
         rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
-        left = _result_from_rows(rows, placed_at=placed_at, released_at=released_at, devices=devices, spares=spares)
+        earlier = read_summary(config.run.dir) or {"attempts": attempts}
+        earlier_s = earlier["measured"]["charged_s"] if earlier["attempts"] < attempts else 0.0
+        left = _result_from_rows(rows, earlier_s=earlier_s, held_s=released_at - placed_at, released_at=released_at,
+                                 devices=devices, spares=spares)
         result = left | {key: value for key, value in result.items() if value is not None}
     summary = summarise(config, result, placed_at=placed_at, released_at=released_at, devices=devices,
                         attempts=attempts, spares=spares)
@@ -166,21 +169,22 @@ def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _result_from_rows(rows: list[dict], *, placed_at: float, released_at: float, devices: int,
+def _result_from_rows(rows: list[dict], *, earlier_s: float, held_s: float, released_at: float, devices: int,
                       spares: int) -> dict:
     """What a failed attempt left behind: last figures by its last row, and the buckets that rows speak of.
 
-    It is charged from placement to release, and not less than its last row showed, earlier attempts included.
+    It is charged for as long as it held its devices, `held_s`, beside what attempts before it were by their summary,
+    `earlier_s` device-seconds, and not less than its last row showed.
     """
-    if not rows:
+    if not rows and not earlier_s:
         return {}
-    last = rows[-1]
+    last = rows[-1] if rows else {"step": 0}
     sums = {key: math.fsum(row.get(key) or 0.0 for row in rows)
             for key in ("time/step_s", "time/data_s", "time/checkpoint_s", "time/validation_s")}
     buckets = {"goodput": sums["time/step_s"] - sums["time/data_s"], "data": sums["time/data_s"],
                "checkpoint": sums["time/checkpoint_s"], "validation": sums["time/validation_s"]}
-    shown_s = (last.get("cost/device_hours") or 0.0) * 3600
-    ledger = {"at": min(placed_at, released_at - shown_s / (devices + spares)), "charged_s": 0.0, "usd": 0.0,
+    charged_s = max((last.get("cost/device_hours") or 0.0) * 3600, earlier_s + held_s * (devices + spares))
+    ledger = {"at": released_at - charged_s / (devices + spares), "charged_s": 0.0, "usd": 0.0,
               "buckets_s": {name: seconds * devices for name, seconds in buckets.items()}
               | {"spares": sum(buckets.values()) * spares}}
     validated = [row for row in rows if row.get("validation/loss") is not None]
@@ -191,7 +195,7 @@ def _result_from_rows(rows: list[dict], *, placed_at: float, released_at: float,
         "loss_validation": validated[-1]["validation/loss"] if validated else None,
         "bits_per_byte": {"validation": validated[-1].get("validation/bits_per_byte")} if validated else {},
         "tokens_per_s": len(rates) / math.fsum(1 / rate for rate in rates) if rates else None,
-        "step_time_s": sums["time/step_s"] / len(rows),
+        "step_time_s": sums["time/step_s"] / len(rows) if rows else None,
         "ledger": ledger,
     }
 

@@ -5,6 +5,7 @@ decisions that all ranks must share (a non-finite step, a request to stop, the b
 """
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from model.transformer import routers
 from orchestrator.config import ComputeDtype, Config, OnSpike
-from orchestrator.errors import NotFit, NotTrustworthy, PeerLost
+from orchestrator.errors import NotFit, NotTrustworthy
 from orchestrator.parallel.mesh import Mesh, connect, meet, open_store, pick_device
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
@@ -26,7 +27,7 @@ from orchestrator.plan.layout import layout_of
 from orchestrator.train import data, spikes
 from orchestrator.train.accounts import Accounts, peak_flops_per_s
 from orchestrator.train.control import Control, Recovery
-from orchestrator.train.counts import Progress, StepSums
+from orchestrator.train.counts import Progress, StepSums, moe_layer_names
 from orchestrator.train.memory import keep_freed_memory
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
 from orchestrator.train.replica import Replicas
@@ -70,6 +71,9 @@ def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: flo
             if whole_store is not None:  # keys that nobody has used
                 prefix = f"rollback/{trainer.progress.rolled_back_at}"
                 mesh = replace(mesh, store=dist.PrefixStore(prefix, whole_store))
+            del trainer  # its memory is the next one's
+            gc.collect()
+            torch.cuda.empty_cache()
     finally:
         mesh.close()
 
@@ -88,16 +92,19 @@ class Trainer:
         self.is_lead = mesh.info.rank == 0
         self.n_extra = 1 + config.model.n_mtp_layers
         self.corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len, n_extra=self.n_extra,
-                                   on_progress=lambda done, total: control.update(phase="data", done=done, total=total))
+                                   on_progress=lambda done, total: control.alive(phase="data", done=done, total=total))
+        control.alive(phase="start")
+        data.compare_over_ranks(self.corpus, config.data, mesh.info.rank, mesh.store, control.alive)
         compute = compute_dtype(config, mesh.device)
         self.pipeline: Pipeline = build_pipeline(config, mesh, compute)
         self.optimizer = build_optimizer(self.pipeline.shards, config.optim, moments_dtype=as_dtype(
             config.precision.moments, torch.float32))
-        self.moe_layers = moe_layer_names(config)
+        self.moe_layers = moe_layer_names(config.model)
         self.stopwatch = Stopwatch(mesh.device)
         self.progress = Progress()
         self.checkpoints = Checkpoints(config, mesh, self.pipeline, self.optimizer, attempt=attempt,
-                                       data_digest=self.corpus.digest, replicas=replicas, recovery=recovery)
+                                       data_digest=self.corpus.digest, replicas=replicas, recovery=recovery,
+                                       on_progress=control.alive)
         restored = self.checkpoints.restore(self.progress)
         self.held = recovery.held if recovery is not None else []
         self.first_claim = (recovery.first_claim if recovery else 0) or self.checkpoints.saver.claim_number
@@ -132,8 +139,7 @@ class Trainer:
         status = "completed"
         upcoming = self.fetcher.submit(self._batch, progress.step)
         while progress.step < config.train.steps:
-            if self.control.must_leave:
-                raise PeerLost("the group of ranks was given up")
+            self.control.alive()
             began = time.perf_counter()
             tokens = upcoming.result().to(self.mesh.device, non_blocking=True)
             data_s = time.perf_counter() - began
@@ -325,15 +331,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def as_dtype(asked: ComputeDtype, auto: torch.dtype) -> torch.dtype:
     return {ComputeDtype.auto: auto, ComputeDtype.fp32: torch.float32, ComputeDtype.bf16: torch.bfloat16}[asked]
-
-
-def moe_layer_names(config: Config) -> list[str]:
-    """Every MoE layer of the model in order, MTP modules last: the rows of the step's counts."""
-    model = config.model
-    if not model.n_routed_experts:
-        return []
-    return [f"layers.{i}" for i in range(model.n_layers) if model.is_moe(i)] + [
-        f"mtp.{k}" for k in range(model.n_mtp_layers)]
 
 
 def _due(step: int, every: int) -> bool:

@@ -8,16 +8,17 @@ whatever it raises becomes one event. The environment and the command line are n
 import json
 import logging
 import math
+import mmap
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from orchestrator.config import Config, WandbMode, to_dict
 from orchestrator.errors import BadRequest, NotFit, SparingError
@@ -134,15 +135,29 @@ class JsonlSink:
         self.mirror.sync()
 
     def _truncate(self, resumed_step: int) -> Dropped:
-        rows = read_rows(self.mirror.fetch(METRICS) or "")
-        kept = [row for row in rows if row["step"] <= resumed_step]
-        lost = [row for row in rows if row["step"] > resumed_step]
-        path = self.mirror.path(METRICS)
-        whole = path.with_suffix(".new")
-        whole.write_text("".join(_to_json(row) + "\n" for row in kept), encoding="ascii")
-        os.replace(whole, path)
-        hours = max((row.get("cost/device_hours") or 0.0 for row in rows), default=0.0)
+        """Rows are in the order of their steps: only those that go are read, from the end, and the last that stays."""
+        self.mirror.fetch(METRICS)
+        lost, hours = [], 0.0
+        with open(self.mirror.path(METRICS), "a+b") as file:
+            end = file.tell()
+            for start, line in _lines_from_the_end(file):
+                rows = read_rows(line.decode("ascii", "replace"))  # none where a crash tore it
+                hours = max([hours, *(row.get("cost/device_hours") or 0.0 for row in rows)])
+                if rows and rows[0]["step"] <= resumed_step:
+                    break
+                lost, end = lost + rows, start
+            file.truncate(end)
         return Dropped(len(lost), math.fsum(row.get("time/step_s") or 0.0 for row in lost), hours * 3600)
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of a file that may be long, the last line first."""
+    if end := file.seek(0, os.SEEK_END):
+        with mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ) as whole:
+            while end:
+                start = whole.rfind(b"\n", 0, end - 1) + 1
+                yield start, whole[start:end]
+                end = start
 
 
 class WandbSink:

@@ -180,16 +180,19 @@ def buddy_shift(nodes: list[int]) -> int:
 
 
 def agree(mesh: Mesh, replicas: Replicas, turn: int) -> tuple[int, dict[int, int]] | None:
-    """The newest step of which all ranks' states are held, and who holds each; the same answer on every rank."""
-    world, store = mesh.layout.world_size, mesh.store
+    """The newest step of which all ranks' states are held, and who holds each: rank 0 asks all, and tells all."""
+    world, store, answer = mesh.layout.world_size, mesh.store, f"memory/{turn}/agreed"
     store.set(f"memory/{turn}/{mesh.info.rank}", json.dumps(replicas.held()))
-    holders: dict[int, dict[int, int]] = {}
-    for rank in range(world):
-        for owner, step in json.loads(store.get(f"memory/{turn}/{rank}")):
-            if owner == rank or owner not in holders.setdefault(step, {}):
-                holders.setdefault(step, {})[owner] = rank
-    whole = [step for step, by_owner in holders.items() if len(by_owner) == world]
-    return (max(whole), holders[max(whole)]) if whole else None
+    if mesh.info.rank == 0:
+        holders: dict[int, dict[int, int]] = {}
+        for rank in range(world):
+            for owner, step in json.loads(store.get(f"memory/{turn}/{rank}")):
+                if owner == rank or owner not in holders.setdefault(step, {}):
+                    holders.setdefault(step, {})[owner] = rank
+        newest = max((step for step, by_owner in holders.items() if len(by_owner) == world), default=None)
+        store.set(answer, json.dumps(None if newest is None else [newest, sorted(holders[newest].items())]))
+    found = json.loads(store.get(answer))
+    return None if found is None else (found[0], dict(map(tuple, found[1])))
 
 
 def fetch(mesh: Mesh, replicas: Replicas, step: int, holders: dict[int, int], group: dist.ProcessGroup) -> Replica:

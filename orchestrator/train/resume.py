@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from model.config import ModelConfig
+from orchestrator import errors
 from orchestrator.config import Config, DataKind, to_dict
-from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError, public_kind
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.train import checkpoint
@@ -38,8 +39,9 @@ class Checkpoints:
     """
 
     def __init__(self, config: Config, mesh: Mesh, pipeline: Pipeline, optimizer: torch.optim.Optimizer, *,
-                 attempt: int, data_digest: str, replicas: Replicas | None = None, recovery: Recovery | None = None):
-        self.data_digest, self.recovery = data_digest, recovery
+                 attempt: int, data_digest: str, replicas: Replicas | None = None, recovery: Recovery | None = None,
+                 on_progress: Callable[[], None] = lambda: None):
+        self.data_digest, self.recovery, self.on_progress = data_digest, recovery, on_progress
         self.buddies = None
         if replicas is not None and mesh.world is not None and config.checkpoint.memory_every:
             replicas.use(config.layout)
@@ -81,11 +83,10 @@ class Checkpoints:
             error = None
             try:
                 loader = MemoryLoader(fetch(self.mesh, replicas, step, holders, group))
-                restore(self.pipeline, self.optimizer, loader)
+                restore(self.pipeline, self.optimizer, loader, on_progress=self.on_progress)
             except NotTrustworthy as caught:
                 error = caught
-            reason = self._first_error(error, f"memory/{turn}")
-            if reason is None:
+            if self._first_error(error, f"memory/{turn}") is None:
                 replicas.drop_after(step)
                 moved = [owner for owner, holder in holders.items() if owner != holder]
                 self.resumed = {"path": "memory", "skipped": [], "from_buddies": moved}
@@ -109,8 +110,8 @@ class Checkpoints:
         causes: list[str] = []
         while (path := self._proposed(tried)) is not None:
             loader, error = self._load(path)
-            reason = self._first_error(error, str(len(tried)))
-            if reason is None:
+            failure = self._first_error(error, str(len(tried)))
+            if failure is None:
                 state = loader.state
                 loader.close()
                 self.resumed = {"path": path, "skipped": tried, "causes": causes}
@@ -119,15 +120,15 @@ class Checkpoints:
                     return None
                 _fill(progress, state)
                 return state
-            if self.resume != "auto" or isinstance(error, BadRequest):
-                raise error or NotTrustworthy(reason)
+            if self.resume != "auto" or not isinstance(failure, NotTrustworthy):  # storage that is away comes back
+                raise error or failure
             tried.append(path)
-            causes.append(reason)
+            causes.append(str(failure))
         if self.resume != "auto":
             raise BadRequest(f"resume={self.resume}: no whole checkpoint there; give its path, or resume=auto")
         if tried:
             raise NotTrustworthy(f"resume=auto: none of the {len(tried)} checkpoints in {self.config.checkpoint.dir} "
-                                 f"is whole: {reason}; start a new run with resume=none and another run.dir")
+                                 f"is whole: {causes[-1]}; start a new run with resume=none and another run.dir")
         return None
 
     def remember(self, progress, extra: Callable[[], dict], *, due: bool) -> None:
@@ -233,25 +234,29 @@ class Checkpoints:
             self._check_same_model(loader.state, path)
             if not weights_only:
                 self._check_same_order(loader.state, path)
-            restore(self.pipeline, self.optimizer, loader, weights_only=weights_only)
+            restore(self.pipeline, self.optimizer, loader, weights_only=weights_only, on_progress=self.on_progress)
             return loader, None
         except (KeyError, TypeError, AttributeError) as error:  # a state that no run has written
             return None, CorruptManifest(f"{path}: the state in its manifest cannot be gone on from ({error!r})")
         except (SparingError, OSError) as error:
             return None, error if isinstance(error, SparingError) else NotFit(f"{path}: {error}")
 
-    def _first_error(self, error: SparingError | None, turn: str) -> str | None:
-        """The same answer on every rank: None if all could load, else the lowest failing rank's message."""
+    def _first_error(self, error: SparingError | None, turn: str) -> SparingError | None:
+        """The same answer on every rank: None if all could load, else the lowest failing rank's error."""
         if self.mesh.world is None:
-            return None if error is None else str(error)
+            return error
         failed = torch.tensor([0 if error is None else 1], device=self.mesh.device)
         dist.all_reduce(failed, group=self.mesh.world)
         if not failed.item():
             return None
         store, prefix = self.mesh.store, f"resume/{self.resume}/{turn}/error"
-        store.set(f"{prefix}/{self.mesh.info.rank}", json.dumps(str(error) if error else None))
-        answers = [json.loads(store.get(f"{prefix}/{rank}")) for rank in range(self.mesh.layout.world_size)]
-        return next(answer for answer in answers if answer)
+        if error is not None:
+            store.set(f"{prefix}/{self.mesh.info.rank}", json.dumps([public_kind(error), str(error)]))
+        first = torch.tensor([self.mesh.layout.world_size if error is None else self.mesh.info.rank],
+                             device=self.mesh.device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.mesh.world)
+        kind, message = json.loads(store.get(f"{prefix}/{first.item()}"))
+        return getattr(errors, kind)(message)
 
     def _check_same_model(self, state: dict, path: str) -> None:
         ours, theirs = to_dict(self.config.model), state["config"]["model"]

@@ -3,6 +3,8 @@
 A grouped expert tensor is saved as one entry per global expert, so that any layout finds any expert.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,11 @@ def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW, *, with_copies: 
 
 
 @torch.no_grad()
-def restore(pipeline: Pipeline, optimizer: torch.optim.AdamW, loader: Loader, *,
-            weights_only: bool = False) -> None:
+def restore(pipeline: Pipeline, optimizer: torch.optim.AdamW, loader: Loader, *, weights_only: bool = False,
+            on_progress: Callable[[], None] = lambda: None) -> None:
     """Fill this rank's shards, biases and (unless `weights_only`) moments, whatever layout wrote the checkpoint."""
     for shard in pipeline.shards:
+        on_progress()
         _read_into("model", shard, shard.value, loader)
         for name, moment in moments(optimizer, shard).items() if not weights_only else ():
             _read_into(f"optim.{name}", shard, moment, loader)

@@ -31,6 +31,7 @@ from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
 VERSION = 1
 SHARD_TOKENS = 1 << 28
 LOCK_TIMEOUT_S = 3600.0
+TELL_CHARACTERS = 1 << 22
 SPLITS = ("train", "validation")
 
 
@@ -43,11 +44,12 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
     if (target / "index.json").exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{target.name}.lock"):
+    on_progress, total = on_progress or (lambda done, total: None), sum(map(storage.size, files))
+    with _locked(cache / f"{target.name}.lock", on_wait=lambda: on_progress(0, total)):
         if not (target / "index.json").exists():
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
             try:
-                _build(files, tokenizer, config, temporary, on_progress or (lambda done, total: None))
+                _build(files, tokenizer, config, temporary, on_progress)
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(temporary, target)
             except OSError as error:
@@ -84,9 +86,9 @@ def documents(file: str, text_key: str, key: str = "data.text_key=") -> Iterator
     """The texts in one file: a line's field of .jsonl, a row's of .parquet, else the whole file. `key` is how an error
     names the field."""
     if file.endswith((".jsonl", ".ndjson")):
-        for number, line in enumerate(storage.read_bytes(file).decode("utf-8", "replace").splitlines(), 1):
+        for number, line in enumerate(_lines(file), 1):
             if line.strip():
-                yield _field(line, text_key, f"{file}:{number}", key)
+                yield _field(line.decode("utf-8", "replace"), text_key, f"{file}:{number}", key)
     elif file.endswith(".parquet"):
         yield from _parquet_texts(file, text_key, key)
     else:
@@ -102,6 +104,15 @@ def _field(line: str, text_key: str, where: str, key: str) -> str:
         raise BadRequest(f"{where}: has no text under {key}{text_key}; its keys are "
                          f"{list(row) if isinstance(row, dict) else type(row).__name__}")
     return row[text_key].encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+
+
+def _lines(file: str) -> Iterator[bytes]:
+    """Ended by b"\\n" alone: JSON may hold any other end of a line inside a text."""
+    rest = b""
+    for chunk in storage.read_chunks(file):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+    yield rest
 
 
 def _parquet_texts(file: str, text_key: str, key: str) -> Iterator[str]:
@@ -149,12 +160,16 @@ def _build(files: list[str], tokenizer: Tokenizer, config: DataConfig, folder: P
 def _read(files: list[str], text_key: str, on_progress: Callable[[int, int], None]) -> Iterator[tuple[str, float]]:
     """Every text that is not empty, with its share: a hash of its content in [0, 1)."""
     sizes = [storage.size(file) for file in files]
-    done = 0
+    done, read, told = 0, 0, 0
     for file, size in zip(files, sizes, strict=True):
         for text in documents(file, text_key):
+            read += len(text)
+            if read - told > TELL_CHARACTERS:
+                told = read
+                on_progress(min(read, done + size), sum(sizes))
             if text:
                 yield text, int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
-        done += size
+        done = read = told = done + size
         on_progress(done, sum(sizes))
 
 
@@ -280,7 +295,7 @@ def _key(files: list[str], tokenizer: Tokenizer, config: DataConfig) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """An advisory lock that the kernel drops with its holder; others wait, with a deadline."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     with open(path, "w") as file:
@@ -292,5 +307,6 @@ def _locked(path: Path) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise NotFit(f"{path}: another process has been tokenising for {LOCK_TIMEOUT_S:.0f} s; "
                                  "see what it does, or choose another data.cache_dir") from None
+                on_wait()
                 time.sleep(0.1)
         yield

@@ -176,7 +176,7 @@ def test_a_tokenizer_travels_with_its_weights(checkpoint, tmp_path, capsys):
         run_rank(asked, RankInfo(), control=Control(), placed_at=0.0)
 
     (tmp_path / "in" / "tokenizer.json").unlink()
-    assert "in: has no tokenizer.json; add tokenizer=FILE" in generate(capsys, tmp_path / "in", "prompt=x", code=2)[1]
+    assert ": has no tokenizer.json; add tokenizer=FILE" in generate(capsys, tmp_path / "in", "prompt=x", code=2)[1]
     (tmp_path / "out" / "generation_config.json").unlink()
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"x": 0}, []))
     made.save(str(tmp_path / "out" / "tokenizer.json"))

@@ -1,16 +1,22 @@
 """The fault matrix against the real controller and policy, with dummy ranks (dummy.py): milliseconds each, no Ray."""
 
 import json
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
+from orchestrator.cluster import controller as controller_module
 from orchestrator.cluster.controller import Controller
+from orchestrator.cluster.keeper import Keeper
 from orchestrator.cluster.placement import layouts
 from orchestrator.cluster.policy import NEXT, State
-from orchestrator.config import Config
-from orchestrator.errors import NoProgress, NotFit, SparingError, Transient
+from orchestrator.config import Config, to_dict
+from orchestrator.errors import NoProgress, NotFit, SparingError, Transient, public_kind
+from orchestrator.train import storage
+from orchestrator.train.manifest import CorruptManifest, MissingTensor
 from orchestrator.train.progress import Progress
 from tests.orchestrator.cluster.dummy import Dummy, FailAt
 
@@ -137,3 +143,40 @@ def test_the_table_of_faults_names_tests_that_exist():
     rows = re.findall(r"^\|.*\| `(test_\w+)` \|$", (root / "docs" / "faults.md").read_text(), re.MULTILINE)
     there = "\n".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
     assert len(rows) >= 11 and not [name for name in rows if f"def {name}(" not in there]
+
+
+def test_storage_that_stands_still_keeps_nobody_from_asking_the_ranks(tmp_path, monkeypatch):
+    controller, go_on, written = Controller(config_of(tmp_path), 1, Progress(lambda line: None)), threading.Event(), []
+
+    def write(path, data, **_):
+        written.append((path, data))
+        go_on.wait(30)
+
+    monkeypatch.setattr(storage, "write_bytes", write)
+    monkeypatch.setattr(controller_module, "STALL_S", 0.05)
+    for text in "ab":
+        controller._write("status.json", text, wait=False)
+    controller._write("error.txt", "c", wait=True)
+    go_on.set()
+    controller.writing.join(30)
+    assert written == [(f"{tmp_path}/status.json", b"a"), (f"{tmp_path}/error.txt", b"c")]
+
+
+def test_a_run_that_found_no_place_costs_nothing(tmp_path):
+    def place():
+        raise Transient("the cluster is busy")
+
+    with pytest.raises(Transient, match="busy"):
+        Controller(config_of(tmp_path), 1, Progress(lambda line: None)).run(place)
+    assert json.loads((tmp_path / "summary.json").read_text())["device_hours"] == 0
+
+
+@pytest.mark.parametrize("error, kind", [
+    (storage.StorageUnavailable("x"), "Transient"), (storage.StorageDenied("x"), "NotFit"),
+    (MissingTensor("x"), "BadRequest"), (CorruptManifest("x"), "NotTrustworthy"), (NoProgress("x"), "NoProgress")])
+def test_an_error_keeps_its_meaning_on_its_way_from_a_rank(tmp_path, error, kind):
+    def attempt(config, **_):
+        raise error
+
+    keeper = Keeper(os.getpid())
+    assert keeper.run(attempt, to_dict(Config())) == {"error": kind, "message": "x"} and public_kind(error) == kind

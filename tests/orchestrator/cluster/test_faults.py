@@ -40,7 +40,7 @@ SCRIPTED = """
 import os, sys, threading, time
 
 def patch():
-    while not hasattr(sys.modules.get("orchestrator.train.loop"), "moe_layer_names"):
+    while not hasattr(sys.modules.get("orchestrator.train.loop"), "_due"):
         time.sleep(0.005)
     Trainer = sys.modules["orchestrator.train.loop"].Trainer
     original = Trainer._step

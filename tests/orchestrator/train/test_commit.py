@@ -237,3 +237,23 @@ def test_storage_without_exclusive_creation_is_refused_at_the_start(tmp_path, mo
     monkeypatch.setattr(storage, "create_exclusive", storage.write_bytes)
     with pytest.raises(NotFit, match="lets two writers create the same file"):
         Team(str(tmp_path), 1)
+
+
+def test_a_manifest_that_nobody_would_read_is_not_committed(tmp_path, tensors, monkeypatch):
+    team = Team(str(tmp_path), 1, keep=1)
+    first = team.save(1, lambda rank, world: pieces_of(tensors, rank, world))
+    monkeypatch.setattr(checkpoint, "MAX_MANIFEST_BYTES", 1000)
+    second = team.save(2, lambda rank, world: pieces_of(tensors, rank, world))
+    assert not second.ok and "must have at most 1,000; use" in second.error
+    assert checkpoint.list_checkpoints(str(tmp_path)) == [first.path]
+
+
+def test_later_steps_that_were_resumed_behind_do_not_push_out_what_is_whole(tmp_path, tensors):
+    """A run went on from step 2, since 8 and 9 were damaged: of the steps since, the newest two are kept."""
+    early = Team(str(tmp_path), 1)
+    for step in (2, 8, 9):
+        early.save(step, lambda rank, world: pieces_of(tensors, rank, world))
+    team = Team(str(tmp_path), 1, keep=2, fence="attempt-2")
+    for step in (3, 4, 5):
+        team.save(step, lambda rank, world: pieces_of(tensors, rank, world))
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(str(tmp_path))] == [4, 5, 8, 9]

@@ -1,5 +1,6 @@
 """Tokens and their order: built once, checked, the same under every layout."""
 
+import fcntl
 import gzip
 import json
 import math
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from model.config import ModelConfig
 from orchestrator.config import DataConfig, DataKind, TrainConfig
-from orchestrator.errors import BadRequest, NotTrustworthy
+from orchestrator.errors import BadRequest, NotTrustworthy, PeerLost
 from orchestrator.train import data, storage, tokens
+from orchestrator.train.control import Control
 from orchestrator.train.tokenizer import BYTE_EOS
 
 ROOT = Path(__file__).parents[3]
@@ -76,7 +79,7 @@ def test_each_epoch_is_another_permutation():
 def test_concurrent_processes_build_the_shards_once(folder):
     program = ("import sys, json\nfrom orchestrator.config import DataConfig\nfrom orchestrator.train import tokens\n"
                "calls = []\nplace = tokens.build_index(DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], "
-               "validation_fraction=0.2), lambda *done: calls.append(done))\n"
+               "validation_fraction=0.2), lambda done, total: calls.append(done) if done else None)\n"
                "print(json.dumps([len(calls), str(place), len(tokens.read_index(place)['shards'])]))")
     processes = [subprocess.Popen([sys.executable, "-c", program, f"{folder}/*.txt", str(folder / "cache")], cwd=ROOT,
                                   stdout=subprocess.PIPE, text=True) for _ in range(4)]
@@ -247,3 +250,38 @@ def test_one_folder_of_the_library_is_a_corpus_too():
     assert set(found) < set(tokens.find_files("stdlib")) and any(file.endswith("cp1252.py") for file in found)
     with pytest.raises(BadRequest, match="data.path=stdlib:nothing: the library has no folder of that name"):
         tokens.find_files("stdlib:nothing")
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\r"])
+def test_json_lines_end_in_a_newline_and_nothing_else(tmp_path, end):
+    text = f"one{end}text"
+    lines = [json.dumps({"text": text}, ensure_ascii=end == "\r"), '{"text": "b"}']
+    (tmp_path / "t.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert list(tokens.documents(str(tmp_path / "t.jsonl"), "text")) == [text, "b"]
+
+
+def test_who_waits_for_anothers_tokens_says_so_and_can_leave(tmp_path):
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        control = Control()
+        control.must_leave = True
+        with pytest.raises(PeerLost), tokens._locked(tmp_path / "lock", on_wait=control.alive):
+            pass
+
+
+def test_tokenising_a_large_file_is_progress_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "TELL_CHARACTERS", 100)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x" * 60}) + "\n" for _ in range(20)))
+    told = []
+    list(tokens._read([str(tmp_path / "t.jsonl")], "text", lambda done, total: told.append((done, total))))
+    size = (tmp_path / "t.jsonl").stat().st_size
+    assert len(told) > 5 and [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (size, size)
+
+
+def test_another_nodes_data_must_be_the_same(folder):
+    store, config = dist.HashStore(), config_for(folder)
+    ours, theirs = (data.Corpus(digest, 257, None, {}, None) for digest in "ab")
+    data.compare_over_ranks(ours, config, 0, store, lambda: None)
+    data.compare_over_ranks(ours, config, 1, store, lambda: None)
+    with pytest.raises(BadRequest, match=r"data\.path=.*: the files of rank 2's node are not those of rank 0's; copy"):
+        data.compare_over_ranks(theirs, config, 2, store, lambda: None)

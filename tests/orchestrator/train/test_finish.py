@@ -146,3 +146,15 @@ def test_the_last_block_names_figures_beside_what_they_are_measured_by(tmp_path)
 def test_dollars_show_three_significant_digits():
     assert [format_usd(x) for x in (None, 0, 0.000123456, 0.0123, 1.5, 99.999, 5576000)] == [
         "unknown", "$0.00", "$0.000123", "$0.0123", "$1.50", "$100.00", "$5,576,000.00"]
+
+
+def test_attempts_that_failed_add_up(tmp_path):
+    """The first held its devices an hour, the second ten minutes before any row, the third half an hour."""
+    config, held = config_for(tmp_path), (3600, 600, 1800)
+    for attempt, seconds in enumerate(held, 1):
+        if attempt == 3:
+            (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "cost/device_hours": 4.5}) + "\n")
+        finish_run(config, {"status": "failed"}, placed_at=PLACED, released_at=PLACED + seconds, devices=DEVICES,
+                   attempts=attempt)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["device_hours"] == pytest.approx(sum(held[:attempt]) * DEVICES / 3600)

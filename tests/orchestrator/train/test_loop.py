@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from model.config import ModelConfig
 from orchestrator.config import Config, OnSpike, WandbMode
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.train import data
+from orchestrator.train import data, loop
 from orchestrator.train.control import Control
 from orchestrator.train.loop import Trainer, run_rank
 from orchestrator.train.replica import Replicas
@@ -69,7 +70,12 @@ def train_and_stop_after(info: RankInfo, config: Config, step: int) -> dict:
 
 def train_with_bad_steps(info: RankInfo, config: Config, bad: list[int], in_memory: bool = False) -> dict:
     """The last rank's first expert gradient turns into NaN when it takes the steps `bad` (from 1), each entry once."""
-    original, left = Trainer._step, list(bad)
+    original, left, build, built, alive = Trainer._step, list(bad), loop.build_pipeline, [], []
+
+    def build_and_count(*args):
+        alive.append(sum(pipeline() is not None for pipeline in built))
+        built.append(weakref.ref(pipeline := build(*args)))
+        return pipeline
 
     def step(self, tokens):
         finish, due = type(self.pipeline).finish_grads, self.progress.step + 1 in left
@@ -84,12 +90,12 @@ def train_with_bad_steps(info: RankInfo, config: Config, bad: list[int], in_memo
         self.pipeline.finish_grads = poisoned
         return original(self, tokens)
 
-    Trainer._step = step
+    Trainer._step, loop.build_pipeline = step, build_and_count
     try:
         return run_rank(config, info, control=Control(), placed_at=time.time(),
-                        replicas=Replicas() if in_memory else None)
+                        replicas=Replicas() if in_memory else None) | {"earlier_models_alive": max(alive)}
     finally:
-        Trainer._step = original
+        Trainer._step, loop.build_pipeline = original, build
 
 
 def train_without_samples(info: RankInfo, config: Config, first: int, num: int) -> dict:
@@ -253,6 +259,7 @@ def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text
                          checkpoint__every=0 if in_memory else 4, checkpoint__memory_every=3)
     results = run(ranks, train_with_bad_steps, config, [6, 6], in_memory)
     assert {(result["rollbacks"], result["skipped_steps"]) for result in results} == {(1, 2)}
+    assert {result["earlier_models_alive"] for result in results} == {0}, "there is no room for two"
     back = events(tmp_path / "back", "rolled_back")
     assert [(event["step"], event["cause"]) for event in back] == [(6, "non-finite loss or gradient")]
     assert events(tmp_path / "back", "resumed")[-1]["step"] == kept
@@ -296,10 +303,10 @@ def test_a_full_disk_costs_the_checkpoint_but_not_the_run(text, tmp_path, small_
 
 
 def test_the_budget_ends_the_run_with_a_checkpoint_before_it_is_passed(text, tmp_path):
-    config = make_config(text, tmp_path, train__steps=100_000, budget__max_usd=0.009)
+    config = make_config(text, tmp_path, train__steps=100_000, budget__max_usd=0.015)
     result = train(RankInfo(), config)
     assert result["status"] == "budget" and 0 < result["steps"] < 100_000
-    assert result["ledger"]["usd"] <= 0.009
+    assert result["ledger"]["usd"] <= 0.015
     assert checkpoint_of(tmp_path, result["steps"]) and events(tmp_path, "budget_reached")
 
 

@@ -185,3 +185,14 @@ def test_a_machine_without_wandb_trains_and_says_so_once(tmp_path, monkeypatch):
     tracker.log(row(1))
     tracker.finish({})
     assert [event["kind"] for event in lines_of(tmp_path, "events.jsonl")] == ["tracker_failed"]
+
+
+def test_of_a_long_file_only_its_end_is_read(tmp_path):
+    tracker = open_tracker(config_for(tmp_path))
+    for step in range(1, 5):
+        tracker.log(row(step))
+    tracker.finish({})
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text("not to be looked at\n" + whole)
+    assert open_tracker(config_for(tmp_path), resumed_step=3).dropped.rows == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == "not to be looked at\n" + whole[: whole.rindex("{")]

@@ -16,7 +16,7 @@ import torch
 
 from model.config import ModelConfig
 from orchestrator.config import Config, WandbMode
-from orchestrator.errors import NotFit
+from orchestrator.errors import NotFit, Transient
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import checkpoint, storage
 from orchestrator.train.checkpoint import Loader, Piece, Saver
@@ -258,3 +258,16 @@ def test_training_does_not_wait_for_a_save_that_hangs(config, monkeypatch):
     assert result["status"] == "completed" and 1 in steps and not {2, 3, 4, 5, 6} & set(steps) and steps[-1] == 12
     waits = [event for event in rows(config, "events.jsonl") if event["kind"] == "checkpoint_waits"]
     assert 2 in [event["step"] for event in waits]
+
+
+def test_storage_that_is_away_at_a_resume_is_no_damage(config, monkeypatch):
+    """The newest checkpoint is not passed over, nor is the run told to start anew: it is to be tried again."""
+    train(config)
+
+    def away(path, **_):
+        raise storage.StorageUnavailable(f"{path}: does not answer (scripted)")
+
+    monkeypatch.setattr("orchestrator.train.resume.Loader", away)
+    config.resume, config.train.steps = "auto", config.train.steps + 1
+    with pytest.raises(Transient, match="does not answer"):
+        train(config)
