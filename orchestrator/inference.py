@@ -11,7 +11,6 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from orchestrator.errors import BadRequest
 from orchestrator.train import storage
 from orchestrator.train.checkpoint import newest_under
 from orchestrator.train.export import TOKENIZER, StateDict, tokenizer_of
+from orchestrator.train.memory import free_bytes
 from orchestrator.train.shards import Loader
 from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
 
@@ -150,30 +150,6 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     """Keys and values of so many tokens in a `Decoder`, those of the MTP module that drafts included."""
     layers = config.n_layers + bool(config.n_mtp_layers)
     return int(tokens * count.kv_bytes(config, bytes_per_element=dtype.itemsize) * layers / config.n_layers)
-
-
-def free_bytes(device: torch.device | str) -> int | None:
-    """Memory that a new program may take; None where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    return min([free, *_group_free()])
-
-
-def _group_free(root: str = "/sys/fs/cgroup") -> Iterator[int]:
-    """What the limits of a container or of a batch job leave (cgroup v2); files in the page cache make room."""
-    with contextlib.suppress(OSError, ValueError):
-        with open("/proc/self/cgroup") as file:
-            groups = [root, *(group for group in file.read().rpartition("0::/")[2].strip().split("/") if group)]
-        for folder in (os.path.join(*groups[: depth + 1]) for depth in range(len(groups))):
-            with contextlib.suppress(OSError, ValueError):  # no such file at the root, "max" where there is no limit
-                limit, used, stat = (Path(folder, f"memory.{name}").read_text() for name in ("max", "current", "stat"))
-                held = dict(line.split() for line in stat.splitlines())
-                yield max(0, int(limit) - int(used) + int(held["active_file"]) + int(held["inactive_file"]))
 
 
 def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:

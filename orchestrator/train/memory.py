@@ -1,7 +1,13 @@
-"""The C library's allocator, told to keep what it frees."""
+"""Memory of this process and of its machine: the allocator told to keep what it frees, and how much is left to take."""
 
+import contextlib
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -20,3 +26,27 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, 1 << 30)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Memory that a new program may take; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return min([free, *_group_free()])
+
+
+def _group_free(root: str = "/sys/fs/cgroup") -> Iterator[int]:
+    """What the limits of a container or of a batch job leave (cgroup v2); files in the page cache make room."""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/cgroup") as file:
+            groups = [root, *(group for group in file.read().rpartition("0::/")[2].strip().split("/") if group)]
+        for folder in (os.path.join(*groups[: depth + 1]) for depth in range(len(groups))):
+            with contextlib.suppress(OSError, ValueError):  # no such file at the root, "max" where there is no limit
+                limit, used, stat = (Path(folder, f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+                held = dict(line.split() for line in stat.splitlines())
+                yield max(0, int(limit) - int(used) + int(held["active_file"]) + int(held["inactive_file"]))

@@ -25,6 +25,8 @@ from orchestrator.parallel.mesh import Mesh
 from orchestrator.train.shards import Piece, safetensors_header
 
 KEPT_STEPS = 2
+COPIES = 2 * (KEPT_STEPS + 1)
+"""States that a rank's process holds: of its own and of another, those that are kept and one that is being written."""
 STATE_BYTES = 1 << 14
 """The state's JSON is padded to a multiple of this, so that a rank's replicas are all of one size."""
 
@@ -52,6 +54,8 @@ class Replicas:
         self._held: dict[tuple[int, int], Replica] = {}
         self._retired: dict[int, Tensor] = {}
         self._layout: object = None
+        self.has_room = True
+        """The machine's memory can hold what a rank keeps."""
 
     def use(self, layout: object) -> None:
         """Forget everything if the ranks mean something else than before."""

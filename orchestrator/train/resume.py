@@ -22,7 +22,8 @@ from orchestrator.train.control import Recovery
 from orchestrator.train.drift import check_replicas
 from orchestrator.train.export import tokenizer_of
 from orchestrator.train.manifest import CorruptManifest
-from orchestrator.train.replica import Buddies, MemoryLoader, Replicas, agree, fetch
+from orchestrator.train.memory import free_bytes
+from orchestrator.train.replica import COPIES, Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
 from orchestrator.train.state import pieces_of, restore
 from orchestrator.train.tokenizer import load_tokenizer, same_ids
@@ -54,10 +55,29 @@ class Checkpoints:
         self.last: dict = {"path": None, "step": None, "error": None}
         self.failed = self.failed_in_a_row = 0
         self.waits = False
+        self.told: list[tuple[str, str]] = []
+        """Kinds and causes of events from before anybody could be told."""
+        if self.buddies is not None:
+            self._leave_room()
         self.saver = checkpoint.Saver(
             config.checkpoint.dir, rank=mesh.info.rank, world_size=mesh.layout.world_size, store=mesh.store,
             keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.save_timeout_s,
             experts=_expert_blocks(config.model))
+
+    def _leave_room(self) -> None:
+        """Keep no copies where they would not fit beside what the machine holds; all ranks do or none does."""
+        replicas, here = self.buddies.replicas, self.mesh.info.local_world_size
+        state = sum(piece.tensor.nbytes for piece in pieces_of(self.pipeline, self.optimizer, with_copies=True))
+        free, needed = free_bytes("cpu"), COPIES * state * here
+        fits = replicas.has_room and (self.recovery is not None or free is None or needed <= free)
+        agreed = torch.tensor([int(fits)])
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.buddies.group)
+        replicas.has_room = bool(agreed.item())
+        if not replicas.has_room:
+            self.buddies.close()
+            self.buddies = None
+            self.told.append(("memory_copies_off", f"{COPIES} copies of the state of {here} ranks take "
+                              f"{needed / 2**30:.1f} GiB of a machine's memory, more than is free on some"))
 
     def restore(self, progress) -> dict | None:
         """Fill model, optimizer and `progress` from memory or the checkpoint that `resume` names; None: a fresh start.
@@ -191,6 +211,9 @@ class Checkpoints:
 
     def report(self) -> None:
         """Tell how saves have ended since the last call."""
+        for kind, cause in self.told:
+            self.on_event(kind, cause=cause)
+        self.told.clear()
         for result in self.saver.results():
             self.failed += not result.ok
             self.failed_in_a_row = 0 if result.ok else self.failed_in_a_row + 1

@@ -16,11 +16,12 @@ from model.transformer import Transformer
 from orchestrator.__main__ import main
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest
-from orchestrator.inference import TextStream, _group_free, load_for_inference, look
+from orchestrator.inference import TextStream, load_for_inference, look
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control
 from orchestrator.train.export import export_checkpoint, import_hf
 from orchestrator.train.loop import run_rank
+from orchestrator.train.memory import _group_free
 from orchestrator.train.tokenizer import bytes_as_files, load_tokenizer
 from tests.model.test_hf import TINY
 

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from orchestrator.config import Config, OnSpike, WandbMode
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.train import data, loop
+from orchestrator.train import data, loop, resume
 from orchestrator.train.control import Control
 from orchestrator.train.loop import Trainer, run_rank
 from orchestrator.train.replica import Replicas
@@ -96,6 +96,15 @@ def train_with_bad_steps(info: RankInfo, config: Config, bad: list[int], in_memo
                         replicas=Replicas() if in_memory else None) | {"earlier_models_alive": max(alive)}
     finally:
         Trainer._step, loop.build_pipeline = original, build
+
+
+def train_with_little_memory(info: RankInfo, config: Config) -> dict:
+    """On one of the nodes."""
+    free, resume.free_bytes = resume.free_bytes, lambda device: 1000 if info.rank == 1 else None
+    try:
+        return run_rank(config, info, control=Control(), placed_at=time.time(), replicas=Replicas())
+    finally:
+        resume.free_bytes = free
 
 
 def train_without_samples(info: RankInfo, config: Config, first: int, num: int) -> dict:
@@ -271,6 +280,13 @@ def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text
     assert [ours[step][:3] for step in again] == [expected[step][:3] for step in again], "up to the second bad step"
     assert rows(tmp_path / "back")[6]["train/skipped"] == 1, "which is skipped: a step leads back once"
     assert sum(results[0]["ledger"]["buckets_s"].values()) == pytest.approx(results[0]["ledger"]["charged_s"], rel=0.02)
+
+
+def test_no_copies_are_kept_in_memory_where_they_have_no_room(ranks, text, tmp_path):
+    config = make_config(text, tmp_path, "ep4", checkpoint__memory_every=1)
+    assert {result["status"] for result in run(ranks, train_with_little_memory, config)} == {"completed"}
+    assert ["6 copies of the state of 4 ranks take" in event["cause"]
+            for event in events(tmp_path, "memory_copies_off")] == [True]
 
 
 def test_too_many_bad_steps_end_the_run_as_not_trustworthy(text, tmp_path):
