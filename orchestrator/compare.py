@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from html import escape
 
 from model import count
 from model.config import ModelConfig
@@ -191,7 +192,7 @@ def page(result: dict) -> str:
                      if cost in ratios else "unknown" for cost in COSTS)]
             for twin, ratios in result["multiplier"].items()]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison - Sparing</title>'
-            f"<style>{STYLE}</style></head>\n<body><main><h1>{result['model']} and its dense twins</h1>"
+            f"<style>{STYLE}</style></head>\n<body><main><h1>{escape(result['model'])} and its dense twins</h1>"
             f'<section class="grid">{"".join(plots)}</section>'
             + figure("Dense over mixture at equal loss",
                      "above 1 the mixture is cheaper; measured, median and range of the seeds",

@@ -52,11 +52,10 @@ def print_diff(a: dict, b: dict, names: list[str]) -> None:
                 table.add_row(f"{title}, {name}" if name not in ("step", "total") else f"[bold]{title}, {unit}[/bold]",
                               f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}", _share(before, after))
         table.add_section()
-    for name, (before, cost_before), (after, cost_after) in found["bill"]:
+    for name, (_, cost_before), (_, cost_after) in found["bill"]:
         bold = name.endswith(" bill")
         table.add_row(f"[bold]{name}[/bold]" if bold else name, dollars(cost_before), dollars(cost_after),
-                      _signed(cost_before, cost_after), _share(before, after) if None in (cost_before, cost_after)
-                      else _share(cost_before, cost_after))
+                      _signed(cost_before, cost_after), _share(cost_before, cost_after))
     for name, usd in by_cause(a["bill"], b["bill"]).items():
         table.add_row(f"  of it by {name}", "", "", _signed(0.0, usd))
     for side in ("steady", "expected"):
@@ -110,8 +109,8 @@ def _signed(before: float | None, after: float | None) -> str:
     return f"{'-' if after < before else '+'}{dollars(abs(after - before))}"
 
 
-def _share(before: float, after: float) -> str:
-    return f"{after / before - 1:+.1%}" if before else ""
+def _share(before: float | None, after: float | None) -> str:
+    return f"{after / before - 1:+.1%}" if before and after is not None else ""
 
 
 def _read(path: str) -> dict:

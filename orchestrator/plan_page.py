@@ -1,5 +1,6 @@
 """One self-contained HTML page about a plan: no network, no script. All figures but the published are predicted."""
 
+import shlex
 from html import escape
 
 from orchestrator.plan.cost import MFU_CONVENTION
@@ -191,7 +192,7 @@ def _assumptions(data: dict) -> str:
             for group in groups for name, value in group.items()]
     runs = next((row for row in data["candidates"] if row["train"]), None)
     command = "" if runs is None else details("The best layout that `sparing train` runs",
-                                              f"<pre>sparing train {escape(' '.join(runs['train']))}</pre>")
+                                              f"<pre>sparing train {escape(shlex.join(runs['train']))}</pre>")
     return details("What was assumed", table(["", ""], rows)) + command
 
 

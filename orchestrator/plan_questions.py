@@ -10,17 +10,20 @@ The last three go with several hardware= too: the best of what each of them offe
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from itertools import product
 
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
-from orchestrator.plan.hardware import catalogue, hardware_named
+from orchestrator.plan.hardware import MARKETS, catalogue, hardware_named, price_age_days
 from orchestrator.plan.planner import Request
 from orchestrator.plan.questions import (
     MOST_DEVICES,
     Offer,
+    assumed,
     chosen,
+    comparable,
     for_budget,
     for_deadline,
     front,
@@ -29,7 +32,7 @@ from orchestrator.plan.questions import (
     tokens_for,
 )
 from orchestrator.plan_request import compose_plan, number, read_request
-from orchestrator.plan_table import days, dollars, grid, layout_words
+from orchestrator.plan_table import days, dollars, grid, layout_words, price_words
 
 OPTIONS = ("objective", "deadline_days", "budget_usd")
 MANY = ("hardware", "cluster", "gpus")
@@ -107,14 +110,16 @@ def _compared(options: dict[str, str], overrides: list[str], words: dict, object
         picked = {key: value for key, value in zip(MANY, combination, strict=True) if value}
         gpus = picked.pop("gpus", None)
         each = options | ({"gpus": gpus} if gpus else {}), [*(f"{k}={v}" for k, v in picked.items()), *fixed]
-        found = offer(_request(*each))
+        found = _offer(*each)
         offers[id(found)] = found, each
         told(found)
     everyone = [found for found, _ in offers.values()]
     best = chosen(everyone, objective)
-    told.show(front(everyone), best)
+    told.show(everyone, best)
     if best is None:
         _priceless(everyone, objective)
+        if all(each.reason.startswith("market=") for each in everyone):
+            raise BadRequest(everyone[0].reason)
         raise NotFit(f"model={everyone[0].request.model.name}: fits on none of them; use more GPUs, or larger ones")
     return Answer(*offers[id(best)][1], _question(everyone, front(everyone), best, objective=objective))
 
@@ -139,7 +144,15 @@ def _limited(options: dict[str, str], overrides: list[str], asked: str | None, l
     names = _names(asked) if asked else [None]
     for name in names:
         words = [f"hardware={name}" if name and word.startswith("hardware=") else word for word in fixed]
-        start = _request(options | {"gpus": "8"}, words)
+        try:
+            start = _request(options | {"gpus": "8"}, words, sized=False)
+        except BadRequest as error:
+            if len(names) == 1 or not _no_market(error, options):
+                raise
+            lacking = Offer(_unpriced(options | {"gpus": "8"}, words, sized=False), None, str(error))
+            told(lacking)
+            known[id(lacking)] = lacking, words
+            continue
         if len(names) == 1 and str(limit) == "gpus=fit":
             return _fit(options, words, start)
         if len(names) == 1 and limit.budget is not None:
@@ -151,14 +164,16 @@ def _limited(options: dict[str, str], overrides: list[str], asked: str | None, l
     unpriced = limit.deadline is not None and all(each.usd is None for each in able)
     best = chosen(able, "time" if unpriced else limit.objective)
     if len(offers) > 1 or best is None or limit.objective == "dollars":
-        told.show(front(offers), best)
+        told.show(offers, best)
     if best is None:
         _priceless(able, limit.objective)
+        if all(each.reason.startswith("market=") for each in offers):
+            raise BadRequest(offers[0].reason)
         near = [each for each in offers if each.best]
         nearest = min(near, key=lambda each: each.days if limit.deadline else each.usd or float("inf"), default=None)
         least = f"; the nearest is {_words(nearest)}" if nearest else ""
         of = start.hardware.name if len(names) == 1 else ", ".join(names)
-        raise NotFit(f"{limit}: no number of {of} up to {MOST_DEVICES:,} meets it{least}")
+        raise NotFit(f"{limit}: no number of {of} that was tried, up to {MOST_DEVICES:,}, meets it{least}")
     question = {"deadline_days": limit.deadline, "budget_usd": limit.budget}
     if limit.deadline is None and limit.budget is None:
         question["smallest"] = best.request.devices
@@ -207,14 +222,39 @@ def _names(asked: str) -> list[str]:
 def too_small(request: Request) -> NotFit:
     """A cluster that holds the model in no layout, and the smallest that does."""
     least = smallest(request)
-    remedy = (f"the smallest that holds it is gpus={least.devices}" if least else
-              f"nor does it on any number up to 16,384 of {request.hardware.name}; use larger devices")
+    if request.pinned and (least is None or least.devices == request.devices):
+        remedy = f"leave one of {', '.join(f'layout.{key}' for key, _ in request.pinned)} to the plan"
+    else:
+        remedy = (f"the smallest that holds it is gpus={least.devices}" if least else
+                  f"nor does it on any number up to {MOST_DEVICES:,} of {request.hardware.name}; use larger devices")
     return NotFit(f"gpus={request.devices}: no layout of model={request.model.name} fits on {request.devices} x "
                   f"{request.hardware.name}; {remedy}")
 
 
-def _request(options: dict[str, str], overrides: list[str]) -> Request:
-    return read_request(options, *compose_plan(overrides))
+def _request(options: dict[str, str], overrides: list[str], *, sized: bool = True) -> Request:
+    return read_request(options, *compose_plan(overrides), sized=sized)
+
+
+def _offer(options: dict[str, str], overrides: list[str]) -> Offer:
+    """A device that has no price of the market that was asked for is an offer with that reason."""
+    try:
+        return offer(_request(options, overrides))
+    except BadRequest as error:
+        if not _no_market(error, options):
+            raise
+        return Offer(_unpriced(options, overrides), None, str(error))
+
+
+def _no_market(error: BadRequest, options: dict[str, str]) -> bool:
+    return str(error).startswith("market=") and options.get("market", MARKETS[0]) in MARKETS
+
+
+def _unpriced(options: dict[str, str], overrides: list[str], *, sized: bool = True) -> Request:
+    """The same request without the price that is not known."""
+    config, given = compose_plan(overrides)
+    free = replace(config, hardware=replace(config.hardware, usd_per_h=0.0))
+    found = read_request({key: value for key, value in options.items() if key != "market"}, free, given, sized=sized)
+    return replace(found, hardware=replace(config.hardware, usd_per_h=None))
 
 
 def _sized(overrides: list[str]) -> list[str]:
@@ -249,11 +289,19 @@ def _words(each: Offer) -> str:
 
 def _question(offers: list[Offer], pareto: list[Offer], best: Offer, **asked) -> dict:
     """As plan.json has it."""
-    rows = [{"hardware": each.request.hardware.name, "devices": each.request.devices, "days": each.best["days"],
-             "usd_total": each.usd, "layout": each.best["layout"], "on_front": each in pareto, "chosen": each is best}
+    rows = [{"hardware": each.request.hardware.name, "devices": each.request.devices, "days": each.days,
+             "usd_total": each.usd, "price": price_of(each), "layout": each.best["layout"],
+             "on_front": any(each is other for other in pareto), "chosen": each is best}
             if each.best else {"hardware": each.request.hardware.name, "devices": each.request.devices,
                                "reason": each.reason} for each in offers]
     return {key: value for key, value in asked.items() if value is not None} | {"offers": rows}
+
+
+def price_of(each: Offer) -> dict:
+    """What a GPU-hour was taken to cost, whence, how long ago (days), and whether anybody offers it at that."""
+    hardware = each.request.hardware
+    return {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")} | {
+        "age_days": price_age_days(hardware, date.today()), "assumed": assumed(hardware)}
 
 
 class _Told:
@@ -267,18 +315,25 @@ class _Told:
         if sys.stderr.isatty():
             print(f"  {_words(each) if each.best else each.reason}", file=sys.stderr)
 
-    def show(self, pareto: list[Offer], best: Offer | None) -> None:
+    def show(self, offers: list[Offer], best: Offer | None) -> None:
+        """The table of these, with the price of each kind of GPU; one that lacks something stands with its reason."""
         from rich.console import Console
 
-        console = Console(highlight=False, soft_wrap=True, width=150)
+        console = Console(highlight=False, soft_wrap=True, width=150, markup=False)
         table = grid("<hardware", "GPUs", "days", "GPU-hours", "USD", "<layout", "<")
-        for each in self.offers:
+        pareto, compared = front(offers), comparable(offers)
+        for each in offers:
             name, devices = each.request.hardware.name, f"{each.request.devices:,}"
             if each.best is None:
                 table.add_row(name, devices, "", "", "", each.reason.split("; ")[0], "")
                 continue
-            marks = ["on the front of dollars against days"] * (each in pareto) + ["chosen"] * (each is best)
-            table.add_row(name, devices, days(each.days), f"{each.best['gpu_hours']:,.0f}", dollars(each.usd),
+            aside = each.usd is not None and not any(each is other for other in compared)
+            marks = ["on the front of dollars against days"] * any(each is other for other in pareto)
+            marks += ["price assumed, so not compared in dollars"] * aside + ["chosen"] * (each is best)
+            table.add_row(name, devices, days(each.days), f"{each.steady['gpu_hours']:,.0f}", dollars(each.usd),
                           layout_words(each.best["layout"]), ", ".join(marks))
         console.print(table)
-        console.print("Steady bills, predicted.\n")
+        console.print("Steady bills, predicted. A GPU-hour:")
+        for name, price in {each.request.hardware.name: price_of(each) for each in offers if each.best}.items():
+            console.print(f"  {name:<10} {price_words(price)}")
+        console.print()

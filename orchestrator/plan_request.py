@@ -1,16 +1,19 @@
 """From a plan's words to what is asked of the planner; mistakes are told by key, value, rule and remedy."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 from model.config import ModelConfig
 from orchestrator.compose import compose_config
-from orchestrator.config import Config
+from orchestrator.config import Config, HardwareConfig
 from orchestrator.errors import BadRequest
+from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import OWN, on_cores
 from orchestrator.plan.hardware import at_market
+from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Assumptions
@@ -23,15 +26,20 @@ COUNTED_STEPS = 20
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
 
 
-def compose_plan(overrides: list[str]) -> tuple[Config, set[str]]:
-    """The config, and the keys that were given. A Hugging Face config.json may stand for the model."""
-    given = {text.lstrip("+").split("=", 1)[0] for text in overrides}
+TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
+"""What a bill counts, by the words of a plan; validation and the batch's ramp are keys of train."""
+
+
+def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
+    """The config, and the words that were given, by key. A Hugging Face config.json may stand for the model."""
+    given = {text.lstrip("+").split("=", 1)[0]: text for text in overrides}
     file = next((text.split("=", 1)[1] for text in overrides if text.startswith("model=") and text.endswith(".json")),
                 None)
     if file is None:
         return compose_config(overrides), given
     config = compose_config([text for text in overrides if not text.startswith("model=")])
-    return replace(config, model=_from_hf(file)), given
+    changed = {key[len("model."):] for key in given if key.startswith("model.")}
+    return replace(config, model=replace(_from_hf(file), **{key: getattr(config.model, key) for key in changed})), given
 
 
 def _from_hf(file: str) -> ModelConfig:
@@ -41,7 +49,8 @@ def _from_hf(file: str) -> ModelConfig:
     try:
         values = json.loads(Path(file).read_text())
         values.pop("quantization_config", None)
-        return config_from_hf(values, name=Path(file).resolve().parent.name or "custom")
+        name = re.sub(r"[$\x00-\x1f]", "", Path(file).resolve().parent.name)  # a config computes nothing from a value
+        return config_from_hf(values, name=name or "custom")
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise BadRequest(f"model={file}: is no readable JSON object ({error}); give a Hugging Face config.json, or a "
                          "model by name") from None
@@ -49,7 +58,8 @@ def _from_hf(file: str) -> ModelConfig:
         raise BadRequest(f"model={file}: {error}") from None
 
 
-def read_request(options: dict[str, str], config: Config, given: set[str]) -> Request:
+def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:
+    """What the words ask for. sized: the number of GPUs was asked for, rather than being what a question looks for."""
     calibration = read_calibration(options.get("calibrate"), "calibrate")
     if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
@@ -74,15 +84,50 @@ def read_request(options: dict[str, str], config: Config, given: set[str]) -> Re
         hardware, assumptions = on_cores(hardware, devices, calibration)
         stack = OWN if "stack" not in options else stack
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
-    batch = config.train.batch_size if "train.batch_size" in given else default_batch(devices)
+    if seq_len > config.model.max_seq_len:
+        raise BadRequest(f"train.seq_len={seq_len}: must not exceed model.max_seq_len={config.model.max_seq_len}; "
+                         "shorten it or raise model.max_seq_len")
+    batch_asked = "train.batch_size" in given
+    batch = config.train.batch_size if batch_asked else default_batch(devices if sized else 1)
     tokens = number("tokens", options["tokens"], example="1e12")
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
                          f"{seq_len:,}; use tokens={batch * seq_len} or more, or a smaller train.batch_size")
     asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype, pinned=_pinned(config, given),
-                    assumptions=assumptions, calibration=calibration, stack=stack, routing=routing)
-    _check_degrees(asked)
+                    assumptions=assumptions, calibration=calibration, stack=stack, routing=routing,
+                    batch_asked=batch_asked, terms=_terms(options, config),
+                    run_words=_run_words(options, config, given, hardware, devices))
+    _check_degrees(asked, sized=sized)
     return asked
+
+
+def _terms(options: dict[str, str], config: Config) -> Terms:
+    train = config.train
+    base = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
+                 batch_start=train.batch_start, ramp_steps=train.batch_ramp_steps)
+    try:
+        return terms_of({key: options[key] for key in TERMS if key in options}, base)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+
+
+def _run_words(options: dict[str, str], config: Config, given: dict[str, str], hardware: HardwareConfig,
+               devices: int) -> tuple[str, ...]:
+    """Those that `train` takes as they stand: hardware, cluster, a batch ramp. gpus= may have made the cluster another
+    one, and market= the price."""
+    words = [given[key] for key in given if key.split(".")[0] not in ("model", "layout") and key not in PLANNED]
+    nodes, ranks = config.cluster.nodes, config.cluster.ranks_per_node
+    if (nodes or ranks) and nodes * ranks != devices:
+        nodes, ranks = (devices // ranks, ranks) if ranks and devices % ranks == 0 else (0, 0)
+        words += [f"cluster.nodes={nodes}", f"cluster.ranks_per_node={ranks}"]
+    if "market" in options:
+        price = "null" if hardware.usd_per_h is None else hardware.usd_per_h
+        words += [f"hardware.usd_per_h={price}", f"hardware.market={hardware.market}"]
+    return tuple(words)
+
+
+PLANNED = ("precision", "train.batch_size", "train.seq_len", "train.steps")
+"""Keys that a plan sets itself."""
 
 
 def _routing(asked: str | None, model: ModelConfig) -> Routing:
@@ -108,23 +153,23 @@ def _routing(asked: str | None, model: ModelConfig) -> Routing:
     return Routing(asked, counts)
 
 
-def _pinned(config: Config, given: set[str]) -> tuple[tuple[str, object], ...]:
+def _pinned(config: Config, given: dict[str, str]) -> tuple[tuple[str, object], ...]:
     """Keys of the layout that were given hold for every layout."""
     values = {key: getattr(config.layout, key) for key in PINNED if f"layout.{key}" in given}
     return tuple((key, getattr(value, "name", value)) for key, value in values.items())
 
 
-def _check_degrees(asked: Request) -> None:
+def _check_degrees(asked: Request, *, sized: bool) -> None:
     pinned, experts = dict(asked.pinned), asked.model.n_routed_experts
     product = pinned.get("pp", 1) * pinned.get("dp", 1)
-    if asked.devices % product:
+    if sized and asked.devices % product:
         which = next(key for key in ("pp", "dp") if key in pinned)
         raise BadRequest(f"layout.{which}={pinned[which]}: layout.pp x layout.dp = {product} must divide the "
                          f"{asked.devices:,} GPUs; change one of the three, or leave a degree to the plan")
     ep = pinned.get("ep", 1)
     if ep > 1 and (not experts or experts % ep):
         raise BadRequest(f"layout.ep={ep}: must divide the model's {experts} routed experts; leave it to the plan")
-    if (asked.devices // pinned.get("pp", 1)) % ep:
+    if sized and (asked.devices // pinned.get("pp", 1)) % ep:
         raise BadRequest(f"layout.ep={ep}: must divide the {asked.devices // pinned.get('pp', 1):,} GPUs of a stage; "
                          "leave it to the plan")
 

@@ -7,6 +7,7 @@ from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.plan_page import document
 from orchestrator.plan_plots import cost_chart
+from orchestrator.plan_questions import OPTIONS as QUESTIONS
 from orchestrator.plan_table import days, dollars
 from orchestrator.report_style import figure, table
 
@@ -24,9 +25,9 @@ def plan_sweep(arguments: list[str]) -> None:
     from orchestrator.show_plan import split_words, write
 
     fixed, _ = split_words(arguments)
-    if "explain" in fixed:
-        raise BadRequest(f"explain={fixed['explain']}: goes with one plan, not with -m; leave it out, or plan one of "
-                         "them")
+    for key in ("explain", *QUESTIONS):
+        if key in fixed:
+            raise BadRequest(f"{key}={fixed[key]}: goes with one plan, not with -m; leave it out, or plan one of them")
     jobs = combinations([word for word in arguments if not word.startswith(("out=", "html="))])
     for words in jobs:
         compose_config(split_words(words)[1])

@@ -1,7 +1,9 @@
 """A plan as it is printed: the best layouts and why each is there, memory, both bills, what dense models would take."""
 
+import shlex
 from datetime import date
 
+from orchestrator.plan.hardware import GIVEN
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.planner import Plan
 from orchestrator.report_plots import format_number
@@ -16,12 +18,14 @@ OLD_DAYS = 365
 
 def print_plan(plan: Plan, data: dict) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     request, console = plan.request, Console(highlight=False, soft_wrap=True)
     console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
-    console.print(f"{request.model.name} on {request.devices:,} x {request.hardware.name}, {request.tokens:.4g} tokens,"
-                  f" {request.batch_size:,} sequences of {request.seq_len:,} a step, {request.dtype}, "
-                  f"stack {request.stack.name}{_routed(request)}. [bold]All figures are predicted.[/bold]")
+    console.print(f"{escape(request.model.name)} on {request.devices:,} x {request.hardware.name}, "
+                  f"{request.tokens:.4g} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a step, "
+                  f"{request.dtype}, stack {request.stack.name}{_routed(request)}. "
+                  "[bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
     if plan.candidates:
         table = grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
@@ -82,7 +86,8 @@ def price_words(price: dict) -> str:
         days = 0
     old = f"; OLD: {days:,} days" if days > OLD_DAYS else ""
     market = price["market"].replace("_", " ")
-    return f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}, {price['date'] or 'no date'}{old})"
+    day = price["date"] or ("" if price["source"] == GIVEN else "no date")
+    return f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}{', ' * bool(day)}{day}{old})"
 
 
 def band_words(bill: dict) -> str:
@@ -177,7 +182,7 @@ def _print_train(console, data: dict) -> None:
         console.print(f"\ntrain     cannot run what fits: {best['train_not']}")
     else:
         aside = "" if runs is best else f"  ({runs['step_time_s']:.2f} s a step; of the fastest: {best['train_not']})"
-        console.print(f"\ntrain     {' '.join(runs['train'])}{aside}")
+        console.print(f"\ntrain     {shlex.join(runs['train'])}{aside}", markup=False)
 
 
 def _telling(plan: Plan) -> list[str]:

@@ -1,12 +1,10 @@
 """`sparing plan`: from a command's words to a plan, its table, plan.json and page. All figures are predicted."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 from orchestrator.arguments import taken
 from orchestrator.errors import BadRequest
-from orchestrator.plan.bill import Terms
 from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, make_plan, to_json
 from orchestrator.plan.questions import scaled
@@ -14,10 +12,9 @@ from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
 from orchestrator.plan_questions import settle, too_small
-from orchestrator.plan_request import compose_plan, read_request
+from orchestrator.plan_request import TERMS, compose_plan, read_request
 from orchestrator.plan_table import print_plan, reasons
 
-TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
 OPTIONS = ("tokens", "gpus", "dtype", "stack", "routing", "out", "html", "explain", "market", "multiplier_from",
            "calibrate", *QUESTIONS, *TERMS)
 
@@ -83,8 +80,7 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     request = read_request(options, config, given)
     compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else None
     try:
-        terms = _terms(options, config)
-        found = make_plan(request)
+        terms, found = request.terms, make_plan(request)
         data = json.loads(to_json(found))
         if found.candidates:
             best = found.candidates[0]
@@ -96,13 +92,6 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     except ValueError as error:
         raise BadRequest(str(error)) from None
     return found, data
-
-
-def _terms(options: dict[str, str], config) -> Terms:
-    train = config.train
-    base = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
-                 batch_start=train.batch_start, ramp_steps=train.batch_ramp_steps)
-    return terms_of({key: options[key] for key in TERMS if key in options}, base)
 
 
 def _compared(path: str) -> dict:

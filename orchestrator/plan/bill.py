@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from orchestrator.plan.interval import expected_losses, optimal_interval
 
 LLAMA_3 = "Llama 3 report: 419 unexpected interruptions of 2,048 nodes in 54 days"
+NODE = 8
+"""Devices of the nodes that failures are counted by, LLAMA_3's; not those of a link domain, which may be a rack."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Terms:
     """What a bill is computed from besides the step. An assumption is marked as one in the bill's sources."""
 
     failures: float = 3.8
-    """Per 1,000 node-days (LLAMA_3)."""
+    """Per 1,000 node-days (LLAMA_3); a node is 8 devices."""
     preemptions: float = 0.0
     """Per 1,000 node-days; a spot market has some, and no rate was found in print."""
     recovery_s: float = 600.0
@@ -35,7 +37,7 @@ class Terms:
     """Sequences of one validation; 0 is as many as a step has."""
     batch_start: int = 0
     ramp_steps: int = 0
-    """The batch grows linearly from `batch_start` over so many steps; 0 is no ramp."""
+    """The batch grows linearly from `batch_start` over so many steps, or until the tokens are used up; 0 is no ramp."""
     extension: tuple[tuple[int, int, int], ...] = ()
     """Context extension: phases of (steps, sequences, tokens per sequence)."""
     other_gpu_hours: float = 0.0
@@ -56,18 +58,21 @@ class Term:
     source: str
 
 
-def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, step_time_s: float, terms: Terms,
+def make_bill(*, devices: int, tokens: float, batch_tokens: int, step_time_s: float, terms: Terms,
               usd_per_h: float | None, watts: float | None = None,
               step_at: Callable[[int], float] | None = None,
-              extension_s: Callable[[int, int], float] | None = None, batch_size: int = 1) -> dict:
+              extension_s: Callable[[int, int], float] | None = None, batch_size: int = 1, replicas: int = 1) -> dict:
     """Both bills, JSON.
 
     step_at: seconds of a step of so many sequences (for the ramp). extension_s: seconds of a step of (sequences, tokens
-    per sequence). Raises ValueError if less than a step is asked for, or if failures leave no time to work.
+    per sequence). Raises ValueError if less than a step is asked for, if the ramp falls or cuts sequences, or if
+    failures leave no time to work.
     """
     if tokens < batch_tokens:
         raise ValueError(f"tokens={tokens:.4g}: must be at least one step, {batch_tokens:,} tokens; raise tokens, or "
                          "lower train.batch_size or train.seq_len")
+    _check_ramp(terms.batch_start, batch_size, replicas)
+    nodes = math.ceil(devices / NODE)
     steady = _steady(devices, tokens, batch_tokens, step_time_s, terms, step_at, extension_s, batch_size)
     base = sum(term.gpu_hours for term in steady)
     rate = (terms.failures + terms.preemptions) / 1000 * nodes / 86400
@@ -104,6 +109,17 @@ def make_bill(*, devices: int, nodes: int, tokens: float, batch_tokens: int, ste
     }
 
 
+def _check_ramp(start: int, batch_size: int, replicas: int) -> None:
+    """A replica has whole sequences from the first step on; over the ramp it has fewer microbatches of them."""
+    if start > batch_size:
+        raise ValueError(f"train.batch_start={start}: must not exceed train.batch_size={batch_size}; start smaller")
+    if start % replicas:
+        below = start // replicas * replicas
+        raise ValueError(f"train.batch_start={start}: must be a multiple of the layout's dp={replicas}, so that every "
+                         f"replica has whole sequences; use {max(below, replicas)} or {below + replicas}, or set "
+                         "layout.dp")
+
+
 def _losses(terms: Terms, mtbf: float) -> tuple[float | None, dict[str, float]]:
     """Seconds between checkpoints, and shares of the wall time lost; none without failures."""
     if math.isinf(mtbf):
@@ -119,12 +135,12 @@ def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, 
     found = [Term("pre_training", tokens / batch_tokens * step_time_s * per_step, "steps x step time x devices",
                   "simulated step")]
     if terms.batch_start and terms.ramp_steps and step_at:
-        seq_len = batch_tokens // batch_size
         extra, parts = 0.0, 16
+        steps = _ramp_steps(terms, batch_size, tokens / batch_tokens * batch_size)
         for part in range(parts):  # the ramp in equal parts, each at its middle batch
-            batch = terms.batch_start + (batch_size - terms.batch_start) * (part + 0.5) / parts
-            steps = terms.ramp_steps / parts
-            extra += steps * (step_at(round(batch)) - step_time_s * batch * seq_len / batch_tokens)
+            done = steps * (part + 0.5) / parts
+            batch = terms.batch_start + (batch_size - terms.batch_start) * done / terms.ramp_steps
+            extra += steps / parts * (step_at(round(batch)) - step_time_s * batch / batch_size)
         found.append(Term("batch_ramp", extra * per_step, "over the ramp, step time beyond its share of a "
                           "full step", "simulated steps with fewer microbatches"))
     for steps, sequences, seq_len in terms.extension if extension_s else ():
@@ -133,6 +149,14 @@ def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, 
     if terms.other_gpu_hours:
         found.append(Term("other", terms.other_gpu_hours, "as given", "other_gpu_hours"))
     return found
+
+
+def _ramp_steps(terms: Terms, batch_size: int, sequences: float) -> float:
+    """Steps of the ramp that a run of so many sequences takes: all of them, or those until none is left. The sum of a
+    growing batch over t steps is start t + growth t^2 / 2."""
+    growth = (batch_size - terms.batch_start) / terms.ramp_steps
+    return min(terms.ramp_steps, 2 * sequences / (
+        terms.batch_start + math.sqrt(terms.batch_start**2 + 2 * growth * sequences)))
 
 
 def _total(found: list[Term], gpu_hours: float, usd_per_h: float | None, devices: int) -> dict:

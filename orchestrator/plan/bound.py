@@ -3,12 +3,9 @@
 from dataclasses import replace
 
 from orchestrator.plan.estimate import estimate, stage_times
-from orchestrator.plan.layout import SPLIT_BACKWARD
 from orchestrator.plan.memory import stages_on
 from orchestrator.plan.simulate import StageTime
-from orchestrator.plan.workload import Workload, stage_layers
-
-SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
+from orchestrator.plan.workload import SPLIT, Workload, stage_layers
 
 
 def clock_s(work: Workload) -> float:

@@ -53,15 +53,16 @@ def leverage_multiplier(active_share: float, granularity: float, flops: float) -
 def equal_loss(*, flops: float, routed: int, activated: int, dim: int, expert_dim: int) -> dict:
     """The range of the laws for one mixture trained with so many FLOPs; JSON.
 
-    Both laws take routing by its active share: 8 of 256 stands for 1 of 32.
+    Both laws take routing by its active share: 8 of 256 stands for 1 of 32. Granularity is the second law's alone.
     """
-    experts = routed / activated
-    leverage = leverage_multiplier(activated / routed, 2 * dim / expert_dim, flops)
+    experts, granularity, printed = routed / activated, 2 * dim / expert_dim, 1e20 <= flops <= 1e22
+    leverage = leverage_multiplier(activated / routed, granularity, flops)
     laws = [
         {"law": "joint (arXiv 2502.05172)", "multiplier": joint_multiplier(experts, flops),
-         "inside_fit": flops <= 1e22 and experts <= 32, "fit": "its own table ends at 32 experts and 1e22 FLOP"},
+         "inside_fit": printed and experts <= 32, "fit": "its own table: 1 to 32 experts, 1e20 to 1e22 FLOP"},
         {"law": "efficiency leverage (arXiv 2507.17702)", "multiplier": leverage,
-         "inside_fit": flops <= 1e22 and activated / routed >= 0.031, "fit": "its own check is at 3.1% and 1e22 FLOP"},
+         "inside_fit": printed and activated / routed >= 0.031 and 2 <= granularity <= 16,
+         "fit": "its own figures and check: 1e20 to 1e22 FLOP, from 3.1% active, granularity 2 to 16"},
     ]
     values = [law["multiplier"] for law in laws]
     return {"low": min(values), "high": max(values), "inside_fits": all(law["inside_fit"] for law in laws),

@@ -8,8 +8,9 @@ published runs (`conf/hardware`, `benchmarks/validate_planner.py --fit`).
 """
 
 from dataclasses import dataclass, replace
+from math import inf
 
-from orchestrator.config import Recompute
+from orchestrator.config import HardwareConfig, Recompute
 from orchestrator.plan.block import LayerTime, head_time, layer_time
 from orchestrator.plan.comm import reduce_s
 from orchestrator.plan.exchange import all_to_all_s
@@ -39,6 +40,7 @@ def estimate(work: Workload) -> Estimate:
 
 def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
     """The parts of a step's time, and its clock."""
+    work = replace(work, hardware=linked(work.hardware, work.devices))
     check_hardware(work)
     ranges, table, chains = pipeline_of(work)
     times = stage_times(work, ranges)
@@ -128,7 +130,15 @@ def _link_bytes_per_s(work: Workload, *, crossing_nodes: bool) -> float:
     return (hardware.scale_out_gb_per_s if crossing_nodes else hardware.scale_up_gb_per_s) * 1e9
 
 
+def linked(hardware: HardwareConfig, devices: int) -> HardwareConfig:
+    """A link that so few devices do not use is not a figure that a plan lacks: unknown, it counts as endless."""
+    unused = ["scale_up_gb_per_s"] * (devices == 1) + ["scale_out_gb_per_s"] * (devices <= hardware.scale_up_devices)
+    unknown = {key: inf for key in unused if not getattr(hardware, key)}
+    return replace(hardware, **unknown) if unknown else hardware
+
+
 def check_hardware(work: Workload) -> None:
+    """Of the figures that so many devices need; `ValueError` for one that the hardware entry lacks."""
     needed = ["bf16_tflops", "memory_gb_per_s", "memory_gib", "scale_up_gb_per_s", "scale_out_gb_per_s"]
     needed += ["fp8_tflops"] if work.dtype != "bf16" else []
     missing = [key for key in needed if not getattr(work.hardware, key)]

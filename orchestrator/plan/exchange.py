@@ -52,14 +52,15 @@ def imbalance_of(tokens_per_expert: Sequence[float] | str, ep: int) -> float:
 def dispatch_bytes(work: Workload) -> tuple[float, float]:
     """Bytes that a rank sends in one layer's forward, out of the node and inside it.
 
-    Dispatch is in FP8 unless `dtype=bf16`, combine in bf16. Uneven routing makes the fullest rank receive more.
+    Dispatch is in FP8 unless `dtype=bf16`, combine in bf16. Uneven routing makes the fullest rank receive more. A
+    group that is larger than a domain lies evenly on as few of them as hold it; a smaller one lies within one.
     """
     model, domain = work.model, work.hardware.scale_up_devices
     element = (2 if work.dtype == "bf16" else 1) + 2
     payload = work.microbatch_tokens / work.tp * model.dim * element * work.imbalance
-    nodes = max(1, work.ep * work.etp // domain)
+    nodes = math.ceil(work.ep * work.etp / domain)
+    ranks = work.ep * work.etp / nodes
     reached = nodes_reached(model, nodes)
-    ranks = min(work.ep, domain)
     targets = _distinct(ranks, model.n_activated_experts / max(1.0, reached))
     return payload * reached * (nodes - 1) / nodes, payload * max(1.0, reached) * targets * (ranks - 1) / ranks
 

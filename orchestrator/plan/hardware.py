@@ -11,6 +11,8 @@ from orchestrator.config import HardwareConfig, PriceConfig, conf_dir, from_dict
 from orchestrator.errors import BadRequest
 
 MARKETS = ("on_demand", "reserved", "spot")
+GIVEN = "given"
+"""Source of a price that the user set."""
 
 
 def catalogue(folder: Path | None = None) -> dict[str, HardwareConfig]:
@@ -40,7 +42,8 @@ def resolve_hardware(asked: HardwareConfig, device_name: str | None) -> Hardware
     default = HardwareConfig()
     changed = {f.name: getattr(asked, f.name) for f in fields(asked)
                if f.name != "name" and getattr(asked, f.name) != getattr(default, f.name)}
-    return replace(found, **changed)
+    whence = {"source": GIVEN, "date": ""} if "usd_per_h" in changed else {}
+    return replace(found, **whence | changed)
 
 
 def hardware_named(name: str) -> HardwareConfig:
@@ -54,16 +57,23 @@ def hardware_named(name: str) -> HardwareConfig:
 
 
 def at_market(hardware: HardwareConfig, market: str) -> HardwareConfig:
-    """The same device with the price of `market` as its `usd_per_h`; `BadRequest` where that price is not known."""
+    """The same device with the price of `market` as its `usd_per_h`; `BadRequest` where that price is not known.
+
+    A price that is not the entry's own was given: it holds for any market, and has neither its source nor its day.
+    """
     if market not in MARKETS:
         raise BadRequest(f"market={market}: must be one of {', '.join(MARKETS)}; use market=on_demand")
-    if market == hardware.market:
-        return hardware
-    price = getattr(hardware, market, PriceConfig())
-    if price.usd_per_h is None:
-        raise BadRequest(f"market={market}: no such price is known for hardware={hardware.name}; set hardware.usd_per_h"
-                         f" and hardware.market={market}, or use market={hardware.market}")
-    return replace(hardware, usd_per_h=price.usd_per_h, market=market, source=price.source, date=price.date)
+    entry = catalogue().get(hardware.name, HardwareConfig())
+    price, own = hardware, entry
+    if market != entry.market and hardware.usd_per_h in (None, entry.usd_per_h):
+        price, own = (getattr(each, market, PriceConfig()) for each in (hardware, entry))
+        if price.usd_per_h is None:
+            raise BadRequest(f"market={market}: no such price is known for hardware={hardware.name}; set "
+                             f"hardware.usd_per_h, or use market={entry.market}")
+    source, day = price.source, price.date
+    if price.usd_per_h != own.usd_per_h:
+        source, day = (GIVEN if source == own.source else source), ("" if day == own.date else day)
+    return replace(hardware, usd_per_h=price.usd_per_h, market=market, source=source, date=day)
 
 
 def price_age_days(hardware: HardwareConfig, today: date) -> int | None:

@@ -4,6 +4,7 @@ Dense models go through the same search and the same clock as the mixture. All o
 whose lines say themselves what they are.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from model import count
@@ -15,6 +16,7 @@ from orchestrator.plan.dense import equal_loss, measured_multiplier
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.planner import Candidate, Request, illegal, make_plan, price
 from orchestrator.plan.published import published
+from orchestrator.plan.workload import Workload
 
 DENSE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
 ITSELF = "this model is dense"
@@ -38,10 +40,9 @@ def bill_of(request: Request, best: Candidate, terms: Terms) -> dict:
         return model_flops(request.model, sequences * seq_len, seq_len) / rate
 
     found = make_bill(
-        devices=request.devices, nodes=max(1, request.devices // hardware.scale_up_devices), tokens=request.tokens,
-        batch_tokens=request.batch_size * request.seq_len, batch_size=request.batch_size, step_time_s=step_s,
-        terms=terms, usd_per_h=hardware.usd_per_h, watts=hardware.watts, step_at=_step_at(work, step_s),
-        extension_s=extension_s)
+        devices=request.devices, tokens=request.tokens, batch_tokens=request.batch_size * request.seq_len,
+        batch_size=request.batch_size, replicas=work.dp, step_time_s=step_s, terms=terms,
+        usd_per_h=hardware.usd_per_h, watts=hardware.watts, step_at=_step_at(work, step_s), extension_s=extension_s)
     priced = {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")}
     low, high = band(work)
     return {"price": priced, "made": made(work), "band": [low, high],
@@ -49,20 +50,25 @@ def bill_of(request: Request, best: Candidate, terms: Terms) -> dict:
             **found}
 
 
-def _step_at(work, step_s: float):
+def _step_at(work: Workload, step_s: float) -> Callable[[int], float]:
     """Seconds of a step with fewer sequences: a straight line through this step and the shortest legal one, since a
-    pipeline's steady part grows with its microbatches and the rest stays."""
+    pipeline's steady part grows with its microbatches and the rest stays. No step is shorter than that one."""
+    shortest = _shortest(work)
+    if shortest.batch_size == work.batch_size:
+        return lambda sequences: step_s
+    least_s = estimate(shortest).step_time_s
+    slope = (step_s - least_s) / (work.batch_size - shortest.batch_size)
+    return lambda sequences: max(least_s, step_s - slope * (work.batch_size - sequences))
+
+
+def _shortest(work: Workload) -> Workload:
+    """The same layout with the fewest microbatches that its schedule takes; if it has no more, of one sequence each."""
     per_microbatch = work.batch_size // work.microbatches
-
-    def with_microbatches(number: int):
-        return replace(work, microbatches=number, batch_size=per_microbatch * number)
-
-    shorter = next((number for number in range(1, work.microbatches) if illegal(with_microbatches(number)) is None),
-                   None)
-    if shorter is None:
-        return lambda sequences: step_s * sequences / work.batch_size
-    slope = (step_s - estimate(with_microbatches(shorter)).step_time_s) / (work.microbatches - shorter)
-    return lambda sequences: step_s - slope * (work.microbatches - sequences / per_microbatch)
+    for number in range(1, work.microbatches):
+        fewer = replace(work, microbatches=number, batch_size=per_microbatch * number)
+        if illegal(fewer) is None:
+            return fewer
+    return replace(work, batch_size=work.dp * work.microbatches)
 
 
 def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) -> dict:
@@ -88,8 +94,8 @@ def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) ->
 
 
 def simulated_twin(request: Request, twin: ModelConfig) -> dict:
-    """The best layout of the dense twin on the same devices; if none fits, why."""
-    plan = make_plan(replace(request, model=twin, schedules=DENSE_SCHEDULES, keep=1))
+    """The best layout of the dense twin on the same devices; if none fits, why. What was pinned is the mixture's."""
+    plan = make_plan(replace(request, model=twin, schedules=DENSE_SCHEDULES, keep=1, pinned=()))
     if not plan.candidates:
         needs = [item.reason for item in plan.refused if item.reason.startswith("needs ")]
         return {"refused": f"no layout of it fits: {min(needs, key=_gib, default='none is legal')}"}

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict
 
 from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
-from orchestrator.plan.runs import cannot_run, overrides_of
+from orchestrator.plan.runs import cannot_grow, cannot_run, overrides_of, steps_for
 from orchestrator.plan.search import Candidate, Plan, Refused, Request, illegal, layout_of, search
 
 __all__ = ["Candidate", "Plan", "Refused", "Request", "illegal", "layout_of", "make_plan", "overrides_of", "price",
@@ -30,7 +30,10 @@ def price(candidate: Candidate, request: Request) -> dict:
     tokens_per_s = step_tokens / found.step_time_s
     flops_per_s = model_flops(work.model, tokens_per_s, work.seq_len)
     hours = request.tokens / tokens_per_s / 3600
-    usd, reason = work.hardware.usd_per_h, cannot_run(work)
+    usd, terms = work.hardware.usd_per_h, request.terms
+    reason = cannot_run(work) or cannot_grow(work, terms.batch_start)
+    steps = steps_for(request.tokens, work.batch_size, work.seq_len, batch_start=terms.batch_start,
+                      ramp_steps=terms.ramp_steps)
     return {
         "layout": layout_of(work), "step_time_s": found.step_time_s, "parts_s": found.parts_s,
         "tokens_per_s": tokens_per_s, "tflops_per_gpu": flops_per_s / work.devices / 1e12,
@@ -39,7 +42,7 @@ def price(candidate: Candidate, request: Request) -> dict:
         "days": hours / 24, "gpu_hours": hours * work.devices,
         "gpu_hours_per_trillion_tokens": hours * work.devices / request.tokens * 1e12,
         "usd_total": None if usd is None else hours * work.devices * usd,
-        "train": None if reason else overrides_of(work), "train_not": reason,
+        "train": None if reason else overrides_of(work, steps=steps, others=request.run_words), "train_not": reason,
     }
 
 

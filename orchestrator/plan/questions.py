@@ -1,20 +1,29 @@
 """Questions that turn a plan round: how many GPUs, which type, how many tokens, what is the fastest for the money.
 
 Each is answered by searches over numbers of GPUs and hardware entries, on the steady bill. All of it is predicted.
+
+Numbers of GPUs are whole nodes, or some GPUs of one. They are tried on a coarse grid (`sizes`), and then between the
+last that fails and the first that does. Whether a model fits is arithmetic without a clock, so every number in between
+is tried; days and dollars take a search each, so that these are halved (`_first`), as if more GPUs were always faster.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import inf
+from functools import cached_property
+from math import inf, lcm
 
-from orchestrator.config import Recompute
-from orchestrator.plan.cost import model_flops
+from orchestrator.config import HardwareConfig, Recompute
 from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.memory import too_large
+from orchestrator.plan.money import bill_of
 from orchestrator.plan.planner import Candidate, Plan, Request, default_batch, make_plan, price
-from orchestrator.plan.search import illegal, layouts
+from orchestrator.plan.search import layouts, least_step_s, variants_of
+from orchestrator.plan.workload import SPLIT, Workload, illegal
 
 MOST_DEVICES = 16384
+DEARER = 3
+"""Sizes in a row that are dearer than a smaller one, after which no cheaper one is looked for."""
 
 
 @dataclass(frozen=True)
@@ -24,111 +33,204 @@ class Offer:
     request: Request
     plan: Plan | None
     reason: str = ""
+    steady: dict | None = None
+    """The bill on which offers are compared: pre-training and all that is billed with it."""
 
-    @property
+    @cached_property
     def best(self) -> dict | None:
         return price(self.plan.candidates[0], self.request) if self.plan and self.plan.candidates else None
 
     @property
     def days(self) -> float:
-        return self.best["days"] if self.best else inf
+        return self.steady["days"] if self.steady else inf
 
     @property
     def usd(self) -> float | None:
-        return self.best["usd_total"] if self.best else None
+        return self.steady["usd"] if self.steady else None
 
 
 def offer(request: Request) -> Offer:
     """A hardware entry that lacks a figure is an offer with a reason, not an error."""
     try:
         plan = make_plan(request)
+        if not plan.candidates:
+            return Offer(request, plan, "no layout fits")
+        return Offer(request, plan, steady=bill_of(request, plan.candidates[0], request.terms)["steady"])
     except ValueError as error:
         return Offer(request, None, str(error))
-    return Offer(request, plan, "" if plan.candidates else "no layout fits")
+
+
+def assumed(hardware: HardwareConfig) -> bool:
+    """Whether nobody offers the device at its price: its source calls it an assumption."""
+    return "assum" in hardware.source.lower()
+
+
+def comparable(offers: list[Offer]) -> list[Offer]:
+    """Those whose dollars say which is cheaper: with a price, and not an assumed one where others are on offer."""
+    priced = [each for each in offers if each.usd is not None]
+    return [each for each in priced if not assumed(each.request.hardware)] or priced
 
 
 def front(offers: list[Offer]) -> list[Offer]:
-    """Those that nothing beats in days and dollars both, fastest first; without a price an offer is on no front."""
-    priced = sorted((each for each in offers if each.usd is not None), key=lambda each: (each.days, each.usd))
+    """Those that nothing beats in days and dollars both, fastest first, of `comparable` ones."""
     found: list[Offer] = []
-    for each in priced:
+    for each in sorted(comparable(offers), key=lambda each: (each.days, each.usd)):
         if not found or each.usd < found[-1].usd:
             found.append(each)
     return found
 
 
 def chosen(offers: list[Offer], objective: str) -> Offer | None:
-    """The fastest, or the cheapest of those with a price."""
-    able = [each for each in offers if each.best and (objective == "time" or each.usd is not None)]
+    """The fastest, or the cheapest of `comparable` ones."""
+    able = [each for each in offers if each.best] if objective == "time" else comparable(offers)
     return min(able, key=lambda each: each.days if objective == "time" else (each.usd, each.days), default=None)
 
 
 def sizes(request: Request, most: int = MOST_DEVICES) -> Iterator[Request]:
-    """The same question on 1, 2, 4, ... GPUs of a node, then on 1, 2, 3, 4, 6, 8, 12, ... nodes."""
-    node = request.hardware.scale_up_devices
-    inside = [2**power for power in range(12) if 2**power < node]
-    nodes = sorted({factor * 2**power for power in range(16) for factor in (1, 3)})
-    for devices in [*inside, *(node * number for number in nodes)]:
+    """The same question on 1, 2, 4, ... GPUs of a node, then on 1, 2, 3, 4, 6, 8, 12, ... nodes; where degrees were
+    asked for, on such multiples of what they take."""
+    node, unit = request.hardware.scale_up_devices, _unit(request)
+    inside = [unit * 2**power for power in range(12) if unit * 2**power < node]
+    whole = lcm(node, unit)
+    for devices in [*inside, *sorted({whole * factor * 2**power for power in range(16) for factor in (1, 3)})]:
         each = resized(request, devices)
         if devices <= most and each.batch_size * each.seq_len <= each.tokens:
             yield each
 
 
+def between(low: int, high: Request) -> list[Request]:
+    """The numbers of GPUs above `low` and below `high` that `sizes` leaves out."""
+    node, unit = high.hardware.scale_up_devices, _unit(high)
+    step = unit if high.devices <= node else lcm(node, unit)
+    return [resized(high, devices) for devices in range(low // step * step + step, high.devices, step)]
+
+
+def _unit(request: Request) -> int:
+    """GPUs that the degrees which were asked for take; others are a multiple."""
+    pinned = dict(request.pinned)
+    pp = pinned.get("pp", 1)
+    return lcm(pp * pinned.get("dp", 1), pp * pinned.get("ep", 1))
+
+
 def resized(request: Request, devices: int) -> Request:
     """On so many GPUs. A batch that was not asked for follows their number."""
-    asked = request.batch_size != default_batch(request.devices)
-    return replace(request, devices=devices, batch_size=request.batch_size if asked else default_batch(devices))
+    return replace(request, devices=devices,
+                   batch_size=request.batch_size if request.batch_asked else default_batch(devices))
 
 
 def fits(request: Request) -> bool:
     """Whether some layout fits at all: the thriftiest ways, without a clock. ValueError if the hardware entry lacks a
     figure."""
+    pinned = dict(request.pinned)
     for work in layouts(request):
         check_hardware(work)
         if not request.asks(work, "pp", "dp", "ep", "microbatches"):
             continue
-        thrifty = replace(work, recompute=Recompute.full, zero=3 if work.replicas > 1 else 1)
-        if illegal(thrifty) is None and too_large(thrifty) is None:
-            return True
+        for each in variants_of(work, request) if {"schedule", "stages_per_rank"} & set(pinned) else (work,):
+            thrifty = replace(each, recompute=_thriftiest(each, pinned), zero=3 if work.replicas > 1 else 1)
+            if illegal(thrifty) is None and too_large(thrifty) is None:
+                return True
     return False
 
 
+def _thriftiest(work: Workload, pinned: dict) -> Recompute:
+    if "recompute" in pinned:
+        return Recompute[pinned["recompute"]]
+    return Recompute.none if work.pp > 1 and work.schedule in SPLIT else Recompute.full
+
+
 def smallest(request: Request) -> Request | None:
-    """The least of `sizes` that holds the model."""
-    return next((each for each in sizes(request) if fits(each)), None)
+    """The fewest GPUs that hold the model: whole nodes, or GPUs of one node."""
+    low = 0
+    for each in sizes(request):
+        if fits(each):
+            return next(filter(fits, between(low, each)), each)
+        low = each.devices
+    return None
 
 
 def for_deadline(request: Request, days: float, tell: Callable[[Offer], None]) -> list[Offer]:
-    """Offers on more and more GPUs up to the first that is done in time. `tell` is called with each."""
-    offers = []
+    """Offers on more and more GPUs; the last one, if any, is the smallest found that is done in time. `tell` is called
+    with each, those above it too."""
+    def tried(each: Request) -> Offer | None:
+        steps = each.tokens / (each.batch_size * each.seq_len)
+        if not fits(each) or steps * least_step_s(each) / 86400 > days:
+            return None
+        found = offer(each)
+        tell(found)
+        return found
+
+    def in_time(found: Offer | None) -> bool:
+        return found is not None and found.days <= days
+
+    offers, low = [], 0
     for each in sizes(request):
-        flops = model_flops(each.model, each.tokens, each.seq_len)
-        peak = max(each.hardware.bf16_tflops or inf, each.hardware.fp8_tflops or 0) * 1e12
-        if flops / (peak * each.devices) > days * 86400 or not fits(each):
-            continue
-        offers.append(offer(each))
-        tell(offers[-1])
-        if offers[-1].days <= days:
+        offers.append(tried(each))
+        if in_time(offers[-1]):
+            offers += _halved(between(low, each), tried, in_time)
             break
-    return offers
+        low = each.devices
+    offers = sorted(filter(None, offers), key=lambda each: each.request.devices)
+    enough = next((number for number, each in enumerate(offers) if in_time(each)), len(offers))
+    return offers[: enough + 1]
 
 
 def for_budget(request: Request, usd: float, tell: Callable[[Offer], None]) -> list[Offer]:
-    """Offers on ever twice as many GPUs, from the smallest cluster that fits, while the bill is within the budget."""
-    offers, least = [], smallest(request)
-    devices = least.devices if least else MOST_DEVICES + 1
-    while devices <= MOST_DEVICES:
-        offers.append(offer(resized(request, devices)))
+    """Offers on more and more GPUs, as far as the steady bill is within the budget, and on some in between the last
+    that is and the first that is not. The smallest clusters may be dearer than larger ones: they are short of memory.
+    """
+    def tried(each: Request) -> Offer | None:
+        if offers and least_usd_of(each) > usd:
+            return None
+        offers.append(offer(each))
         tell(offers[-1])
-        if offers[-1].usd is None or offers[-1].usd > usd:
+        return offers[-1]
+
+    def within(found: Offer | None) -> bool:
+        return found is not None and found.usd is not None and found.usd <= usd
+
+    offers: list[Offer] = []
+    most, dearer, least_usd = None, 0, inf
+    for each in sizes(request):
+        if most and each.devices < 2 * most.devices or not fits(each):
+            continue
+        found = tried(each)
+        if within(found):
+            most = each
+        elif most:
+            inner = between(most.devices, each)
+            _halved(inner[:: max(1, len(inner) // 7)], tried, lambda found: not within(found))
             break
-        devices *= 2
+        elif found is not None and found.usd is not None:
+            dearer = dearer + 1 if found.usd >= least_usd else 0
+            least_usd = min(least_usd, found.usd)
+            if dearer == DEARER:
+                break
     return offers
+
+
+def least_usd_of(request: Request) -> float:
+    """Lower bound of what the tokens cost on so many devices."""
+    steps = request.tokens / (request.batch_size * request.seq_len)
+    return steps * least_step_s(request) * request.devices / 3600 * (request.hardware.usd_per_h or 0.0)
+
+
+def _halved(requests: list[Request], tried: Callable, does: Callable) -> list:
+    """What was tried of them to find the first that does, as if all after it did."""
+    found = []
+
+    def key(each: Request) -> bool:
+        found.append(tried(each))
+        return does(found[-1])
+
+    bisect_right(requests, False, key=key)
+    return found
 
 
 def scaled(best: Candidate, request: Request) -> list[dict]:
     """The same layout on fewer and more replicas, the batch unchanged: what other numbers of GPUs make of days and
-    dollars, without a search of their own. `devices`, `days` and `usd_total`; those that fit and that can run."""
+    dollars, without a search of their own. `devices`, `days` and `usd_total` of the steady bill; those that fit and
+    that can run."""
     work, found = best.work, []
     for power in range(-3, 4):
         dp, microbatches = work.dp * 2**power, work.microbatches / 2**power
@@ -136,8 +238,11 @@ def scaled(best: Candidate, request: Request) -> list[dict]:
             continue
         each = replace(work, dp=int(dp), microbatches=int(microbatches))
         if illegal(each) is None and too_large(each) is None:
-            row = price(Candidate(each, estimate(each)), request)
-            found.append({"devices": each.devices} | {key: row[key] for key in ("days", "usd_total")})
+            try:
+                bill = bill_of(replace(request, devices=each.devices), Candidate(each, estimate(each)), request.terms)
+            except ValueError:  # its ramp would cut sequences, or failures leave it no time
+                continue
+            found.append({"devices": each.devices, "days": bill["steady"]["days"], "usd_total": bill["steady"]["usd"]})
     return found
 
 
@@ -145,5 +250,11 @@ def tokens_for(found: Offer, usd: float) -> float | None:
     """Tokens that the budget buys at the steady bill, whole steps; None without a price."""
     if found.usd is None:
         return None
-    step = found.request.batch_size * found.request.seq_len
-    return usd / found.usd * found.request.tokens // step * step
+    request, best = found.request, found.plan.candidates[0]
+    step = request.batch_size * request.seq_len
+    per_step = found.best["usd_total"] / request.tokens * step
+
+    def usd_for(steps: int) -> float:
+        return bill_of(replace(request, tokens=steps * step), best, request.terms)["steady"]["usd"]
+
+    return float(bisect_right(range(1, int(usd / per_step) + 1), usd, key=usd_for) * step)

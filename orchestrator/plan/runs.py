@@ -1,9 +1,16 @@
 """Which planned layouts this program's own `train` runs, and as which command."""
 
+import math
+import re
 from dataclasses import replace
+from enum import Enum
+from functools import lru_cache
+
+import yaml
 
 from model.config import ModelConfig
-from orchestrator.config import Recompute, Schedule, conf_dir
+from orchestrator.compose import quoted
+from orchestrator.config import Recompute, Schedule, conf_dir, from_dict
 from orchestrator.plan.keeping import SPARING
 from orchestrator.plan.layout import LOOPED_SCHEDULES
 from orchestrator.plan.memory import too_large
@@ -35,19 +42,72 @@ def cannot_run(work: Workload) -> str | None:
     return f"as train keeps it, it {reason}" if reason and reason.startswith("needs ") else reason
 
 
-def overrides_of(work: Workload) -> list[str]:
-    """The same run as `sparing train` takes it."""
+def cannot_grow(work: Workload, batch_start: int) -> str | None:
+    """Why `train` cannot begin this layout with so few sequences a step, or None; 0 is no ramp."""
+    quantum = work.dp * work.microbatches
+    if batch_start % quantum or batch_start > work.batch_size:
+        return (f"train.batch_start={batch_start} is no multiple of dp x microbatches = {quantum} up to the batch of "
+                f"{work.batch_size}")
+    return None
+
+
+def steps_for(tokens: float, batch_size: int, seq_len: int, *, batch_start: int = 0, ramp_steps: int = 0) -> int:
+    """The fewest steps of `train` that see so many tokens; its ramp grows in multiples of `batch_start`."""
+    sequences, seen, ramp = math.ceil(tokens / seq_len), 0, ramp_steps if batch_start else 0
+    for step in range(ramp):
+        grown = batch_start + (batch_size - batch_start) * step // ramp
+        seen += grown // batch_start * batch_start
+        if seen >= sequences:
+            return step + 1
+    return ramp + math.ceil((sequences - seen) / batch_size)
+
+
+def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str, ...] = ()) -> list[str]:
+    """The same run as `sparing train` takes it. others: words of the plan's own command that hold for the run too."""
     keys = {"pp": work.pp, "dp": work.dp, "ep": work.ep, "schedule": work.schedule, "microbatches": work.microbatches,
             "recompute": work.recompute.name}
     if work.pp > 1 and Schedule[work.schedule] in LOOPED_SCHEDULES:
         keys["stages_per_rank"] = work.stages_per_rank
+    train = {"batch_size": work.batch_size, "seq_len": work.seq_len} | ({} if steps is None else {"steps": steps})
+    quantum = work.dp * work.microbatches
+    asked = dict(word.split("=", 1) for word in others).get(VALIDATED, "")
+    if not asked.isdecimal() or int(asked) % quantum:
+        others = tuple(word for word in others if not word.startswith(f"{VALIDATED}="))
+        train["validate_sequences"] = quantum
     return [*_model_words(work.model), *(f"layout.{key}={value}" for key, value in keys.items()),
-            f"precision={work.dtype}", f"train.batch_size={work.batch_size}", f"train.seq_len={work.seq_len}",
-            f"train.validate_sequences={work.dp * work.microbatches}"]
+            f"precision={work.dtype}", *(f"train.{key}={value}" for key, value in train.items()), *others]
+
+
+VALIDATED = "train.validate_sequences"
 
 
 def _model_words(model: ModelConfig) -> list[str]:
-    """A shipped model by name, another by all its keys."""
-    if (conf_dir() / "model" / f"{model.name}.yaml").exists():
-        return [f"model={model.name}"]
-    return [f"model.{key}={getattr(value, 'name', value)}" for key, value in vars(model).items()]
+    """A shipped model by name and what differs from it, another by all its keys."""
+    shipped = _shipped(model.name)
+    known = vars(shipped) if shipped else {}
+    return [f"model={model.name}"] * (shipped is not None) + [
+        f"model.{key}={_word(value)}" for key, value in vars(model).items() if key not in known or known[key] != value]
+
+
+@lru_cache
+def _shipped(name: str) -> ModelConfig | None:
+    """The model of conf/model, which nothing may change."""
+    file = conf_dir() / "model" / f"{name}.yaml"
+    if not re.fullmatch(r"\w+", name) or not file.exists():
+        return None
+    values = yaml.safe_load(file.read_text())
+    values.pop("defaults", None)
+    return from_dict(ModelConfig, values, "model.")
+
+
+def _word(value: object) -> str:
+    """As an override has it; in quotes too where a text would be read as a number, true or null."""
+    if isinstance(value, Enum):
+        return value.name
+    if not isinstance(value, str):
+        return str(value)
+    plain = re.fullmatch(r"[A-Za-z_][\w.-]*", value, re.ASCII) and value.lower() not in WORDS_WITH_A_MEANING
+    return quoted(value) if plain or not quoted(value) == value else f"'{value}'"
+
+
+WORDS_WITH_A_MEANING = ("null", "true", "false", "nan", "inf")

@@ -11,25 +11,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import islice
+from math import inf
 
 from model.config import Attention, ModelConfig, divisors
 from orchestrator.config import HardwareConfig, Recompute, Schedule
+from orchestrator.plan.bill import Terms
 from orchestrator.plan.block import LayerTime, head_time, layer_time
-from orchestrator.plan.bound import SPLIT, clock_s, floor_s
-from orchestrator.plan.estimate import Estimate, check_hardware, estimate
+from orchestrator.plan.bound import clock_s, floor_s
+from orchestrator.plan.estimate import Estimate, check_hardware, estimate, linked
 from orchestrator.plan.exchange import Routing
-from orchestrator.plan.layout import LOOPED_SCHEDULES, V_SCHEDULES, stages_per_rank
+from orchestrator.plan.layout import LOOPED_SCHEDULES, stages_per_rank
 from orchestrator.plan.memory import activation_peaks, too_large
-from orchestrator.plan.runs import cannot_run, not_run
+from orchestrator.plan.runs import cannot_grow, cannot_run, not_run
 from orchestrator.plan.stack import Stack
-from orchestrator.plan.workload import Assumptions, Calibration, Workload
+from orchestrator.plan.workload import Assumptions, Calibration, Workload, illegal
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
 VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
 KINDS = ("needs ", "slower: ", "saves memory", "split backward", "at least", "equal rounds", " stages for ", "replicas",
-         "leaves a rank", "was asked for")
+         "leaves a rank", "equal parts", "was asked for")
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
 
 
@@ -56,6 +58,12 @@ class Request:
     stack: Stack = Stack()
     """The software that trains."""
     routing: Routing = Routing()
+    batch_asked: bool = False
+    """Whether the batch was asked for; one that was not follows the number of devices."""
+    terms: Terms = Terms()
+    """What the bill counts besides the step."""
+    run_words: tuple[str, ...] = ()
+    """Words of the command that say nothing of model, layout and batch, and hold for `train` too."""
 
     def asks(self, work: Workload, *keys: str) -> bool:
         """Whether nothing else was pinned in these keys."""
@@ -105,11 +113,11 @@ def search(request: Request) -> Plan:
 
     Always the least lower bound next: a cell is opened into its layouts, a layout is put on the clock.
     """
-    best, refused, considered, number = _Best(request.keep), _too_short(request), 0, 0
+    uncut = _uncut(request)
+    best, refused, considered, number = _Best(request.keep), [*uncut], len(uncut), 0
     queue: list[tuple] = []
     for cell in _cells(request):
-        variants = [work for work in _variants(cell.work, request)
-                    if request.asks(work, "schedule", "stages_per_rank") or work.pp == 1]
+        variants = list(variants_of(cell.work, request))
         considered += len(variants) * len(SAVINGS)
         while queue and queue[0][0] <= cell.floor_s:
             _clock_next(queue, best, refused)
@@ -126,7 +134,7 @@ def search(request: Request) -> Plan:
     refused += [_slower(work, seconds, 1) for work, seconds in slower]
     found = [Candidate(work, estimate(work)) for work in kept]
     found.sort(key=lambda candidate: (candidate.found.step_time_s, candidate.found.memory_gib["total"]))
-    return Plan(request, found, refused, considered + sum(item.number for item in _too_short(request)))
+    return Plan(request, found, refused, considered)
 
 
 def _clock_next(queue: list[tuple], best: "_Best", refused: list[Refused]) -> None:
@@ -135,6 +143,11 @@ def _clock_next(queue: list[tuple], best: "_Best", refused: list[Refused]) -> No
         refused.append(_slower(work, floor, 1))
     else:
         best.add(work, runs=runs)
+
+
+def least_step_s(request: Request) -> float:
+    """Lower bound of a step on so many devices, in any layout that was asked for; infinite where there is none."""
+    return min((cell.floor_s for cell in _cells(request)), default=inf)
 
 
 def _cells(request: Request) -> list[_Cell]:
@@ -148,40 +161,51 @@ def _cells(request: Request) -> list[_Cell]:
 
 def layouts(request: Request) -> Iterator[Workload]:
     """Degrees, microbatch and precision, before schedule, recompute and ZeRO stage; all divisors, not powers of two."""
-    model, devices = request.model, request.devices
+    model, devices, pinned = request.model, request.devices, dict(request.pinned)
+    hardware = linked(request.hardware, devices)
     experts = model.n_routed_experts or 1
     uneven = {ep: request.routing.imbalance(ep) for ep in divisors(experts)}
     dtypes = (request.dtype,)
     if request.dtype == "any":
         dtypes = ("bf16", "fp8") if request.hardware.fp8_tflops else ("bf16",)
-    for pp in (pp for pp in divisors(devices) if pp <= min(model.n_layers, MAX_PP)):
+    for pp in (pp for pp in divisors(devices) if pp <= min(model.n_layers, max(MAX_PP, pinned.get("pp", 1)))):
         for tp in (tp for tp in divisors(devices // pp) if tp <= min(MAX_TP, request.hardware.scale_up_devices)
                    and _divides_heads(model, tp)):
-            for cp in (cp for cp in divisors(devices // (pp * tp)) if request.seq_len >= MIN_CONTEXT * cp or cp == 1):
+            for cp in (cp for cp in divisors(devices // (pp * tp)) if not _not_cut(request.seq_len, cp)):
                 dp = devices // (pp * tp * cp)
                 for ep in (ep for ep in divisors(dp * cp * tp) if experts % ep == 0):
-                    for sequences in MICROBATCH_SEQUENCES:
-                        if request.batch_size % (dp * sequences) == 0:
-                            for dtype in dtypes:
-                                yield Workload(model, request.hardware, request.seq_len, request.batch_size, pp, dp,
-                                               ep, "1f1b", request.batch_size // (dp * sequences), tp=tp, cp=cp,
-                                               dtype=dtype, imbalance=uneven[ep], stack=request.stack,
-                                               assumptions=request.assumptions, calibration=request.calibration)
+                    for microbatches in _microbatches(request.batch_size, dp, pinned.get("microbatches")):
+                        for dtype in dtypes:
+                            yield Workload(model, hardware, request.seq_len, request.batch_size, pp, dp, ep, "1f1b",
+                                           microbatches, tp=tp, cp=cp, dtype=dtype, imbalance=uneven[ep],
+                                           stack=request.stack, assumptions=request.assumptions,
+                                           calibration=request.calibration)
+
+
+def _microbatches(batch_size: int, dp: int, asked: int | None) -> list[int]:
+    """Of so many sequences on each of dp ranks: what was asked for, else by the usual sizes."""
+    numbers = [asked] if asked else [batch_size // (dp * sequences) for sequences in MICROBATCH_SEQUENCES
+                                     if batch_size % (dp * sequences) == 0]
+    return [number for number in numbers if batch_size % (dp * number) == 0]
 
 
 def _divides_heads(model: ModelConfig, tp: int) -> bool:
     return model.n_heads % tp == 0 and (model.attention is Attention.mla or model.n_kv_heads % tp == 0)
 
 
-def _variants(work: Workload, request: Request) -> Iterator[Workload]:
-    """The cell's schedules, and virtual stages where they loop."""
+def variants_of(work: Workload, request: Request) -> Iterator[Workload]:
+    """The cell's schedules, and virtual stages where they loop: all of them, or those that were asked for."""
     if work.pp == 1:
         yield work
         return
-    for name in request.schedules:
-        looped = name != "dualpipe" and Schedule[name] in LOOPED_SCHEDULES
-        for stages in VIRTUAL_STAGES if looped else (2,):
-            yield replace(work, schedule=name, stages_per_rank=stages)
+    pinned = dict(request.pinned)
+    name, stages = pinned.get("schedule"), pinned.get("stages_per_rank", 2)
+    for each in request.schedules if name is None else (name,):
+        looped = each != "dualpipe" and Schedule[each] in LOOPED_SCHEDULES
+        for virtual in sorted({*VIRTUAL_STAGES, max(2, stages)}) if looped else (2,):
+            found = replace(work, schedule=each, stages_per_rank=virtual)
+            if request.asks(found, "stages_per_rank") or not looped and name:  # another schedule does not read it
+                yield found
 
 
 SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 3))
@@ -217,7 +241,8 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
         if reason is not None:
             refused.append(Refused(layout_of(each), reason))
             continue
-        yield each, floor if recompute is Recompute.none else floor_s(each), cannot_run(each) is None
+        runs = not (cannot_run(each) or cannot_grow(each, request.terms.batch_start))
+        yield each, floor if recompute is Recompute.none else floor_s(each), runs
         enough = recompute
         if zero == 1:
             break
@@ -225,34 +250,20 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
         refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)), UNNEEDED, len(SAVINGS) - tried))
 
 
-def _too_short(request: Request) -> list[Refused]:
-    """Context parallelism that cuts sequences shorter than a rank has reason to."""
-    degrees = [cp for cp in (2, 4, 8) if request.devices % cp == 0 and request.seq_len < MIN_CONTEXT * cp]
-    return [Refused({"cp": cp}, f"leaves a rank {request.seq_len // cp} tokens of a sequence; data parallelism takes "
-                                "whole ones for the same time") for cp in degrees]
+def _uncut(request: Request) -> list[Refused]:
+    """Context parallelism of up to 8 ranks that does not suit the sequences."""
+    reasons = {cp: _not_cut(request.seq_len, cp) for cp in range(2, 9) if request.devices % cp == 0}
+    return [Refused({"cp": cp}, reason) for cp, reason in reasons.items() if reason]
 
 
-def illegal(work: Workload) -> str | None:
-    """Why the schedule cannot run this; None if it can."""
-    pp, micro = work.pp, work.microbatches
-    if pp == 1:
-        return None
-    if work.schedule == "dualpipe":
-        stages = pp
-        if pp % 2 or micro % 2 or micro < 2 * pp:
-            return f"dualpipe wants even ranks and an even number of at least {2 * pp} microbatches, not {micro}"
-    else:
-        schedule = Schedule[work.schedule]
-        stages = pp * stages_per_rank(schedule, work.stages_per_rank)
-        least = stages if schedule is Schedule["1f1b"] or schedule in V_SCHEDULES else pp
-        if micro < least:
-            return f"{work.schedule} wants at least {least} microbatches, not {micro}"
-        if schedule in LOOPED_SCHEDULES and micro % max(1, micro // pp):
-            return f"{work.schedule} wants microbatches in equal rounds of {pp} ranks, not {micro}"
-    if work.schedule in SPLIT and work.recompute is Recompute.full:
-        return f"{work.schedule} wants no recompute: its split backward cannot go with it"
-    if stages > work.model.n_layers:
-        return f"{stages} stages for {work.model.n_layers} layers"
+def _not_cut(seq_len: int, cp: int) -> str | None:
+    """Why so many ranks do not share a sequence, or None. Under a causal mask each has an early and a late part of it,
+    which evens the work out, and a ring passes equal ones."""
+    if cp > 1 and seq_len < MIN_CONTEXT * cp:
+        return (f"leaves a rank {seq_len // cp} tokens of a sequence; data parallelism takes whole ones for the same "
+                "time")
+    if cp > 1 and seq_len % (2 * cp):
+        return f"a sequence of {seq_len} tokens has no {2 * cp} equal parts"
     return None
 
 

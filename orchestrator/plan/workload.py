@@ -7,10 +7,11 @@ from model import count
 from model.config import ModelConfig
 from orchestrator.config import HardwareConfig, Recompute, Schedule
 from orchestrator.plan.keeping import PLANNED, Keeping
-from orchestrator.plan.layout import split_stages, stages_per_rank
+from orchestrator.plan.layout import LOOPED_SCHEDULES, SPLIT_BACKWARD, V_SCHEDULES, split_stages, stages_per_rank
 from orchestrator.plan.schedule import Action, actions, dualpipe
 from orchestrator.plan.stack import Stack
 
+SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
 PROFILE = "DeepSeek's profile-data trace of V3 training (H800, EP64)"
 
 
@@ -153,6 +154,30 @@ class Workload:
     def microbatch_tokens(self) -> int:
         """Tokens of one microbatch on one tensor-parallel group."""
         return self.batch_size * self.seq_len // (self.dp * self.cp * self.microbatches)
+
+
+def illegal(work: Workload) -> str | None:
+    """Why the schedule cannot run this; None if it can."""
+    pp, micro = work.pp, work.microbatches
+    if pp == 1:
+        return None
+    if work.schedule == "dualpipe":
+        stages = pp
+        if pp % 2 or micro % 2 or micro < 2 * pp:
+            return f"dualpipe wants even ranks and an even number of at least {2 * pp} microbatches, not {micro}"
+    else:
+        schedule = Schedule[work.schedule]
+        stages = pp * stages_per_rank(schedule, work.stages_per_rank)
+        least = stages if schedule is Schedule["1f1b"] or schedule in V_SCHEDULES else pp
+        if micro < least:
+            return f"{work.schedule} wants at least {least} microbatches, not {micro}"
+        if schedule in LOOPED_SCHEDULES and micro % max(1, micro // pp):
+            return f"{work.schedule} wants microbatches in equal rounds of {pp} ranks, not {micro}"
+    if work.schedule in SPLIT and work.recompute is Recompute.full:
+        return f"{work.schedule} wants no recompute: its split backward cannot go with it"
+    if stages > work.model.n_layers:
+        return f"{stages} stages for {work.model.n_layers} layers"
+    return None
 
 
 def pipeline_of(work: Workload) -> tuple[list[range], list, int]:

@@ -10,7 +10,7 @@ import pytest
 from model import count
 from orchestrator import compare
 from orchestrator.__main__ import main
-from orchestrator.compare import curve_of, extrapolate, extrapolated, plan_at, run, variants
+from orchestrator.compare import curve_of, extrapolate, extrapolated, page, plan_at, run, variants
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.plan.cost import model_flops
@@ -54,6 +54,13 @@ def test_another_size_is_one_plan_times_the_measured_multiplier():
     assert "no multiplier was measured" in extrapolated(extrapolate(at, request, data, never_met))[1]
     with pytest.raises(BadRequest, match="llama_3_1_8b has no experts to compare"):
         plan_at("model=llama_3_1_8b hardware=h100 gpus=8 tokens=1e11 layout.pp=1")
+
+
+def test_a_models_name_is_text_on_the_page():
+    curve = [(1.0, 5.0), (2.0, 4.0)]
+    text = page({"model": "<b>&mine", "multiplier": {},
+                 "variants": {"moe": {"curves": {cost: [curve] for cost in compare.COSTS}}}})
+    assert "&lt;b&gt;&amp;mine and its dense twins" in text and "<b>&mine" not in text
 
 
 def _train_as_one_rank(words: list[str]) -> int:

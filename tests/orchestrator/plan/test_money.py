@@ -28,7 +28,7 @@ from orchestrator.plan_published import gap_lines, print_budgets, print_prices
 from orchestrator.plan_table import reasons
 from orchestrator.show_plan import read_request
 
-V3 = dict(devices=2048, nodes=256, batch_tokens=15360 * 4096, step_time_s=19.926, usd_per_h=2.0)
+V3 = dict(devices=2048, batch_tokens=15360 * 4096, step_time_s=19.926, usd_per_h=2.0)
 
 
 def test_v3s_published_bill_is_its_steady_one():
@@ -75,14 +75,25 @@ def test_expected_terms_sum_and_nothing_added_is_the_steady_bill():
 def test_failures_lose_what_youngs_formula_says(nodes, rate, recovery, share):
     """To first order, stall / interval + (interval / 2 + recovery) / MTBF; the bill has the exact mean."""
     terms = Terms(failures=rate, recovery_s=recovery, start_up_s=0)
-    bill = make_bill(**V3 | dict(devices=8 * nodes, nodes=nodes), tokens=14.8e12, terms=terms)
+    bill = make_bill(**V3 | dict(devices=8 * nodes), tokens=14.8e12, terms=terms)
     assert 1 - bill["goodput"] == pytest.approx(share, rel=0.13)
 
 
 def test_llama_3s_failures_come_every_three_hours():
     assert 54 * 24 / 419 == pytest.approx(3.1, abs=0.05)
-    assert make_bill(**V3 | dict(devices=16384, nodes=2048), tokens=1e12, terms=Terms())["mtbf_h"] == pytest.approx(
+    assert make_bill(**V3 | dict(devices=16384), tokens=1e12, terms=Terms())["mtbf_h"] == pytest.approx(
         54 * 24 / 419, rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scale_up_devices": 72}, {"scale_up_devices": 1}])
+def test_failures_are_those_of_nodes_of_eight_whatever_the_links_join(small, changes):
+    """576 GPUs at Llama 3's rate fail every 88 h, also as 8 racks of 72."""
+    request, plan = small
+    hardware = dataclasses.replace(request.hardware, **changes)
+    found = {gpus: bill_of(dataclasses.replace(request, hardware=hardware, devices=gpus), plan.candidates[0], Terms())
+             for gpus in (1, 8, 15, 16, 576)}
+    assert found[576]["mtbf_h"] == pytest.approx(54 * 24 / 419 * 16384 / 576, rel=0.01)
+    assert found[1]["mtbf_h"] == found[8]["mtbf_h"] == 2 * found[15]["mtbf_h"] == 2 * found[16]["mtbf_h"]
 
 
 def test_a_ramp_and_an_extension_are_terms_of_their_own():
@@ -96,8 +107,24 @@ def test_a_ramp_and_an_extension_are_terms_of_their_own():
     assert found["batch_ramp"] == pytest.approx(bubble_alone)
 
 
+def test_a_ramp_ends_with_the_tokens():
+    """Its extra time is never more than that of a run whose every step is the first: those tokens at that batch."""
+    def ramp(tokens: float, steps: int) -> float:
+        terms = Terms(batch_start=3072, ramp_steps=steps)
+        bill = make_bill(**V3, tokens=tokens, terms=terms, batch_size=15360,
+                         step_at=lambda batch: 2.0 + 17.926 * batch / 15360)
+        return {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}["batch_ramp"]
+
+    first_batch_alone = 1e11 / (3072 * 4096) * 2.0 * (1 - 3072 / 15360) * 2048 / 3600
+    assert ramp(1e11, 12424) < first_batch_alone and ramp(1e11, 10**9) == pytest.approx(first_batch_alone, rel=0.01)
+    assert ramp(1e12, 12424) == pytest.approx(ramp(14.8e12, 12424)), "the ramp takes 470e9 tokens"
+    assert ramp(1e11, 100) == pytest.approx(ramp(14.8e12, 100))
+
+
 @pytest.mark.parametrize("changes, words", [(dict(tokens=1e6), "tokens=1e\\+06: must be at least one step"),
-                                            (dict(terms=Terms(failures=1e7)), "failures=1e\\+07: leave no time")])
+                                            (dict(terms=Terms(failures=1e7)), "failures=1e\\+07: leave no time"),
+                                            (dict(terms=Terms(batch_start=20000, ramp_steps=9), batch_size=15360),
+                                             "train.batch_start=20000: must not exceed train.batch_size=15360")])
 def test_a_bill_that_cannot_be_is_explained(changes, words):
     with pytest.raises(ValueError, match=words):
         make_bill(**V3 | dict(tokens=1e12, terms=Terms()) | changes)
@@ -128,6 +155,16 @@ def test_multipliers_of_both_laws_and_their_range():
     found = equal_loss(flops=3.7e24, routed=256, activated=8, dim=7168, expert_dim=2048)
     assert found["low"] == pytest.approx(4.4, abs=0.05) and found["high"] > 10 and not found["inside_fits"]
     assert equal_loss(flops=1e20, routed=64, activated=8, dim=2048, expert_dim=1024)["inside_fits"]
+
+
+@pytest.mark.parametrize("changes, inside", [
+    (dict(flops=5e13), [False, False]), (dict(flops=3e22), [False, False]), (dict(routed=320), [False, False]),
+    (dict(dim=4096, expert_dim=14336, routed=8, activated=2), [True, False]), (dict(expert_dim=128), [True, False]),
+])
+def test_a_law_is_marked_outside_its_fit_on_either_side(changes, inside):
+    """The third from last is Mixtral 8x7B, whose experts are coarser than any that the second law was fitted on."""
+    found = equal_loss(**dict(flops=1e21, routed=64, activated=8, dim=2048, expert_dim=1024) | changes)
+    assert [law["inside_fit"] for law in found["laws"]] == inside and not found["inside_fits"]
 
 
 def test_a_measured_multiplier_is_read_from_compares_result():
@@ -190,6 +227,15 @@ def test_dense_twins_go_through_the_same_search(small):
     assert {row["kind"] for row in found["published"]} >= {"disclosure", "estimate"}
 
 
+@pytest.mark.parametrize("pin", [("ep", 8), ("schedule", "dualpipev"), ("recompute", "full")])
+def test_what_is_pinned_of_the_mixture_is_not_pinned_of_its_twins(small, pin):
+    request, plan = small
+    best = price(plan.candidates[0], request)
+    free, pinned = (dense_of(each, best, bill_of(each, plan.candidates[0], Terms()), None)
+                    for each in (request, dataclasses.replace(request, pinned=(pin,))))
+    assert pinned == free and free["equal_active"]["how"] == "simulated"
+
+
 def test_a_twin_that_fits_nowhere_keeps_the_mixtures_mfu_and_says_why(small):
     request, plan = small
     best = plan.candidates[0]
@@ -213,6 +259,18 @@ def test_the_simulated_ramp_lies_between_none_and_a_run_at_its_first_batch(small
     bill = bill_of(request, best, Terms(batch_start=32, ramp_steps=1000))
     extra = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}["batch_ramp"]
     assert 0 < extra < 1000 * best.found.step_time_s * 16 / 3600
+
+
+def test_a_ramp_costs_where_the_layout_has_the_fewest_microbatches_already():
+    """Fewer sequences than the shortest step that the schedule takes are not quicker than it."""
+    model, h100 = compose_config(["model=moonlight_16b"]).model, catalogue()["h100"]
+    work = Workload(model, h100, 4096, 16, 4, 4, 4, "1f1b", 4)
+    request = Request(model, h100, 16, 1e10, 4096, 16)
+    bill = bill_of(request, Candidate(work, estimate(work)), Terms(batch_start=4, ramp_steps=1000))
+    extra = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}["batch_ramp"]
+    assert extra == pytest.approx(1000 * estimate(work).step_time_s * (1 - 10 / 16) * 16 / 3600)
+    with pytest.raises(ValueError, match="train.batch_start=6: must be a multiple of the layout's dp=4.*use 4 or 8"):
+        bill_of(request, Candidate(work, estimate(work)), Terms(batch_start=6, ramp_steps=1000))
 
 
 @pytest.mark.parametrize("values, words", [({"recovery_s": "soon"}, "recovery_s=soon: must be a number"),

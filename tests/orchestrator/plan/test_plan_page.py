@@ -19,7 +19,7 @@ from orchestrator.plan.planner import Plan, Request, make_plan, to_json
 from orchestrator.plan.questions import scaled
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
-from orchestrator.plan_diff import by_cause, difference
+from orchestrator.plan_diff import by_cause, difference, print_diff
 from orchestrator.plan_explain import explained
 from orchestrator.plan_page import page
 from orchestrator.plan_plots import timeline_chart
@@ -115,6 +115,20 @@ def test_a_difference_is_told_by_term_and_sums_to_the_change(small):
     change = sum(after[1] - before[1] for name, (before, after) in rows.items() if not name.endswith(" bill"))
     assert change == pytest.approx(rows["expected bill"][1][1] - rows["expected bill"][0][1])
     assert sum(by_cause(a["bill"], b["bill"]).values()) == pytest.approx(change)
+
+
+def test_a_difference_of_unknown_dollars_has_no_percentage(small, capsys):
+    _, data = small
+    data = json.loads(json.dumps(data))
+    other = json.loads(json.dumps(data))
+    for side in ("steady", "expected"):
+        other["bill"][side]["usd"] = None
+        for term in other["bill"][side]["terms"]:
+            term["usd"], term["gpu_hours"] = None, term["gpu_hours"] * 2
+    other["bill"]["price"]["usd_per_h"] = None
+    print_diff(data, other, ["a", "b"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "unknown" in line and "expected  " not in line]
+    assert len(rows) > 3 and not any("%" in row for row in rows)
 
 
 def test_the_table_shows_bars_bills_and_dense_lines(small, capsys):

@@ -104,7 +104,7 @@ def test_every_layout_is_priced_or_refused_with_a_reason(small):
     best = data["best"]
     assert best["gpu_hours"] == pytest.approx(1e12 / best["tokens_per_s"] * 64 / 3600)
     assert best["usd_total"] == pytest.approx(best["gpu_hours"] * catalogue()["h100"].usd_per_h)
-    assert best["memory_gib"]["total"] < 74.5
+    assert best["memory_gib"]["total"] < catalogue()["h100"].memory_gib
     assert data["dense"]["equal_total"]["usd"] > data["dense"]["equal_active"]["usd"]
     check_run(compose_config(next(row["train"] for row in data["candidates"] if row["train"])))
 
@@ -144,6 +144,14 @@ def test_what_the_planner_allows_train_accepts_and_what_it_refuses_train_refuses
             with pytest.raises(BadRequest):
                 check_run(config)
     assert min(seen.values()) > 3
+
+
+def test_context_ranks_have_equal_parts_of_a_sequence():
+    request = Request(model("llama_3_1_8b"), catalogue()["h100"], 24, 1e10, 32768, 48)
+    assert {work.cp for work in layouts(request)} == {1, 2, 4, 8}
+    refused = {item.layout["cp"]: item.reason for item in make_plan(request).refused if set(item.layout) == {"cp"}}
+    assert refused == {cp: f"a sequence of 32768 tokens has no {2 * cp} equal parts" for cp in (3, 6)}
+    assert make_plan(request).candidates[0].work.cp in (1, 2, 4, 8)
 
 
 def test_layouts_that_train_does_not_offer_are_priced_and_say_so(small):

@@ -2,20 +2,36 @@
 
 import dataclasses
 import json
+import shlex
 
 import pytest
 
 from model.hf_config import config_to_hf
 from orchestrator.compose import compose_config
+from orchestrator.config import conf_dir
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
-from orchestrator.plan.planner import Request
-from orchestrator.plan.questions import chosen, fits, for_deadline, front, offer, resized, smallest, tokens_for
+from orchestrator.plan.planner import Request, make_plan, overrides_of, price
+from orchestrator.plan.questions import (
+    between,
+    chosen,
+    fits,
+    for_budget,
+    for_deadline,
+    front,
+    offer,
+    resized,
+    smallest,
+    tokens_for,
+)
+from orchestrator.plan.workload import Workload
 from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.show_plan import run
+from orchestrator.train.data import samples_before
 
+H100 = "hardware=h100"
 SMALL = ["model=deepseek_v2_lite", "hardware=h100", "train.seq_len=2048", "train.batch_size=64"]
 
 
@@ -45,9 +61,104 @@ def test_the_cheapest_has_a_price_and_a_device_without_figures_is_an_offer_with_
 
 
 def test_a_deadline_is_met_by_the_first_size_that_meets_it(request_):
-    told = []
-    found = for_deadline(request_, 0.05, told.append)
-    assert found == told and found[-1].days <= 0.05 and all(each.days > 0.05 for each in found[:-1])
+    """On the grid of numbers, and then in between: 40 GPUs, where the grid has 32 and 48."""
+    free, told = dataclasses.replace(request_, batch_asked=False), []
+    days = offer(resized(free, 40)).days * 1.0001
+    found = for_deadline(free, days, told.append)
+    assert {id(each) for each in found} <= {id(each) for each in told} and found[-1].request.devices == 40
+    assert found[-1].days <= days and all(each.days > days for each in found[:-1])
+
+
+def test_a_budget_below_the_smallest_cluster_is_met_by_a_larger_one(request_):
+    """The smallest is short of memory, so that it recomputes and is the dearest; the fastest within the budget is
+    found beyond it, and lies below the first that is above."""
+    tight = dataclasses.replace(request_, hardware=dataclasses.replace(request_.hardware, memory_gib=40))
+    least = smallest(tight)
+    first, larger = offer(least), offer(resized(tight, 2 * least.devices))
+    assert larger.usd < first.usd
+    budget = (larger.usd + first.usd) / 2
+    found = for_budget(tight, budget, lambda each: None)
+    within = [each for each in found if each.usd <= budget]
+    assert found[0].usd > budget and within
+    fastest = chosen(within, "time").request.devices
+    assert all(each.usd > budget for each in found if each.request.devices > fastest)
+
+
+def test_a_limit_holds_for_all_that_is_billed(request_):
+    """Post-training and context extension are in the days and dollars of an offer, and in the tokens of a budget."""
+    terms = dataclasses.replace(request_.terms, other_gpu_hours=50.0, extension=((10, 64, 4096),))
+    more = dataclasses.replace(request_, terms=terms)
+    plain, whole = offer(request_), offer(more)
+    assert whole.best["usd_total"] == plain.best["usd_total"] == pytest.approx(plain.usd)
+    assert whole.usd > plain.usd + 50 * request_.hardware.usd_per_h and whole.days > plain.days + 50 / 8 / 24
+    tokens = tokens_for(whole, 500.0)
+    again = offer(dataclasses.replace(more, tokens=tokens))
+    assert again.usd == pytest.approx(500, rel=1e-3) and again.usd <= 500 and tokens < tokens_for(plain, 500.0)
+    assert for_deadline(more, whole.days, lambda each: None)[-1].days <= whole.days
+
+
+def test_a_batch_that_was_asked_for_stays_even_where_it_is_the_usual_one():
+    words = ["model=deepseek_v2_lite", H100, "train.seq_len=2048"]
+    usual = read_request({"gpus": "8", "tokens": "1e9"}, *compose_plan(words))
+    asked = read_request({"gpus": "8", "tokens": "1e9"}, *compose_plan([*words, "train.batch_size=64"]))
+    assert usual.batch_size == asked.batch_size == 64
+    assert (resized(usual, 16).batch_size, resized(asked, 16).batch_size) == (128, 64)
+
+
+def test_a_price_that_nobody_offers_is_not_the_cheapest(request_):
+    """DeepSeek's $2 for an H800 is an assumption of its report."""
+    cheap = dataclasses.replace(catalogue()["h800"], usd_per_h=0.01)
+    both = [offer(request_), offer(dataclasses.replace(request_, hardware=cheap))]
+    assert both[1].usd < both[0].usd and chosen(both, "dollars") is both[0] and front(both) == [both[0]]
+    assert chosen(both[1:], "dollars") is both[1]
+
+
+def test_a_device_without_a_price_of_the_market_is_an_offer_with_its_reason(capsys):
+    words = ["model=deepseek_v2_lite", "train.seq_len=2048", "train.batch_size=64", "hardware=h100,a100"]
+    rows = settle({"gpus": "8", "tokens": "1e9", "market": "spot"}, words).question["offers"]
+    assert rows[0]["price"] == {"usd_per_h": 1.25, "market": "spot", "source": catalogue()["h100"].spot.source,
+                                "date": "2025-03-01", "age_days": rows[0]["price"]["age_days"], "assumed": False}
+    assert rows[1]["reason"].startswith("market=spot: no such price is known for hardware=a100")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "$1.25 a GPU-hour, spot (Nebius H100" in shown and "OLD" in shown
+    answer = settle({"tokens": "1e9", "market": "spot", "deadline_days": "1"}, words)
+    assert "hardware=h100" in answer.overrides and "reason" in answer.question["offers"][-1]
+    with pytest.raises(BadRequest, match="market=spot: no such price is known for hardware=a100"):
+        settle({"gpus": "8,16", "tokens": "1e9", "market": "spot"}, [*words[:-1], "hardware=a100"])
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["model=mini", "layout.schedule=gpipe", "layout.pp=4"], {"schedule": "gpipe", "pp": 4}),
+    (["model=moonlight_16b", "layout.pp=4", "layout.schedule=interleaved_1f1b", "layout.stages_per_rank=6"],
+     {"stages_per_rank": 6}),
+    (["model=mini", "train.batch_size=512", "layout.dp=4", "layout.microbatches=4"], {"dp": 4, "microbatches": 4}),
+    (["model=mini", "layout.pp=2", "layout.schedule=1f1b", "layout.stages_per_rank=2"], {"schedule": "1f1b"}),
+    (["model=mini", "layout.pp=2", "layout.schedule=zbv", "layout.stages_per_rank=3"], {"schedule": "zbv"}),
+])
+def test_what_train_accepts_is_planned_though_no_search_would_try_it(words, expected):
+    gpus = "64" if "model=moonlight_16b" in words else "4"
+    asked = read_request({"gpus": gpus, "tokens": "1e10"}, *compose_plan([*words, H100]))
+    found = offer(asked).plan.candidates
+    layouts = [price(each, asked)["layout"] for each in found]
+    assert layouts and all(layout[key] == value for layout in layouts for key, value in expected.items())
+    assert fits(asked)
+
+
+def test_degrees_are_no_mistake_before_the_number_of_gpus_is_known():
+    words = ["model=deepseek_v3", "hardware=h800", "layout.pp=16", "layout.ep=64"]
+    answer = settle({"gpus": "fit", "tokens": "1e11", "dtype": "fp8"}, words)
+    assert int(answer.options["gpus"]) % (16 * 64) == 0
+    with pytest.raises(BadRequest, match="layout.ep=64: must divide the 4 GPUs of a stage"):
+        settle({"gpus": "64,128", "tokens": "1e11", "dtype": "fp8"}, words)
+
+
+def test_a_link_that_is_not_used_need_not_be_known():
+    words = ["model=tiny", "hardware=rtx_4090", "train.seq_len=256"]
+    alone, node = (offer(read_request({"gpus": gpus, "tokens": "1e9"}, *compose_plan(words))) for gpus in ("1", "8"))
+    assert 0 < node.days < alone.days
+    unlinked = offer(read_request({"gpus": "1", "tokens": "1e9"},
+                                  *compose_plan([*words, "hardware.scale_up_gb_per_s=null"])))
+    assert unlinked.days == alone.days
 
 
 def test_tokens_for_a_budget_cost_the_budget(offers):
@@ -59,6 +170,12 @@ def test_tokens_for_a_budget_cost_the_budget(offers):
 def test_the_smallest_cluster_holds_the_model_and_half_of_it_does_not(request_):
     least = smallest(request_)
     assert least.devices > 1 and fits(least) and not fits(resized(least, least.devices // 2))
+    v3 = read_request({"gpus": "8", "tokens": "1e11", "dtype": "fp8"}, *compose_plan(["model=deepseek_v3", H100]))
+    least = smallest(v3)
+    assert not any(fits(resized(v3, devices)) for devices in range(8, least.devices, 8))
+    short = dataclasses.replace(v3, hardware=dataclasses.replace(v3.hardware, memory_gib=74.5))
+    assert fits(resized(short, 136)) and smallest(short).devices <= 136  # the grid has 128 and 192
+    assert [each.devices for each in between(128, resized(v3, 192))] == list(range(136, 192, 8))
 
 
 def test_several_values_become_one_plan_and_a_table(capsys):
@@ -95,6 +212,66 @@ def test_a_config_json_is_taken_as_the_model_and_its_plan_is_what_train_takes(tm
     config = compose_config(offer(asked).best["train"])
     check_run(config)
     assert config.model == asked.model
+
+
+STRANGE = "it's <mine>, v2: {50%} [a]=\\ \u00e9"
+
+
+@pytest.mark.parametrize("words, options", [
+    ([], {}),
+    (["model.n_layers=12", "model.norm_eps=1e-6", "cluster=h100_64"], {"market": "spot"}),
+    (["train.batch_size=512", "train.batch_start=256", "train.batch_ramp_steps=100", "cluster=h100_256"], {}),
+    (["train.validate_every=9", "train.validate_sequences=2048", "optim.lr=1e-3", "hardware.usd_per_h=1.5"], {}),
+])
+def test_every_printed_command_is_the_very_run_that_was_planned(words, options):
+    asked = read_request({"gpus": "64", "tokens": "1e10"} | options,
+                         *compose_plan(["model=moonlight_16b", H100, "train.seq_len=8192", *words]))
+    for config in commands_of(asked):
+        assert config.hardware.name == "h100" and config.hardware.usd_per_h == asked.hardware.usd_per_h
+        assert config.cluster.nodes * config.cluster.ranks_per_node in (0, 64)
+        assert config.optim.lr == (1e-3 if "optim.lr=1e-3" in words else 3e-3)
+        assert config.train.validate_sequences == 2048 or asked.terms.validate_every != 9
+
+
+@pytest.mark.parametrize("folder", ["mini", STRANGE, "null", "007", "a b"])
+def test_the_command_of_a_config_json_is_its_run_whatever_its_folder_is_called(folder, tmp_path):
+    """`mini` is a shipped model of another shape."""
+    values = config_to_hf(dataclasses.replace(compose_config(["model=olmoe_1b_7b"]).model, n_layers=4, dim=256))
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text(json.dumps(values))
+    words = [f"model={tmp_path / folder / 'config.json'}", H100, "train.seq_len=256", "model.n_layers=6"]
+    asked = read_request({"gpus": "4", "tokens": "1e7"}, *compose_plan(words))
+    assert (asked.model.name, asked.model.dim, asked.model.n_layers) == (folder, 256, 6)
+    commands_of(asked)
+
+
+def commands_of(asked: Request) -> list:
+    """The configs of all printed commands, each the run that was asked for."""
+    printed = [row["train"] for row in (price(each, asked) for each in offer(asked).plan.candidates) if row["train"]]
+    assert printed
+    configs = [compose_config(shlex.split(shlex.join(words))) for words in printed]
+    for config in configs:
+        check_run(config)
+        train = config.train
+        assert config.model == asked.model and (train.batch_size, train.seq_len) == (asked.batch_size, asked.seq_len)
+        assert (train.batch_start, train.batch_ramp_steps) == (asked.terms.batch_start, asked.terms.ramp_steps)
+        seen = samples_before(train.steps, train) * train.seq_len
+        assert 0 <= seen - asked.tokens < asked.batch_size * asked.seq_len
+    return configs
+
+
+def test_a_batch_ramp_that_a_layout_cannot_begin_is_told_and_not_printed():
+    words = ["model=moonlight_16b", H100, "train.batch_size=512", "train.batch_start=192", "train.batch_ramp_steps=9"]
+    asked = read_request({"gpus": "64", "tokens": "1e10"}, *compose_plan(words))
+    rows = [price(each, asked) for each in make_plan(asked).candidates]
+    assert any("train.batch_start=192 is no multiple of dp x microbatches" in (row["train_not"] or "") for row in rows)
+
+
+def test_every_shipped_model_is_printed_by_its_name_alone():
+    for file in (conf_dir() / "model").glob("*.yaml"):
+        model = compose_config([f"model={file.stem}"]).model
+        work = Workload(model, catalogue()["h100"], 128, 1, 1, 1, 1, "1f1b", 1)
+        assert overrides_of(work)[0] == f"model={model.name}" and overrides_of(work)[1].startswith("layout.")
 
 
 def test_a_degree_that_is_given_holds_for_every_layout(request_):
@@ -140,6 +317,15 @@ def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with
     (["hardware=h100", "tokens=1e9", "deadline_days=none"], BadRequest, "a positive number; use deadline_days=30"),
     (["hardware=h100", "gpus=8.5", "tokens=1e9"], BadRequest, "gpus=8.5: must be a positive whole number"),
     (["hardware=rtx_3090", "gpus=fit", "tokens=1e9"], BadRequest, "hardware.bf16_tflops: is not known for hardware=r"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "train.seq_len=65536", "model=moonlight_16b"], BadRequest,
+     "train.seq_len=65536: must not exceed model.max_seq_len=8192; shorten it or raise model.max_seq_len"),
+    (["hardware=rtx_4090", "gpus=16", "tokens=1e9"], BadRequest, "hardware.scale_out_gb_per_s: is not known for hardw"),
+    (["hardware=a100", "gpus=8", "tokens=1e9", "market=spot"], BadRequest, "market=spot: no such price is known for h"),
+    (["hardware=h100", "gpus=4", "tokens=1e9", "model=mini", "layout.pp=2", "layout.microbatches=1"], NotFit,
+     "leave one of layout.pp, layout.microbatches to the plan"),
+    (["-m", "hardware=h100", "gpus=4", "tokens=1e9", "deadline_days=1"], BadRequest, "deadline_days=1: goes with one "),
+    (["-m", "hardware=h100", "gpus=4", "tokens=1e9", "budget_usd=1"], BadRequest, "budget_usd=1: goes with one plan, "),
+    (["-m", "hardware=h100", "gpus=4", "tokens=1e9", "objective=time"], BadRequest, "objective=time: goes with one pl"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "objective=fun"], BadRequest, "objective=fun: must be time or dollars"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "model=nowhere/config.json"], BadRequest, "is no readable JSON object"),
 ])
