@@ -62,7 +62,7 @@ def equal_loss(*, flops: float, routed: int, activated: int, dim: int, expert_di
          "inside_fit": printed and experts <= 32, "fit": "its own table: 1 to 32 experts, 1e20 to 1e22 FLOP"},
         {"law": "efficiency leverage (arXiv 2507.17702)", "multiplier": leverage,
          "inside_fit": printed and activated / routed >= 0.031 and 2 <= granularity <= 16,
-         "fit": "its own figures and check: 1e20 to 1e22 FLOP, from 3.1% active, granularity 2 to 16"},
+         "fit": "its own check: 3.1% active, granularity 12, 1e22 FLOP; 1e20 and granularity 2 to 16 are our bounds"},
     ]
     values = [law["multiplier"] for law in laws]
     return {"low": min(values), "high": max(values), "inside_fits": all(law["inside_fit"] for law in laws),
