@@ -36,7 +36,7 @@ class Worker:
         self.replicas = Replicas()
         self.asked_at, self.lease_s = time.monotonic(), FIRST_LEASE_S
         self.raylet = os.getppid()
-        self.listener = socket.socket()
+        self.lock, self.listener = threading.Lock(), None
         threading.Thread(target=self._keep_lease, daemon=True, name="lease").start()
 
     def home(self) -> dict:
@@ -44,13 +44,15 @@ class Worker:
         self.asked_at = time.monotonic()
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        self.listener.close()
-        dual = socket.has_dualstack_ipv6()
-        self.listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
-                                             backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
+        with self.lock:
+            if self.listener is None:  # the same until it is used: answers may cross
+                dual = socket.has_dualstack_ipv6()
+                self.listener = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
+                                                     backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
+            port = self.listener.getsockname()[1]
         gpu = device_index(gpus[0], os.environ.get("CUDA_VISIBLE_DEVICES")) if gpus else -1
         return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "host": socket.gethostname(),
-                "pid": os.getpid(), "gpu": gpu, "port": self.listener.getsockname()[1]}
+                "pid": os.getpid(), "gpu": gpu, "port": port}
 
     def warm(self) -> None:
         """Import what a rank needs, beside whatever else is asked, so that it is ready at once."""
@@ -62,7 +64,9 @@ class Worker:
         self.asked_at, self.lease_s = time.monotonic(), LEASE_S
         self.control = Control(generation=recovery.generation if recovery else 0)
         if info.rank == 0:
-            info = dataclasses.replace(info, listen_fd=self.listener.detach())
+            with self.lock:
+                if self.listener is not None and self.listener.getsockname()[1] == info.master_port:
+                    info, self.listener = dataclasses.replace(info, listen_fd=self.listener.detach()), None
         outcome = self._run(config, info, placed_at, attempt, recovery)
         gc.collect()  # a broken group's connections, so that its other ranks hear of it, and its devices' memory
         return outcome
