@@ -26,6 +26,7 @@ from orchestrator.report_plots import Series, line_chart
 from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import STYLE, figure, table
 from orchestrator.train import storage
+from orchestrator.train.finish import read_summary
 
 HELP = """\
 usage: sparing compare [KEY=VALUE ...] [seeds=0,1] [out=DIR] [at='PLAN']
@@ -206,7 +207,7 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
     for seed in seeds:
         for name, words in commands.items():
             path, done = storage.join(out, f"{name}-seed{seed}"), done + 1
-            if not _is_complete(path):
+            if (read_summary(path) or {}).get("status") != "completed":  # those that failed have a summary, too
                 print(f"\nrun {done} of {total}: {name}, seed {seed}", flush=True)
                 code = _train([*words, f"seed={seed}", f"run.dir={quoted(path)}", "resume=auto"])
                 if code:
@@ -218,11 +219,6 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
                                  f"ended as {one.summary['status']}; give another out=DIR, or the command that made it")
             runs[name].append(one)
     return runs
-
-
-def _is_complete(path: str) -> bool:
-    """Runs that failed or were preempted have a summary, too."""
-    return storage.exists(storage.join(path, "summary.json")) and read_run(path).summary["status"] == "completed"
 
 
 def _train(words: list[str]) -> int:

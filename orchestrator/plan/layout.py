@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from model.config import ModelConfig, divisors
-from orchestrator.config import Config, Schedule
+from orchestrator.config import Config, Schedule, TrainConfig
 from orchestrator.errors import BadRequest
 
 V_SCHEDULES = (Schedule.zbv, Schedule.dualpipev)
@@ -244,6 +244,14 @@ def _check_batch(config: Config) -> None:
     require(train.validate_sequences % quantum == 0, "train.validate_sequences", train.validate_sequences,
             f"must be a multiple of layout.dp x layout.microbatches = {quantum}",
             f"use {(train.validate_sequences // quantum + 1) * quantum}")
+
+
+def batch_size_at(step: int, train: TrainConfig) -> int:
+    """Sequences of step `step` (from 0). A ramp grows linearly in multiples of `batch_start`, whatever the layout."""
+    if not train.batch_start or step >= train.batch_ramp_steps:
+        return train.batch_size
+    grown = train.batch_start + (train.batch_size - train.batch_start) * step // train.batch_ramp_steps
+    return grown // train.batch_start * train.batch_start
 
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:

@@ -7,6 +7,7 @@ or validation, as in DeepSeek's published one.
 import json
 from dataclasses import asdict
 
+from orchestrator.config import TrainConfig
 from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
 from orchestrator.plan.runs import cannot_grow, cannot_run, overrides_of, steps_for
 from orchestrator.plan.search import Candidate, Plan, Refused, Request, illegal, layout_of, search
@@ -32,8 +33,8 @@ def price(candidate: Candidate, request: Request) -> dict:
     hours = request.tokens / tokens_per_s / 3600
     usd, terms = work.hardware.usd_per_h, request.terms
     reason = cannot_run(work) or cannot_grow(work, terms.batch_start)
-    steps = steps_for(request.tokens, work.batch_size, work.seq_len, batch_start=terms.batch_start,
-                      ramp_steps=terms.ramp_steps)
+    steps = steps_for(request.tokens, TrainConfig(batch_size=work.batch_size, seq_len=work.seq_len,
+                                                  batch_start=terms.batch_start, batch_ramp_steps=terms.ramp_steps))
     return {
         "layout": layout_of(work), "step_time_s": found.step_time_s, "parts_s": found.parts_s,
         "tokens_per_s": tokens_per_s, "tflops_per_gpu": flops_per_s / work.devices / 1e12,

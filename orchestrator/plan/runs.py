@@ -10,9 +10,9 @@ import yaml
 
 from model.config import ModelConfig
 from orchestrator.compose import quoted
-from orchestrator.config import Recompute, Schedule, conf_dir, from_dict
+from orchestrator.config import Recompute, Schedule, TrainConfig, conf_dir, from_dict
 from orchestrator.plan.keeping import SPARING
-from orchestrator.plan.layout import LOOPED_SCHEDULES
+from orchestrator.plan.layout import LOOPED_SCHEDULES, batch_size_at
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.workload import Workload
 
@@ -51,15 +51,14 @@ def cannot_grow(work: Workload, batch_start: int) -> str | None:
     return None
 
 
-def steps_for(tokens: float, batch_size: int, seq_len: int, *, batch_start: int = 0, ramp_steps: int = 0) -> int:
-    """The fewest steps of `train` that see so many tokens; its ramp grows in multiples of `batch_start`."""
-    sequences, seen, ramp = math.ceil(tokens / seq_len), 0, ramp_steps if batch_start else 0
+def steps_for(tokens: float, train: TrainConfig) -> int:
+    """The fewest steps of `train` that see so many tokens, its batch ramp included."""
+    sequences, seen, ramp = math.ceil(tokens / train.seq_len), 0, train.batch_ramp_steps if train.batch_start else 0
     for step in range(ramp):
-        grown = batch_start + (batch_size - batch_start) * step // ramp
-        seen += grown // batch_start * batch_start
+        seen += batch_size_at(step, train)
         if seen >= sequences:
             return step + 1
-    return ramp + math.ceil((sequences - seen) / batch_size)
+    return ramp + math.ceil((sequences - seen) / train.batch_size)
 
 
 def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str, ...] = ()) -> list[str]:

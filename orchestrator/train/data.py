@@ -17,6 +17,7 @@ import numpy as np
 from model.config import ModelConfig
 from orchestrator.config import DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest
+from orchestrator.plan.layout import batch_size_at
 from orchestrator.train.tokens import build_index, read_index
 
 
@@ -120,14 +121,6 @@ def sample_order(num_samples: int, seed: int):
     import grain
 
     return grain.MapDataset.range(num_samples).seed(seed).shuffle().repeat()
-
-
-def batch_size_at(step: int, train: TrainConfig) -> int:
-    """Sequences of step `step` (from 0). A ramp grows linearly in multiples of `batch_start`, whatever the layout."""
-    if not train.batch_start or step >= train.batch_ramp_steps:
-        return train.batch_size
-    grown = train.batch_start + (train.batch_size - train.batch_start) * step // train.batch_ramp_steps
-    return grown // train.batch_start * train.batch_start
 
 
 def samples_before(step: int, train: TrainConfig) -> int:

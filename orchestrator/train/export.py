@@ -85,7 +85,7 @@ def _copy_tokenizer(file: str, out: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as read:
             end = json.load(read).get("eos_token_id")
-        if end is not None and len(found) == 1:
+        if end is not None and not found.keys() & set(BESIDE[1:]):
             storage.write_bytes(storage.join(out, BESIDE[-1]), json.dumps({"eos_token_id": end}).encode())
 
 

@@ -82,8 +82,9 @@ def open_tracker(config: Config, *, resumed_step: int = 0, wandb_id: str | None 
     lines = JsonlSink(mirror, resumed_step=resumed_step)
     if config.tracker.wandb is WandbMode.off:
         return Tracker([lines], dropped=lines.dropped)
-    wandb_id = wandb_id or mirror.fetch(WANDB_ID) or secrets.token_hex(4)
-    mirror.path(WANDB_ID).write_text(wandb_id)
+    earlier = mirror.fetch(WANDB_ID)
+    wandb_id = wandb_id or (earlier.read_text() if earlier.exists() else "") or secrets.token_hex(4)
+    earlier.write_text(wandb_id)
     wandb = WandbSink(config, mirror.root, run_id=wandb_id,
                       on_failure=lambda cause: lines.event("tracker_failed", cause=cause))
     return Tracker([lines, wandb], dropped=lines.dropped, wandb_id=wandb_id)
@@ -115,8 +116,8 @@ class JsonlSink:
     def __init__(self, mirror: "Mirror", *, resumed_step: int = 0):
         self.mirror = mirror
         self.dropped = self._truncate(resumed_step)
-        mirror.fetch(EVENTS)
-        self.metrics, self.events = (open(mirror.path(name), "a", encoding="ascii") for name in (METRICS, EVENTS))
+        self.metrics, self.events = (open(path, "a", encoding="ascii")
+                                     for path in (mirror.path(METRICS), mirror.fetch(EVENTS)))
 
     def log(self, row: dict) -> None:
         self._write(self.metrics, _to_json(row) + "\n")
@@ -136,9 +137,8 @@ class JsonlSink:
 
     def _truncate(self, resumed_step: int) -> Dropped:
         """Rows are in the order of their steps: only those that go are read, from the end, and the last that stays."""
-        self.mirror.fetch(METRICS)
         lost, hours = [], 0.0
-        with open(self.mirror.path(METRICS), "a+b") as file:
+        with open(self.mirror.fetch(METRICS), "a+b") as file:
             end = file.tell()
             for start, line in _lines_from_the_end(file):
                 rows = read_rows(line.decode("ascii", "replace"))  # none where a crash tore it
@@ -261,12 +261,12 @@ class Mirror:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def fetch(self, name: str) -> str | None:
-        """What an earlier attempt left in `name`, which is afterwards at `path(name)`; None if nothing."""
+    def fetch(self, name: str) -> Path:
+        """`path(name)`, with what an earlier attempt left in `name`, if anything."""
         path, url = self.path(name), storage.join(self.run_dir, name)
         if self.is_remote and storage.exists(url):
-            path.write_bytes(storage.read_bytes(url))
-        return path.read_text() if path.exists() else None
+            storage.download(url, str(path))
+        return path
 
     def sync(self) -> None:
         """Upload if it is time and the last upload has ended; one that fails is told and tried again."""

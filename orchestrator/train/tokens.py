@@ -40,16 +40,17 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
     files = find_files(config.path)
     tokenizer = load_tokenizer(config.tokenizer)
     cache = Path(config.cache_dir).expanduser()
-    target = cache / _key(files, tokenizer, config)
+    sizes = {file: storage.size(file) for file in files}
+    target = cache / _key(sizes, tokenizer, config)
     if (target / "index.json").exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    on_progress, total = on_progress or (lambda done, total: None), sum(map(storage.size, files))
-    with _locked(cache / f"{target.name}.lock", on_wait=lambda: on_progress(0, total)):
+    on_progress = on_progress or (lambda done, total: None)
+    with _locked(cache / f"{target.name}.lock", on_wait=lambda: on_progress(0, sum(sizes.values()))):
         if not (target / "index.json").exists():
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
             try:
-                _build(files, tokenizer, config, temporary, on_progress)
+                _build(sizes, tokenizer, config, temporary, on_progress)
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(temporary, target)
             except OSError as error:
@@ -133,16 +134,16 @@ def _parquet_texts(file: str, text_key: str, key: str) -> Iterator[str]:
             raise BadRequest(f"{file}: is not readable Parquet ({error}); remove or repair it") from None
 
 
-def _build(files: list[str], tokenizer: Tokenizer, config: DataConfig, folder: Path,
+def _build(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig, folder: Path,
            on_progress: Callable[[int, int], None]) -> None:
     """Write shards and index. A corpus of few documents may hold out none: then the one of lowest share is held out,
     and of a single document its end."""
     fraction = config.validation_fraction
     writer = _Writer(folder, tokenizer)
-    for text, share in _read(files, config.text_key, on_progress):
+    for text, share in _read(sizes, config.text_key, on_progress):
         writer.add(text, "validation" if share < fraction else "train")
     if not writer.sound:
-        texts = sorted(_read(files, config.text_key, on_progress), key=lambda item: item[1])
+        texts = sorted(_read(sizes, config.text_key, on_progress), key=lambda item: item[1])
         if len(texts) == 1:
             text = texts[0][0]
             end = min(len(text) - 1, int(len(text) * (1 - fraction)))
@@ -151,26 +152,25 @@ def _build(files: list[str], tokenizer: Tokenizer, config: DataConfig, folder: P
         for i, (text, _) in enumerate(texts):
             writer.add(text, "train" if i else "validation")
     if not writer.sound:
-        raise BadRequest(f"data.path={config.path}: has too little text for two splits ({len(files)} files); give more")
+        raise BadRequest(f"data.path={config.path}: has too little text for two splits ({len(sizes)} files); give more")
     data = json.dumps(writer.index(), indent=1)
     (folder / "index.json").write_text(
         json.dumps({"sha256": hashlib.sha256(data.encode()).hexdigest(), "index": json.loads(data)}))
 
 
-def _read(files: list[str], text_key: str, on_progress: Callable[[int, int], None]) -> Iterator[tuple[str, float]]:
-    """Every text that is not empty, with its share: a hash of its content in [0, 1)."""
-    sizes = [storage.size(file) for file in files]
-    done, read, told = 0, 0, 0
-    for file, size in zip(files, sizes, strict=True):
+def _read(sizes: dict[str, int], text_key: str, on_progress: Callable[[int, int], None]) -> Iterator[tuple[str, float]]:
+    """Every text of these files (name and bytes) that is not empty, with its share: a hash of its content in [0, 1)."""
+    total, done, read, told = sum(sizes.values()), 0, 0, 0
+    for file, size in sizes.items():
         for text in documents(file, text_key):
             read += len(text)
             if read - told > TELL_CHARACTERS:
                 told = read
-                on_progress(min(read, done + size), sum(sizes))
+                on_progress(min(read, done + size), total)
             if text:
                 yield text, int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
         done = read = told = done + size
-        on_progress(done, sum(sizes))
+        on_progress(done, total)
 
 
 class _Writer:
@@ -286,11 +286,11 @@ class _Bigrams:
         return float(min(bits))
 
 
-def _key(files: list[str], tokenizer: Tokenizer, config: DataConfig) -> str:
+def _key(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig) -> str:
     parts = [VERSION, tokenizer.identity, config.text_key, config.validation_fraction]
-    for file in files:
+    for file, size in sizes.items():
         local = storage.local_path(file)
-        parts.append((file, storage.size(file), os.stat(local).st_mtime_ns if local else 0))
+        parts.append((file, size, os.stat(local).st_mtime_ns if local else 0))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

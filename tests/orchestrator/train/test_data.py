@@ -272,9 +272,8 @@ def test_who_waits_for_anothers_tokens_says_so_and_can_leave(tmp_path):
 def test_tokenising_a_large_file_is_progress_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "TELL_CHARACTERS", 100)
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x" * 60}) + "\n" for _ in range(20)))
-    told = []
-    list(tokens._read([str(tmp_path / "t.jsonl")], "text", lambda done, total: told.append((done, total))))
-    size = (tmp_path / "t.jsonl").stat().st_size
+    told, size = [], (tmp_path / "t.jsonl").stat().st_size
+    list(tokens._read({str(tmp_path / "t.jsonl"): size}, "text", lambda done, total: told.append((done, total))))
     assert len(told) > 5 and [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (size, size)
 
 
