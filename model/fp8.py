@@ -229,20 +229,25 @@ def _forward(rows: Quantized, weight: Tensor, counts: Tensor | None, power_of_tw
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
               needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and of weight. For the latter tokens are summed over, so tiles are 128 tokens of one column;
-    x, known from its 1x128 tiles alone, is quantised a second time (report section 3.5.2)."""
-    grad_x = grad_weight = None
-    if needs[0]:
-        rows = act_dequant(act_quant(grad, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR))
-        w = weight_dequant(weight_quant(weight, power_of_two=of_x))
-        grad_x = _grouped(rows, w, counts, exact=of_x and of_grad)
-    if needs[1]:
-        place, tiles = _token_tiles(len(x), counts)
-        columns = _over_tokens(x, place, tiles, power_of_two=of_x)
-        grads = _over_tokens(grad, place, tiles, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
-        padded = None if counts is None else (counts + TILE - 1) // TILE * TILE
-        grad_weight = _grouped(grads.mT, columns, padded, exact=of_x and of_grad).to(weight.dtype)
-    return grad_x, grad_weight
+    """Gradients of x and of weight, one after the other: each takes several times its operands' memory."""
+    grad_x = _input_gradient(grad, weight, counts, of_x, of_grad) if needs[0] else None
+    return grad_x, _weight_gradient(grad, x, counts, of_x, of_grad).to(weight.dtype) if needs[1] else None
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
+    rows = act_dequant(act_quant(grad, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR))
+    w = weight_dequant(weight_quant(weight, power_of_two=of_x))
+    return _grouped(rows, w, counts, exact=of_x and of_grad)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
+    """Tokens are summed over, so tiles are 128 tokens of one column; x, known from its 1x128 tiles alone, is quantised
+    a second time (report section 3.5.2)."""
+    place, tiles = _token_tiles(len(x), counts)
+    columns = _over_tokens(x, place, tiles, power_of_two=of_x)
+    grads = _over_tokens(grad, place, tiles, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
+    padded = None if counts is None else (counts + TILE - 1) // TILE * TILE
+    return _grouped(grads.mT, columns, padded, exact=of_x and of_grad)
 
 
 def _grouped(a: Tensor, b: Tensor, counts: Tensor | None, *, exact: bool) -> Tensor:
@@ -272,9 +277,11 @@ def _over_tokens(x: Tensor, place: Tensor | None, tiles: int, **how) -> Tensor:
     """x [R, K] quantised and dequantised in tiles of 128 rows, each column by itself -> [tiles * 128, K], fp32."""
     padded = torch.zeros(tiles * TILE, x.shape[-1], dtype=torch.float32, device=x.device)
     padded[slice(len(x)) if place is None else place] = x.float()
-    scale = _scale_of(padded.unflatten(0, (tiles, TILE)).abs().amax(1), **({"floor": AMAX_FLOOR} | how))
     blocks = padded.unflatten(0, (tiles, TILE))
-    return _widened((blocks / scale[:, None]).to(E4M3)).mul_(scale[:, None]).flatten(0, 1)
+    scale = _scale_of(blocks.abs().amax(1), **({"floor": AMAX_FLOOR} | how))[:, None]
+    data = blocks.div_(scale).to(E4M3)
+    del padded, blocks
+    return _widened(data).mul_(scale).flatten(0, 1)
 
 
 def _widened(data: Tensor) -> Tensor:
@@ -282,9 +289,11 @@ def _widened(data: Tensor) -> Tensor:
     if data.device.type != "cpu":
         return data.float()
     bits = data.view(torch.int8).to(torch.int16)
-    size = bits & 127
-    no_number = (size + 1 >> 7) * 0x7C00  # all ones in E4M3; a half has its exponent for that
-    return (bits & -0x8000 | size << 7 | no_number).view(torch.float16).float().mul_(2.0**8)
+    sign, size = bits & -0x8000, bits.bitwise_and_(127)
+    half = (size << 7).bitwise_or_(sign)
+    half |= size.add_(1).bitwise_right_shift_(7).mul_(0x7C00)  # all ones in E4M3; a half has its exponent for that
+    del bits, sign, size
+    return half.view(torch.float16).float().mul_(2.0**8)
 
 
 def _scale_of(amax: Tensor, power_of_two: bool, floor: float) -> Tensor:

@@ -1,8 +1,12 @@
-"""Three autograd functions that say what autograd's composition would, with fewer passes over memory.
+"""Three autograd functions that say what autograd's composition would, with fewer passes over memory; and weights in
+another dtype, once.
 
 Each equals the plain expression in its docstring, gradient included (tests/model/test_ops.py). On a CPU they are
 worth a tenth of a training step: a scatter becomes a gather, a concatenation a write in place.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,6 +39,31 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, copies: int = 1) -> T
     The gradient is again a gather, by `inverse`, summed over the copies in order: deterministic, no scatter-add.
     """
     return _GatherRows.apply(x, index, inverse, copies)
+
+
+@contextlib.contextmanager
+def casts_kept() -> Iterator[None]:
+    """Within, `cast_weight` casts a weight once. Autocast does so too, but for the operators it knows: a cast written
+    out is made, and held for backward, by every microbatch in flight."""
+    global _casts
+    _casts = {}
+    try:
+        yield
+    finally:
+        _casts = None
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight.to(dtype), the same copy each time within `casts_kept`."""
+    if _casts is None or weight.dtype == dtype:
+        return weight.to(dtype)
+    if (id(weight), dtype) not in _casts:
+        _casts[id(weight), dtype] = weight, weight.to(dtype)
+    return _casts[id(weight), dtype][1]
+
+
+_casts: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+"""By the weight's identity, which lasts as long as the weight is held here."""
 
 
 class _SwiGLU(torch.autograd.Function):

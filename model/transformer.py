@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Normalised hidden states [.., D] -> logits [.., V]."""
         weight = self.lm_head.weight if hasattr(self, "lm_head") else self.tok_embeddings.weight
-        return F.linear(x, weight.to(x.dtype) if x.dtype != weight.dtype else weight)
+        return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
 
     def _losses(self, x: Tensor, tokens: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         seq_len, accepted = self._seq_len(tokens), []

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.ops import casts_kept
 from model.transformer import Transformer, moe_layers, routers
 from orchestrator.config import Config, LayoutConfig
 from orchestrator.parallel.mesh import Mesh
@@ -49,7 +50,7 @@ class Pipeline:
             for _, moe in moe_layers(stage):
                 moe.balance_scale = self.model.balance_loss_weight / step_sequences
         loss_scale = _LossScale(self.model, tokens.shape[1], step_sequences)
-        with self._autocast(tokens):
+        with self._autocast(tokens), casts_kept():
             run = self._run_alone if self.mesh.pp is None else self._run_schedule
             return run(tokens, loss_scale)
 

@@ -1,12 +1,14 @@
 """What a stage keeps of one microbatch between forward and backward, tensor by tensor, in bytes on one rank.
 
 Counted from the operators (Korthikanti et al. 2022, section 4, with a kernel that keeps no score matrix, and with
-latent attention and routed experts, which they lack). D dim, F inner width, K activated experts.
+latent attention and routed experts, which they lack); this program's own from its code (`own_activations`). D dim, F
+inner width, K activated experts.
 """
 
 from model import count
 from model.config import Attention, QKNorm
 from orchestrator.config import Recompute
+from orchestrator.plan import own_activations
 from orchestrator.plan.workload import Workload
 
 
@@ -15,7 +17,9 @@ def block_bytes(work: Workload, moe: bool, recompute: Recompute | None = None) -
     recompute = recompute or work.recompute
     keep, dim = work.keeping, stream(work)
     if recompute is Recompute.full:
-        return work.microbatch_tokens * dim * keep.element
+        return work.microbatch_tokens * dim * keep.residual
+    if keep.eager:
+        return own_activations.block_bytes(work, moe)
     cheap = recompute is Recompute.selective
     norms = 2 * dim * (keep.element + (0 if cheap else _product(work)))
     masks = 2 * dim if keep.dropout else 0
@@ -25,6 +29,8 @@ def block_bytes(work: Workload, moe: bool, recompute: Recompute | None = None) -
 
 def head_bytes(work: Workload) -> float:
     """Final norm, and the loss of every head: the input of the norm, its output, the log-probabilities."""
+    if work.keeping.eager:
+        return own_activations.head_bytes(work)
     heads = 1 + work.model.n_mtp_layers
     kept = stream(work) * (work.keeping.element + _product(work)) + _vocabulary(work) * work.keeping.logit_kept
     return work.microbatch_tokens * heads * kept
@@ -37,12 +43,15 @@ def loss_bytes(work: Workload) -> float:
 
 def backward_bytes(work: Workload, moe: bool) -> float:
     """Beyond what is kept while one block's backward runs: what it computes again, and gradients of its widest part."""
-    model, tokens = work.model, work.microbatch_tokens
+    model, tokens, keep = work.model, work.microbatch_tokens, work.keeping
     again = block_bytes(work, moe, Recompute.none) - block_bytes(work, moe)
+    again += 2 * tokens * keep.residual * stream(work)
+    if keep.eager and work.dtype == "fp8":
+        return again + own_activations.fp8_backward_bytes(work, moe)
     reached = model.n_activated_experts * work.imbalance
     width = 3 * (reached * model.moe_inter_dim if moe else model.inter_dim) / work.tp
     rows = reached * stream(work) if moe else 0
-    return again + tokens * work.keeping.element * (width + rows + 2 * stream(work))
+    return again + tokens * keep.element * (width + rows)
 
 
 def gradient_bytes(work: Workload, moe: bool) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.config import ComputeDtype, Config, HardwareConfig
 from orchestrator.plan.estimate import step_parts
-from orchestrator.plan.keeping import SPARING
+from orchestrator.plan.keeping import own
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.stack import Stack
 from orchestrator.plan.workload import Assumptions, Calibration, Workload
@@ -63,7 +63,8 @@ def forecast(config: Config, machine: Machine, calibration: Calibration = Calibr
              "steps_usd": None if price is None else step_s * config.train.steps * work.devices / 3600 * price}
     if machine.device == "cpu":
         return found
-    return found | {"memory_peak_gib": memory_gib(replace(work, zero=1, keeping=SPARING))["total"]}
+    dtype = "fp8" if config.precision.fp8 else config.precision.compute_dtype.name.replace("auto", "bf16")
+    return found | {"memory_peak_gib": memory_gib(replace(work, dtype=dtype, keeping=own(dtype)))["total"]}
 
 
 def calibrate(config: Config, machine: Machine, measured: dict, run: str) -> Calibration:

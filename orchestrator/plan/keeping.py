@@ -1,11 +1,11 @@
 """What a training program keeps in a device's memory, in bytes per element: this one, and those that others run.
 
-Nothing about time. `PLANNED` is what a layout is priced with; `SPARING` is what `train` does (FSDP2 without resharding,
+Nothing about time. `PLANNED` is what a layout is priced with; `own` is what `train` does (FSDP2 without resharding,
 autocast), and decides whether it can run it; `MEGATRON` is Megatron-Core with Transformer Engine, whose published peaks
 `benchmarks/validate_memory.py` holds the model against.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,10 @@ class Keeping:
 
     weight: float
     """Of a parameter as the products read it, whole over the data-parallel ranks (sharded with ZeRO stage 3)."""
+    cast: float = 0
+    """Beside it, of a parameter that a product reads, on every rank."""
+    head_cast: float = 0
+    """The same of a head's and an MTP projection's."""
     gradient: float = 4
     """Whole until it is reduced; sharded from ZeRO stage 2 on."""
     master: float = 4
@@ -23,6 +27,8 @@ class Keeping:
     """Without replicas the working copy is the master, and there is no second one."""
     element: float = 2
     """Of an activation."""
+    residual: float = 2
+    """Of the residual stream."""
     logit: float = 6
     """At the peak of the loss, by the first head."""
     logit_kept: float = 4
@@ -53,13 +59,21 @@ PLANNED = Keeping(weight=2, moments=4, routed_output=False, fp8_more=True, logit
 """What the V3 report keeps (section 3.3.3): bf16 weights and moments, fp32 gradients and masters, SwiGLU's inputs in
 FP8 beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
 
-SPARING = Keeping(weight=6, master_is_weight=True, logit=12, eager=True)
-"""fp32 gathered over the replicas, and its bf16 cast of autocast's cache; the loss in fp32: log-probabilities, and two
+SPARING = Keeping(weight=4, cast=2, head_cast=2, master_is_weight=True, residual=4, logit=12, eager=True)
+"""fp32 gathered over the replicas, and bf16 casts of what products read; the loss in fp32: log-probabilities, and two
 gradients of them."""
 
-SPARING_CPU = Keeping(weight=4, master_is_weight=True, element=4, logit=12, padded_values=True, eager=True,
-                      framework_gib=0.0)
-"""The same in fp32 on a CPU, where nothing but tensors is counted."""
+
+def own(dtype: str, *, cpu: bool = False) -> Keeping:
+    """What `train precision=DTYPE` keeps: fp32, bf16 or fp8, which is beside fp32 on a CPU, where nothing but tensors
+    is counted and the attention kernel wants values as wide as keys."""
+    kept = SPARING
+    if dtype == "fp8":  # moments as conf/precision/fp8.yaml has them; weights are in FP8 for one product only
+        kept = replace(kept, cast=0, moments=4)
+    if dtype == "fp32" or (dtype == "fp8" and cpu):
+        kept = replace(kept, cast=0, head_cast=0, element=4)
+    return replace(kept, padded_values=True, framework_gib=0.0) if cpu else kept
+
 
 MEGATRON = Keeping(weight=2, routed_output=False, framework_gib=0.0)
 """What torch's allocator sees of Megatron-Core: bf16 weights and logits, an fp32 copy of the logits."""

@@ -22,7 +22,7 @@ from orchestrator.plan.activations import (
 )
 from orchestrator.plan.layout import stages_of
 from orchestrator.plan.schedule import actions, dualpipe
-from orchestrator.plan.workload import Workload, is_last, largest_block, stage_layers, stage_parameters
+from orchestrator.plan.workload import Workload, is_last, largest_block, stage_layers, stage_parameters, tables
 
 GIB = 2**30
 FULL = "needs {total:.0f} GiB of {have:.0f} usable, {most:.0f} of them {component}"
@@ -57,6 +57,8 @@ def group_memory_gib(work: Workload, peaks: list[tuple[float, float, float]]) ->
     found = []
     for group, (held, logits, absent) in zip(_groups(work), peaks, strict=True):
         parts = _state(work, group.dense, group.routed)
+        multiplied = (group.dense - group.looked_up - group.heads) / work.tp + group.routed / (work.ep * work.etp)
+        parts["weights"] += work.keeping.cast * multiplied + work.keeping.head_cast * group.heads / work.tp
         parts["gradients"] -= absent
         buffers = _buffer_bytes(work, moe=group.routed > 0, reducing=not absent)
         parts |= {"activations": held, "logits": logits, "buffers": buffers}
@@ -74,7 +76,7 @@ def activation_peaks(work: Workload) -> list[tuple[float, float, float]]:
     backward = {moe: backward_bytes(work, moe) for moe in kinds}
     split = {moe: gradient_bytes(work, moe) for moe in (False, True)} if work.keeping.eager else {}
     head, loss, logits = head_bytes(work), loss_bytes(work), logit_gradient_bytes(work)
-    output = work.microbatch_tokens * stream(work) * work.keeping.element
+    output = work.microbatch_tokens * stream(work) * work.keeping.residual
     peaks = []
     for group in groups:
         best = 0.0, 0.0, 0.0, 0.0
@@ -152,6 +154,9 @@ class _Group:
     ranks: tuple[int, ...]
     dense: float
     routed: float
+    looked_up: float
+    """Of `dense`, as `tables` has them."""
+    heads: float
     cases: tuple[_Case, ...]
 
 
@@ -173,7 +178,7 @@ def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_ra
         sizes = {stage: stage_parameters(work, stage, ranges) for stage in stages}
         blocks = {stage: _blocks(work, stage, ranges) for stage in stages}
         last = {stage: is_last(work, stage, len(ranges)) for stage in stages}
-        key = _sum(sizes.values())
+        key = *_sum(sizes.values()), *_sum(tables(work, stage, ranges) for stage in stages)
         ranks, found = groups.setdefault(key, ([], set()))
         ranks.append(rank)
 
@@ -260,9 +265,9 @@ def _buffer_bytes(work: Workload, *, moe: bool, reducing: bool) -> float:
     """In transit: rows of one all-to-all there and back, a microbatch to the next stage, one block's gradients where
     they are not reduced in place and are there to be reduced, and with ZeRO stage 3 two blocks' weights."""
     model, keep = work.model, work.keeping
-    tokens = work.microbatch_tokens * stream(work) * keep.element
+    tokens, passed = (work.microbatch_tokens * stream(work) * each for each in (keep.element, keep.residual))
     rows = 2 * tokens * model.n_activated_experts * work.imbalance if moe and work.ep > 1 else 0.0
-    sends = 2 * tokens if work.pp > 1 else 0.0
+    sends = 2 * passed if work.pp > 1 else 0.0
     if work.replicas == 1:
         return rows + sends
     gathered = 2 * keep.weight if work.zero >= 3 else 0.0

@@ -11,7 +11,7 @@ import yaml
 from model.config import ModelConfig
 from orchestrator.compose import quoted
 from orchestrator.config import Recompute, Schedule, TrainConfig, conf_dir, from_dict
-from orchestrator.plan.keeping import SPARING
+from orchestrator.plan.keeping import own
 from orchestrator.plan.layout import LOOPED_SCHEDULES, batch_size_at
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.workload import Workload
@@ -37,8 +37,7 @@ def not_run(work: Workload) -> str | None:
 
 def cannot_run(work: Workload) -> str | None:
     """The same, and whether it fits with what `train` keeps in memory."""
-    keeping = replace(SPARING, moments=4) if work.dtype == "fp8" else SPARING  # as conf/precision/fp8.yaml has it
-    reason = not_run(work) or too_large(replace(work, keeping=keeping))
+    reason = not_run(work) or too_large(replace(work, keeping=own(work.dtype)))
     return f"as train keeps it, it {reason}" if reason and reason.startswith("needs ") else reason
 
 

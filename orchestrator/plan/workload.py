@@ -236,6 +236,17 @@ def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[f
     return dense / work.tp, routed / (work.ep * work.etp)
 
 
+def tables(work: Workload, stage: int, ranges: list[range]) -> tuple[float, float]:
+    """Of a stage's parameters outside the routed experts those that are looked up, not multiplied by; and those of its
+    heads and MTP projections."""
+    model, first, last = work.model, is_first(work, stage), is_last(work, stage, len(ranges))
+    table = model.vocab_size * model.dim
+    looked_up = 0 if first and last and model.tie_embeddings else table * first
+    looked_up += model.n_mtp_layers * table if last and not first else 0
+    heads = table + model.n_mtp_layers * 2 * model.dim**2 if last else 0
+    return looked_up / work.tp, heads / work.tp
+
+
 def largest_block(work: Workload) -> float:
     """Parameters of the largest block outside its routed experts, on one rank."""
     sizes = _sizes(tuple(vars(work.model).items()))

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.compose import compose_config
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.forecast import Machine, calibrate, forecast, workload_of
-from orchestrator.plan.keeping import SPARING
+from orchestrator.plan.keeping import own
 from orchestrator.plan.memory import memory_gib
 
 CPU = Machine("cpu", 4e10, ranks_per_node=4, cores=2)
@@ -21,7 +21,7 @@ def test_on_a_gpu_it_is_the_planners_estimate_of_that_layout():
     work = workload_of(config, machine)
     found, planned = forecast(config, machine), estimate(work)
     assert found["step_time_s"] == pytest.approx(planned.step_time_s) and found["how"] == "formula"
-    assert found["memory_peak_gib"] == memory_gib(replace(work, zero=1, keeping=SPARING))["total"]
+    assert found["memory_peak_gib"] == memory_gib(replace(work, keeping=own("bf16")))["total"]
     hours = found["step_time_s"] * config.train.steps * 16 / 3600
     assert found["steps_usd"] == pytest.approx(hours * config.hardware.usd_per_h)
 

@@ -9,14 +9,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from model import count
 from model.transformer import Transformer
 from orchestrator.compose import compose_config
-from orchestrator.config import Recompute
+from orchestrator.config import Config, Recompute
 from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan import memory
 from orchestrator.plan.activations import block_bytes
 from orchestrator.plan.hardware import catalogue
-from orchestrator.plan.keeping import MEGATRON, SPARING_CPU
+from orchestrator.plan.keeping import MEGATRON, own
 from orchestrator.plan.layout import layout_of
 from orchestrator.plan.memory import GIB, activation_peaks, memory_gib, rank_memory_gib, state_bytes, too_large
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
@@ -59,17 +59,22 @@ def measured_peak(model, sequences: int, seq_len: int, microbatches: int, *, rec
 def test_torchs_measured_peak_is_met_within_five_percent(name, recompute):
     torch.manual_seed(0)
     model = compose_config([f"model={name}"]).model
-    work = Workload(model, catalogue()["cpu"], 128, 8, 1, 1, 1, "1f1b", 2, keeping=SPARING_CPU,
+    work = Workload(model, catalogue()["cpu"], 128, 8, 1, 1, 1, "1f1b", 2, keeping=own("fp32", cpu=True),
                     recompute=Recompute.full if recompute else Recompute.none)
     assert memory_gib(work)["total"] * GIB == pytest.approx(measured_peak(model, 8, 128, 2, recompute=recompute),
                                                             rel=0.05)
 
 
+def precision_of(config: Config) -> str:
+    return "fp8" if config.precision.fp8 else config.precision.compute_dtype.name.replace("auto", "fp32")
+
+
 def train_steps(info: RankInfo, overrides: list[str], *, steps: int) -> tuple[Pipeline, AdamW]:
     config = compose_config(["model=tiny", "train.batch_size=8", "train.seq_len=128", *overrides])
     mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
-    pipeline = build_pipeline(config, mesh, torch.float32)
-    optimizer = build_optimizer(pipeline.shards, config.optim)
+    moments = torch.bfloat16 if config.precision.fp8 else torch.float32
+    pipeline = build_pipeline(config, mesh, torch.bfloat16 if precision_of(config) == "bf16" else torch.float32)
+    optimizer = build_optimizer(pipeline.shards, config.optim, moments_dtype=moments)
     sequences = 8 // config.layout.dp
     tokens = torch.randint(0, config.model.vocab_size, (sequences, 129 + config.model.n_mtp_layers),
                            generator=torch.Generator().manual_seed(info.rank))
@@ -113,12 +118,16 @@ BOTH = ["layout.dp=2", "layout.ep=2"]
 @pytest.mark.parametrize("overrides", [
     PP, PP + ["layout.schedule=gpipe"], PP + ["layout.schedule=interleaved_1f1b"],
     PP + ["layout.schedule=interleaved_zero_bubble"], PP + ["layout.schedule=zbv"], PP + ["layout.schedule=dualpipev"],
-    ["layout.dp=2"], BOTH, [*BOTH, "layout.pp=2", "layout.microbatches=2"]], ids=" ".join)
+    ["layout.dp=2"], BOTH, [*BOTH, "layout.pp=2", "layout.microbatches=2"],
+    ["precision=bf16"], ["precision=bf16", *PP], ["precision=bf16", *PP, "layout.schedule=gpipe"],
+    ["precision=bf16", *PP, "layout.schedule=zbv"], ["precision=bf16", *BOTH], ["precision=bf16", "layout.dp=2"],
+    ["precision=fp8"], ["precision=fp8", *PP], ["precision=fp8", *BOTH]], ids=" ".join)
 def test_the_fullest_ranks_measured_peak_is_met_within_five_percent(ranks, overrides):
     config = compose_config(["model=tiny", *overrides])
     layout = config.layout
     work = Workload(config.model, catalogue()["cpu"], 128, 8, layout.pp, layout.dp, layout.ep, layout.schedule.name,
-                    layout.microbatches, stages_per_rank=layout.stages_per_rank, keeping=SPARING_CPU)
+                    layout.microbatches, stages_per_rank=layout.stages_per_rank, dtype=precision_of(config),
+                    keeping=own(precision_of(config), cpu=True))
     found = ranks.run(peak_of_rank, overrides, world=layout.pp * layout.dp)
     predicted = memory_gib(work)["total"] * GIB
     print(f"{' '.join(overrides)}: predicted over measured {predicted / max(found) - 1:+.1%}")
