@@ -6,14 +6,17 @@ weights in 128x128 blocks, each with the scale that puts its largest magnitude a
 FP8: a product's input, or the input of the SwiGLU whose output is then computed again. Embedding, head, MTP
 projection, router, norms and the attention core stay as they were; so do master weights and gradients, fp32.
 
-The products themselves multiply dequantised values: what tensor cores with exact accumulation would give, on any
-machine. In fp32, or on GPUs in bf16 where that is exact, too (`product_dtype`).
+The products run on FP8 tensor cores where there are some (`fp8_kernels`). Elsewhere they multiply dequantised values:
+what tensor cores with exact accumulation would give, on any machine. In fp32, or on GPUs in bf16 where that is exact,
+too (`product_dtype`).
 
 Shapes: R rows (tokens), K inputs, N outputs, E experts (1 for an ordinary layer).
 """
 
+import functools
+import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -21,63 +24,26 @@ from torch import Tensor, nn
 
 from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Permutation, Routing, permute, unpermute
 from model.ops import swiglu, swiglu_backward
+from model.quantize import (
+    GRAD_AMAX_FLOOR,
+    TILE,
+    Quantized,
+    act_dequant,
+    act_quant,
+    pack,
+    quant_over_tokens,
+    token_tiles,
+    unpack,
+    weight_dequant,
+    weight_quant,
+    widened,
+)
 
-TILE = 128
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-AMAX_FLOOR = 1e-4
-"""Smallest amax, so that zeros have a scale; the value of DeepSeek's act_quant."""
-GRAD_AMAX_FLOOR = 1e-30
-"""The same for gradients: those of a mean over a step's tokens lie below 1e-4, and would be flushed."""
+logger = logging.getLogger(__name__)
+
 KEPT = ("lm_head", "gate", "proj")
 """Linear layers that stay in higher precision, by the last part of their names: head, router, MTP projection (which
 DeepSeek's FP8 release keeps in bf16)."""
-
-
-class Quantized(NamedTuple):
-    """E4M3 values, and the fp32 factor of each tile or block that brings them back."""
-
-    data: Tensor
-    scale: Tensor
-
-
-def act_quant(x: Tensor, *, power_of_two: bool = False, floor: float = AMAX_FLOOR) -> Quantized:
-    """1x128 tiles along the last axis: x [.., K] -> data [.., K], scale [.., ceil(K / 128)].
-
-    DeepSeek's act_quant (inference/kernel.py; `power_of_two` is its scale_fmt "ue8m0"), where the last tile may be
-    short. A non-finite value makes its tile NaN.
-    """
-    tiles = _padded(x.float(), -1).unflatten(-1, (-(-x.shape[-1] // TILE), TILE))
-    scale = _scale_of(tiles.abs().amax(-1), power_of_two, floor)
-    data = (tiles / scale[..., None]).to(E4M3).flatten(-2)
-    return Quantized(data[..., : x.shape[-1]].contiguous(), scale)
-
-
-def weight_quant(weight: Tensor, *, power_of_two: bool = False) -> Quantized:
-    """128x128 blocks: weight [.., N, K] -> data [.., N, K], scale [.., ceil(N / 128), ceil(K / 128)].
-
-    The layout of DeepSeek's FP8 checkpoints (README_WEIGHTS.md): blocks at the edges are padded with zeros.
-    """
-    rows, columns = weight.shape[-2:]
-    padded = _padded(_padded(weight.float(), -1), -2)
-    blocks = padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
-    scale = _scale_of(blocks.abs().amax((-1, -3)), power_of_two, AMAX_FLOOR)
-    data = (blocks / scale[..., :, None, :, None]).to(E4M3).flatten(-2).flatten(-3, -2)
-    return Quantized(data[..., :rows, :columns].contiguous(), scale)
-
-
-def act_dequant(q: Quantized) -> Tensor:
-    """data * scale in fp32, tile by tile."""
-    return _widened(q.data).mul_(_spread(q.scale, q.data.shape[-1]))
-
-
-def weight_dequant(q: Quantized) -> Tensor:
-    """data * scale in fp32, block by block (DeepSeek's weight_dequant)."""
-    rows, columns = q.data.shape[-2:]
-    if rows % TILE or columns % TILE:
-        return _widened(q.data).mul_(_spread(_spread(q.scale, columns).mT, rows).mT)
-    blocks = _widened(q.data).unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
-    return blocks.mul_(q.scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
 
 
 def to_fp8(model: nn.Module, *, power_of_two: bool = False) -> None:
@@ -147,21 +113,29 @@ def product_dtype(device: torch.device, exact: bool) -> torch.dtype:
     return torch.bfloat16 if exact and device.type == "cuda" else torch.float32
 
 
+@functools.cache
+def on_tensor_cores(device: torch.device) -> bool:
+    """Whether products run on the device's FP8 tensor cores: Hopper or newer, and small products of each kind came out
+    right on it. Otherwise they are emulated, and a warning says why."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        _kernels().check(device)
+    except Exception as failure:  # no Triton, one that cannot compile for the device, wrong results: all the same here
+        logger.warning("FP8 products on %s are emulated, slowly: %s: %s", device, type(failure).__name__, failure)
+        return False
+    return True
+
+
+def _kernels() -> ModuleType:
+    """Imported where they run: Triton comes with torch's CUDA builds alone."""
+    from model import fp8_kernels
+    return fp8_kernels
+
+
 def wire(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
     """there(x), and back(gradient) in backward; both return what they are given in another place or precision."""
     return _Wire.apply(x, there, back)
-
-
-def pack(x: Tensor) -> Tensor:
-    """Rows [R, D] in FP8 with their scales behind them, ready to be sent: bytes [R, D + 4 ceil(D / 128)]."""
-    q = act_quant(x, power_of_two=True, floor=GRAD_AMAX_FLOOR)
-    return torch.cat([q.data.view(torch.uint8), q.scale.view(torch.uint8)], dim=-1)
-
-
-def unpack(packed: Tensor, dim: int) -> Tensor:
-    """Rows [R, dim] in fp32 from the bytes of `pack`."""
-    scale = packed[:, dim:].contiguous().view(torch.float32)
-    return act_dequant(Quantized(packed[:, :dim].contiguous().view(E4M3), scale))
 
 
 def _through_fp8(x: Tensor) -> Tensor:
@@ -194,14 +168,14 @@ class _Product(torch.autograd.Function):
         rows = act_quant(x, power_of_two=of_x)
         ctx.save_for_backward(*rows, weight, counts)
         ctx.scales, ctx.dtype = (of_x, of_grad), x.dtype
-        return _forward(rows, weight, counts, of_x).to(_out_dtype(x))
+        return _forward(rows, weight, counts, of_x, _out_dtype(x))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         data, scale, weight, counts = ctx.saved_tensors
         x = act_dequant(Quantized(data, scale))
-        grad_x, grad_weight = _backward(grad, x, weight, counts, *ctx.scales, ctx.needs_input_grad)
-        return None if grad_x is None else grad_x.to(ctx.dtype), grad_weight, None, None, None
+        grad_x, grad_weight = _backward(grad, x, weight, counts, *ctx.scales, ctx.needs_input_grad, ctx.dtype)
+        return grad_x, grad_weight, None, None, None
 
 
 class _SwiGLUProduct(torch.autograd.Function):
@@ -211,43 +185,59 @@ class _SwiGLUProduct(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
         ctx.save_for_backward(*act_quant(hidden, power_of_two=of_x), weight, counts)
         ctx.scales, ctx.dtype = (of_x, of_grad), hidden.dtype
-        return _forward(act_quant(swiglu(hidden), power_of_two=of_x), weight, counts, of_x).to(_out_dtype(hidden))
+        return _forward(act_quant(swiglu(hidden), power_of_two=of_x), weight, counts, of_x, _out_dtype(hidden))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         data, scale, weight, counts = ctx.saved_tensors
         hidden = act_dequant(Quantized(data, scale))
-        grad_x, grad_weight = _backward(grad, swiglu(hidden), weight, counts, *ctx.scales, ctx.needs_input_grad)
+        grad_x, grad_weight = _backward(grad, swiglu(hidden), weight, counts, *ctx.scales, ctx.needs_input_grad,
+                                        torch.float32)
         grad_hidden = None if grad_x is None else swiglu_backward(grad_x, hidden).to(ctx.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
-def _forward(rows: Quantized, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> Tensor:
-    w = weight_dequant(weight_quant(weight, power_of_two=power_of_two))
-    return _grouped(act_dequant(rows), w.mT, counts, exact=power_of_two)
+def _forward(rows: Quantized, weight: Tensor, counts: Tensor | None, power_of_two: bool, dtype: torch.dtype) -> Tensor:
+    return _rows_product(rows, weight_quant(weight, power_of_two=power_of_two), counts, dtype, exact=power_of_two)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
-              needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and of weight, one after the other: each takes several times its operands' memory."""
-    grad_x = _input_gradient(grad, weight, counts, of_x, of_grad) if needs[0] else None
-    return grad_x, _weight_gradient(grad, x, counts, of_x, of_grad).to(weight.dtype) if needs[1] else None
+              needs: tuple[bool, ...], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x, in `dtype`, and of weight, one after the other: each takes several times its operands' memory."""
+    grad_x = _input_gradient(grad, weight, counts, of_x, of_grad, dtype) if needs[0] else None
+    return grad_x, _weight_gradient(grad, x, counts, of_x, of_grad, weight.dtype) if needs[1] else None
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
-    rows = act_dequant(act_quant(grad, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR))
-    w = weight_dequant(weight_quant(weight, power_of_two=of_x))
-    return _grouped(rows, w, counts, exact=of_x and of_grad)
+def _input_gradient(grad: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
+                    dtype: torch.dtype) -> Tensor:
+    rows = act_quant(grad, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
+    w = weight_quant(weight, power_of_two=of_x)
+    return _rows_product(rows, w, counts, dtype, exact=of_x and of_grad, transposed=False)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
+                     dtype: torch.dtype) -> Tensor:
     """Tokens are summed over, so tiles are 128 tokens of one column; x, known from its 1x128 tiles alone, is quantised
     a second time (report section 3.5.2)."""
-    place, tiles = _token_tiles(len(x), counts)
-    columns = _over_tokens(x, place, tiles, power_of_two=of_x)
-    grads = _over_tokens(grad, place, tiles, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
+    place, tiles = token_tiles(len(x), counts)
+    columns = quant_over_tokens(x, place, tiles, power_of_two=of_x)
+    grads = quant_over_tokens(grad, place, tiles, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
+    if on_tensor_cores(x.device):
+        return _kernels().tokens_product(grads, columns, counts, dtype)
+    columns, grads = (widened(q.data).mul_(q.scale).flatten(0, 1) for q in (columns, grads))
     padded = None if counts is None else (counts + TILE - 1) // TILE * TILE
-    return _grouped(grads.mT, columns, padded, exact=of_x and of_grad)
+    return _grouped(grads.mT, columns, padded, exact=of_x and of_grad).to(dtype)
+
+
+def _rows_product(rows: Quantized, weight: Quantized, counts: Tensor | None, dtype: torch.dtype, *, exact: bool,
+                  transposed: bool = True) -> Tensor:
+    """rows [R, K] times weight [.., N, K] transposed, or times weight [.., K, N] -> [R, N]. exact: all scales are
+    powers of two."""
+    if on_tensor_cores(rows.data.device):
+        weight = weight if transposed else Quantized(weight.data.mT, weight.scale.mT)
+        return _kernels().rows_product(rows, weight, counts, dtype)
+    w = weight_dequant(weight)
+    return _grouped(act_dequant(rows), w.mT if transposed else w, counts, exact=exact).to(dtype)
 
 
 def _grouped(a: Tensor, b: Tensor, counts: Tensor | None, *, exact: bool) -> Tensor:
@@ -260,59 +250,6 @@ def _grouped(a: Tensor, b: Tensor, counts: Tensor | None, *, exact: bool) -> Ten
         if counts is None:
             return a.to(dtype) @ b.to(dtype)
         return F.grouped_mm(a.to(dtype), b.to(dtype), offs=counts.cumsum(0).to(torch.int32))
-
-
-def _token_tiles(num_rows: int, counts: Tensor | None) -> tuple[Tensor | None, int]:
-    """Where each row goes when every expert's rows start a tile of their own, and how many tiles suffice."""
-    if counts is None:
-        return None, -(-num_rows // TILE)
-    starts = (counts + TILE - 1) // TILE * TILE
-    shift = starts.cumsum(0) - starts - (counts.cumsum(0) - counts)
-    rows = torch.arange(num_rows, device=counts.device)
-    # No more tiles than this, whatever the counts: a bound that need not be fetched from the device.
-    return rows + shift.repeat_interleave(counts, output_size=num_rows), num_rows // TILE + len(counts)
-
-
-def _over_tokens(x: Tensor, place: Tensor | None, tiles: int, **how) -> Tensor:
-    """x [R, K] quantised and dequantised in tiles of 128 rows, each column by itself -> [tiles * 128, K], fp32."""
-    padded = torch.zeros(tiles * TILE, x.shape[-1], dtype=torch.float32, device=x.device)
-    padded[slice(len(x)) if place is None else place] = x.float()
-    blocks = padded.unflatten(0, (tiles, TILE))
-    scale = _scale_of(blocks.abs().amax(1), **({"floor": AMAX_FLOOR} | how))[:, None]
-    data = blocks.div_(scale).to(E4M3)
-    del padded, blocks
-    return _widened(data).mul_(scale).flatten(0, 1)
-
-
-def _widened(data: Tensor) -> Tensor:
-    """data.float(), on a CPU in a fraction of its time: E4M3's bits, shifted, are those of a half 2^8 times smaller."""
-    if data.device.type != "cpu":
-        return data.float()
-    bits = data.view(torch.int8).to(torch.int16)
-    sign, size = bits & -0x8000, bits.bitwise_and_(127)
-    half = (size << 7).bitwise_or_(sign)
-    half |= size.add_(1).bitwise_right_shift_(7).mul_(0x7C00)  # all ones in E4M3; a half has its exponent for that
-    del bits, sign, size
-    return half.view(torch.float16).float().mul_(2.0**8)
-
-
-def _scale_of(amax: Tensor, power_of_two: bool, floor: float) -> Tensor:
-    scale = amax.clamp(min=floor) / E4M3_MAX
-    if not power_of_two:
-        return scale
-    mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-
-
-def _padded(x: Tensor, axis: int) -> Tensor:
-    """Zeros appended to one of the last two axes, up to a multiple of 128."""
-    missing = -x.shape[axis] % TILE
-    return F.pad(x, (0, missing) if axis == -1 else (0, 0, 0, missing)) if missing else x
-
-
-def _spread(scale: Tensor, size: int) -> Tensor:
-    """Every scale of the last axis 128 times, cut to `size`."""
-    return scale[..., None].expand(*scale.shape, TILE).flatten(-2)[..., :size]
 
 
 def _out_dtype(x: Tensor) -> torch.dtype:

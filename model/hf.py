@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import Attention, ModelConfig
-from model.fp8 import E4M3, weight_quant
 from model.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of
 from model.hf_files import SCALE, Dequantized, SafetensorsDirectory, read_json
+from model.quantize import E4M3, weight_quant
 from model.transformer import Transformer
 
 PROJECTION = re.compile(r"(?<!\.eh)_proj(_with_mqa)?\.weight$|\.w[123]\.weight$")

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.fp8 import E4M3, TILE, Quantized, weight_dequant
+from model.quantize import E4M3, TILE, Quantized, weight_dequant
 
 SCALE = "_scale_inv"
 """What DeepSeek's files append to the name of an E4M3 weight for its scales."""

@@ -10,6 +10,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from model.quantize import Quantized, weight_dequant, weight_quant
+
 FORMATS = ("fp32", "bf16", "fp8", "int4")
 GROUP = 64
 
@@ -23,8 +25,6 @@ def pack(weight: Tensor, form: str) -> Tensor:
     """weight [N, K] -> its bytes, uint8 [packed_bytes]."""
     weight = weight.float()
     if form == "fp8":
-        from model.fp8 import weight_quant
-
         parts = list(weight_quant(weight))
     elif form == "int4":
         parts = _quantize(weight)
@@ -41,8 +41,6 @@ def unpack(data: Tensor, rows: int, columns: int, form: str, dtype: torch.dtype)
         parts.append(data[at : at + size].view(kind).view(shape))
         at += size
     if form == "fp8":
-        from model.fp8 import Quantized, weight_dequant
-
         return weight_dequant(Quantized(*parts)).to(dtype)
     if form == "int4":
         return _dequantize(*parts, dtype)

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from model.fp8 import pack, unpack, wire
+from model.fp8 import wire
 from model.moe import Permutation, Routing, inverse_of, permute, unpermute
 from model.ops import gather_rows
+from model.quantize import pack, unpack
 
 
 @dataclass

@@ -9,19 +9,9 @@ from torch import nn
 
 from model import fp8
 from model.config import ModelConfig
-from model.fp8 import (
-    Fp8FeedForward,
-    Fp8GroupedExperts,
-    Fp8Linear,
-    act_dequant,
-    act_quant,
-    pack,
-    to_fp8,
-    unpack,
-    weight_dequant,
-    weight_quant,
-)
+from model.fp8 import Fp8FeedForward, Fp8GroupedExperts, Fp8Linear, to_fp8
 from model.moe import FeedForward, GroupedExperts
+from model.quantize import act_dequant, act_quant, pack, unpack, weight_dequant, weight_quant, widened
 from model.transformer import Transformer
 
 SHAPES = [(3, 256), (5, 128), (2, 2, 300), (1, 7), (0, 256)]
@@ -29,10 +19,10 @@ SHAPES = [(3, 256), (5, 128), (2, 2, 300), (1, 7), (0, 256)]
 
 def test_every_e4m3_value_is_widened_exactly():
     data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    found = fp8._widened(data)
+    found = widened(data)
     torch.testing.assert_close(found, data.float(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit() | found.isnan(), data.float().signbit() | found.isnan())
-    assert torch.equal(fp8._widened(data[:64].view(8, 8).mT), found[:64].view(8, 8).mT)
+    assert torch.equal(widened(data[:64].view(8, 8).mT), found[:64].view(8, 8).mT)
 
 
 def random(*shape: int, seed: int = 0, spread: float = 8.0) -> torch.Tensor:

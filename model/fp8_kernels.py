@@ -1,0 +1,143 @@
+"""FP8 products on tensor cores (Hopper or newer), grouped by expert, as Triton kernels.
+
+Operands are those of `model.quantize`: E4M3 with a scale for each 1x128 tile or 128x128 block along the axis that is
+summed over. 128 terms are summed by the tensor cores, then scaled and added up in fp32 (V3 report section 3.3.2:
+promotion every 128 elements). Tiles of rows belong to one expert each, so that no count need leave the device.
+
+Shapes: R rows (tokens), K summed over, N outputs, E experts, T tiles of 128 rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.quantize import (
+    TILE,
+    Quantized,
+    act_dequant,
+    act_quant,
+    quant_over_tokens,
+    token_tiles,
+    weight_dequant,
+    weight_quant,
+)
+
+BLOCK = 128
+"""Outputs of a program."""
+WARPS, STAGES = 8, 3
+
+
+def rows_product(rows: Quantized, weight: Quantized, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """rows [R, K] in 1x128 tiles times weight [E, N, K] or [N, K] in 128x128 blocks, transposed -> [R, N].
+
+    counts [E]: rows of each expert, one behind the other; None where there is one weight.
+    """
+    (num_rows, inputs), outputs = rows.data.shape, weight.data.shape[-2]
+    out = torch.empty(num_rows, outputs, dtype=dtype, device=rows.data.device)
+    if num_rows:
+        source, expert = _tiles(num_rows, counts, out.device)
+        grid, blocks = (len(expert), triton.cdiv(outputs, BLOCK)), weight.scale.shape[-2:]
+        _rows_kernel[grid](*_contiguous(rows), *_contiguous(weight), out, source, expert, outputs, inputs, *blocks,
+                           BLOCK=BLOCK, TILE=TILE, num_warps=WARPS, num_stages=STAGES)
+    return out
+
+
+def tokens_product(left: Quantized, right: Quantized, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """left [T, 128, N], scale [T, 1, N], transposed times right [T, 128, K], scale [T, 1, K], summed over the tokens of
+    each expert -> [E, N, K], or [N, K] without counts. Every expert's tokens begin a tile; zeros pad them."""
+    (tiles, _, outputs), inputs, device = left.data.shape, right.data.shape[-1], left.data.device
+    per_expert = torch.tensor([tiles], device=device) if counts is None else (counts + TILE - 1) // TILE
+    ends = torch.nn.functional.pad(per_expert.cumsum(0), (1, 0)).to(torch.int32)
+    out = torch.empty(len(per_expert), outputs, inputs, dtype=dtype, device=device)
+    grid = len(per_expert), triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK)
+    _tokens_kernel[grid](_tokens_last(left.data), left.scale.contiguous(), _tokens_last(right.data),
+                         right.scale.contiguous(), out, ends, outputs, inputs, tiles * TILE, BLOCK=BLOCK, TILE=TILE,
+                         num_warps=WARPS, num_stages=STAGES)
+    return out[0] if counts is None else out
+
+
+def check(device: torch.device) -> None:
+    """ArithmeticError unless small products of each kind are what multiplying dequantised values gives, to a thousandth
+    of the largest: tensor cores keep some 14 bits of a sum of 128."""
+    made = torch.Generator().manual_seed(0)
+    shapes = (200, 300), (200, 260), (3, 260, 300)
+    x, grad, weight = (torch.randn(shape, generator=made).to(device) for shape in shapes)
+    counts = torch.tensor([150, 0, 50], device=device)
+    rows, w = act_quant(x), weight_quant(weight)
+    tokens = [quant_over_tokens(t, *token_tiles(200, counts)) for t in (grad, x)]
+    wide, wide_w = act_dequant(rows), weight_dequant(w)
+    wide_grad, wide_x = ((q.data.float() * q.scale).flatten(0, 1) for q in tokens)
+    for name, found, wanted in (
+            ("rows", rows_product(rows, w, counts, torch.float32),
+             torch.cat([wide[:150] @ wide_w[0].mT, wide[150:] @ wide_w[2].mT])),
+            ("tokens", tokens_product(*tokens, counts, torch.float32),
+             torch.stack([wide_grad[a:b].mT @ wide_x[a:b] for a, b in ((0, 256), (256, 256), (256, 384))]))):
+        if not torch.allclose(found, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max())):
+            raise ArithmeticError(f"a product over {name} is off by {float((found - wanted).abs().max()):.3g}")
+
+
+def _contiguous(q: Quantized) -> Quantized:
+    return Quantized(q.data.contiguous(), q.scale.contiguous())
+
+
+def _tokens_last(data: Tensor) -> Tensor:
+    """[T, 128, K] -> [K, T * 128]: tensor cores take E4M3 operands with the axis that is summed over last alone."""
+    return data.flatten(0, 1).view(torch.uint8).mT.contiguous().view(data.dtype)
+
+
+def _tiles(num_rows: int, counts: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row at each place of every tile, [T * 128], -1 where it is padded; and every tile's expert, [T], -1 of none."""
+    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+    if counts is None:
+        tiles = triton.cdiv(num_rows, TILE)
+        source = torch.nn.functional.pad(rows, (0, tiles * TILE - num_rows), value=-1)
+        return source, torch.zeros(tiles, dtype=torch.int32, device=device)
+    place, tiles = token_tiles(num_rows, counts)
+    source = torch.full((tiles * TILE,), -1, dtype=torch.int32, device=device)
+    source[place] = rows
+    ends = ((counts + TILE - 1) // TILE).cumsum(0)
+    expert = torch.searchsorted(ends, torch.arange(tiles, device=device), right=True)
+    return source, torch.where(expert < len(counts), expert, -1).to(torch.int32)
+
+
+@triton.jit
+def _rows_kernel(rows, row_scale, weight, weight_scale, out, source, expert, outputs, inputs, output_blocks,
+                 input_blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    tile, e = tl.program_id(0), tl.load(expert + tl.program_id(0))
+    if e >= 0:
+        row = tl.load(source + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        is_row, is_n = row >= 0, n < outputs
+        scales = weight_scale + (e * output_blocks + n // TILE) * input_blocks
+        total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
+        for block in range(0, input_blocks):
+            k = block * TILE + tl.arange(0, TILE)
+            is_k = k < inputs
+            a = tl.load(rows + row[:, None] * inputs + k[None, :], mask=is_row[:, None] & is_k[None, :], other=0.0)
+            b = tl.load(weight + (e.to(tl.int64) * outputs + n)[None, :] * inputs + k[:, None],
+                        mask=is_n[None, :] & is_k[:, None], other=0.0)
+            a_scale = tl.load(row_scale + row * input_blocks + block, mask=is_row, other=0.0)
+            b_scale = tl.load(scales + block, mask=is_n, other=0.0)
+            total += tl.dot(a, b) * (a_scale[:, None] * b_scale[None, :])
+        tl.store(out + row[:, None] * outputs + n[None, :], total.to(out.dtype.element_ty),
+                 mask=is_row[:, None] & is_n[None, :])
+
+
+@triton.jit
+def _tokens_kernel(left, left_scale, right, right_scale, out, ends, outputs, inputs, tokens, BLOCK: tl.constexpr,
+                   TILE: tl.constexpr):
+    e = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    is_n, is_k = n < outputs, k < inputs
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for tile in range(tl.load(ends + e), tl.load(ends + e + 1)):
+        token = tile * TILE + tl.arange(0, TILE)
+        a = tl.load(left + n[:, None].to(tl.int64) * tokens + token[None, :], mask=is_n[:, None], other=0.0)
+        b = tl.load(right + k[None, :].to(tl.int64) * tokens + token[:, None], mask=is_k[None, :], other=0.0)
+        a_scale = tl.load(left_scale + tile * outputs + n, mask=is_n, other=0.0)
+        b_scale = tl.load(right_scale + tile * inputs + k, mask=is_k, other=0.0)
+        total += tl.dot(a, b) * (a_scale[:, None] * b_scale[None, :])
+    at = (e.to(tl.int64) * outputs + n[:, None]) * inputs + k[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=is_n[:, None] & is_k[None, :])

@@ -1,0 +1,127 @@
+"""FP8 tensor-core kernels without a GPU: what they compute by Triton's interpreter (conftest.py), and that they compile
+for Hopper and Blackwell into FP8 tensor-core instructions. Neither says how fast they are."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from model import fp8
+from model.quantize import act_quant, quant_over_tokens, token_tiles, weight_quant
+from model.transformer import Transformer
+from orchestrator.compose import compose_config
+
+pytest.importorskip("triton", reason="Triton is there on Linux alone")
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> ModuleType:
+    """The kernels, interpreted, in place of emulated products."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here, for the GPU, and not interpreted")
+    from model import fp8_kernels
+
+    monkeypatch.setattr(fp8, "on_tensor_cores", lambda device: True)
+    return fp8_kernels
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=made) * 10.0 ** torch.randint(-3, 3, (*shape[:-1], 1), generator=made)
+
+
+COUNTS = [None, [150, 0, 50], [0, 0, 200], [1, 128, 71]]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("inputs, outputs", [(128, 128), (300, 72), (64, 260)])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_products_are_those_of_dequantised_operands(kernels, monkeypatch, counts, inputs, outputs, power_of_two):
+    counts = None if counts is None else torch.tensor(counts)
+    experts = () if counts is None else (3,)
+    x, grad = random(200, inputs, seed=1), random(200, outputs, seed=2)
+    rows, grads = (act_quant(t, power_of_two=power_of_two) for t in (x, grad))
+    weight = weight_quant(random(*experts, outputs, inputs, seed=3), power_of_two=power_of_two)
+
+    def products() -> list[torch.Tensor]:
+        exact = {"exact": power_of_two}
+        return [fp8._rows_product(rows, weight, counts, torch.float32, **exact),
+                fp8._rows_product(grads, weight, counts, torch.float32, transposed=False, **exact),
+                fp8._weight_gradient(grad, x, counts, power_of_two, power_of_two, torch.float32)]
+
+    found = products()
+    monkeypatch.setattr(fp8, "on_tensor_cores", lambda device: False)
+    for one, wanted in zip(found, products(), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_no_rows_give_no_outputs_and_no_gradient(kernels):
+    counts, nothing = torch.tensor([0, 0]), torch.empty(0, 64)
+    weight = weight_quant(random(2, 32, 64, seed=0))
+    assert kernels.rows_product(act_quant(nothing), weight, counts, torch.bfloat16).shape == (0, 32)
+    tokens = quant_over_tokens(nothing, *token_tiles(0, counts))
+    assert not kernels.tokens_product(tokens, tokens, counts, torch.float32).any()
+
+
+def step(model: Transformer, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(tokens, tokens).sum()
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_whole_steps_loss_and_gradients_are_the_emulated_ones(kernels, monkeypatch):
+    config = compose_config(["model=tiny", "model.n_layers=2"]).model
+    made = torch.Generator().manual_seed(0)
+    model = Transformer(config).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=made)
+    fp8.to_fp8(model)
+    tokens = torch.randint(0, config.vocab_size, (1, 48), generator=made)
+    loss, found = step(model, tokens)
+    monkeypatch.setattr(fp8, "on_tensor_cores", lambda device: False)
+    emulated, wanted = step(model, tokens)
+    torch.testing.assert_close(loss, emulated, rtol=1e-5, atol=0)
+    for name, grad in wanted.items():
+        # Where the last bit of a sum differs, a value may be rounded to the next of E4M3's, a sixteenth away.
+        difference = (found[name] - grad).norm() / (grad.norm() + 1e-12)
+        assert difference < 0.01, name
+
+
+def test_the_check_at_the_start_refuses_wrong_products(kernels, monkeypatch):
+    kernels.check(torch.device("cpu"))
+    right = kernels.rows_product
+    monkeypatch.setattr(kernels, "rows_product", lambda *given: 1.01 * right(*given))
+    with pytest.raises(ArithmeticError, match="a product over rows is off by"):
+        kernels.check(torch.device("cpu"))
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model import fp8_kernels as kernels
+for kernel, out in (kernels._rows_kernel, "*bf16"), (kernels._tokens_kernel, "*fp32"):
+    constants = {"BLOCK": kernels.BLOCK, "TILE": kernels.TILE}
+    pointers = dict.fromkeys(("rows", "weight", "left", "right"), "*fp8e4nv") | {"out": out}
+    pointers |= dict.fromkeys(("source", "expert", "ends"), "*i32")
+    kinds = {name: pointers.get(name, "*fp32" if name.endswith("_scale") else "i32") for name in kernel.arg_names}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    built = triton.compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", int(sys.argv[1]), 32),
+                           options={"num_warps": kernels.WARPS, "num_stages": kernels.STAGES})
+    assert sys.argv[2] in built.asm["ptx"], kernel
+    assert built.asm["cubin"] and built.metadata.shared <= 227 * 1024
+"""
+
+
+@pytest.mark.parametrize("capability, instruction", [
+    (90, "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"), (100, "tcgen05.mma.cta_group::1.kind::f8f6f4")])
+def test_kernels_compile_into_fp8_tensor_core_instructions(tmp_path, capability, instruction):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(capability), instruction], capture_output=True, text=True,
+                          env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
