@@ -115,9 +115,9 @@ def product_dtype(device: torch.device, exact: bool) -> torch.dtype:
 
 @functools.cache
 def on_tensor_cores(device: torch.device) -> bool:
-    """Whether products run on the device's FP8 tensor cores: Hopper or newer, and small products of each kind came out
-    right on it. Otherwise they are emulated, and a warning says why."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+    """Whether products run on the device's FP8 tensor cores: Ada, Hopper or newer, and small products of each kind came
+    out right on it. Otherwise they are emulated, and a warning says why."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         return False
     try:
         _kernels().check(device)

@@ -1,4 +1,4 @@
-"""FP8 products on tensor cores (Hopper or newer), grouped by expert, as Triton kernels.
+"""FP8 products on tensor cores (Ada, Hopper or newer), grouped by expert, as Triton kernels.
 
 Operands are those of `model.quantize`: E4M3 with a scale for each 1x128 tile or 128x128 block along the axis that is
 summed over. 128 terms are summed by the tensor cores, then scaled and added up in fp32 (V3 report section 3.3.2:

@@ -1,5 +1,5 @@
 """FP8 tensor-core kernels without a GPU: what they compute by Triton's interpreter (conftest.py), and that they compile
-for Hopper and Blackwell into FP8 tensor-core instructions. Neither says how fast they are."""
+for Ada, Hopper and Blackwell into FP8 tensor-core instructions. Neither says how fast they are."""
 
 import os
 import subprocess
@@ -111,17 +111,20 @@ for kernel, out in (kernels._rows_kernel, "*bf16"), (kernels._tokens_kernel, "*f
     pointers |= dict.fromkeys(("source", "expert", "ends"), "*i32")
     kinds = {name: pointers.get(name, "*fp32" if name.endswith("_scale") else "i32") for name in kernel.arg_names}
     kinds |= dict.fromkeys(constants, "constexpr")
-    built = triton.compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", int(sys.argv[1]), 32),
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(kinds) - len(constants))}  # as pointers and sizes are
+    built = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32),
                            options={"num_warps": kernels.WARPS, "num_stages": kernels.STAGES})
     assert sys.argv[2] in built.asm["ptx"], kernel
-    assert built.asm["cubin"] and built.metadata.shared <= 227 * 1024
+    assert built.asm["cubin"] and built.metadata.shared <= int(sys.argv[3]) * 1024, built.metadata.shared
 """
 
 
-@pytest.mark.parametrize("capability, instruction", [
-    (90, "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"), (100, "tcgen05.mma.cta_group::1.kind::f8f6f4")])
-def test_kernels_compile_into_fp8_tensor_core_instructions(tmp_path, capability, instruction):
+@pytest.mark.parametrize("capability, instruction, shared_kib", [
+    (89, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", 99),
+    (90, "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", 227),
+    (100, "tcgen05.mma.cta_group::1.kind::f8f6f4", 227)])
+def test_kernels_compile_into_fp8_tensor_core_instructions(tmp_path, capability, instruction, shared_kib):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(capability), instruction], capture_output=True, text=True,
-                          env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(capability), instruction, str(shared_kib)],
+                          capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
