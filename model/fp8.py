@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Permutation, Routing, permute, unpermute
 from model.ops import swiglu, swiglu_backward
 from model.quantize import (
+    AMAX_FLOOR,
     GRAD_AMAX_FLOOR,
     TILE,
     Quantized,
@@ -165,10 +166,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
-        rows = act_quant(x, power_of_two=of_x)
+        rows = _quantized(x, of_x)
         ctx.save_for_backward(*rows, weight, counts)
         ctx.scales, ctx.dtype = (of_x, of_grad), x.dtype
-        return _forward(rows, weight, counts, of_x, _out_dtype(x))
+        return _product(rows, weight, counts, _out_dtype(x), power_of_two=of_x, exact=of_x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -183,9 +184,10 @@ class _SwiGLUProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
-        ctx.save_for_backward(*act_quant(hidden, power_of_two=of_x), weight, counts)
+        ctx.save_for_backward(*_quantized(hidden, of_x), weight, counts)
         ctx.scales, ctx.dtype = (of_x, of_grad), hidden.dtype
-        return _forward(act_quant(swiglu(hidden), power_of_two=of_x), weight, counts, of_x, _out_dtype(hidden))
+        return _product(_quantized(swiglu(hidden), of_x), weight, counts, _out_dtype(hidden), power_of_two=of_x,
+                        exact=of_x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -197,47 +199,46 @@ class _SwiGLUProduct(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _forward(rows: Quantized, weight: Tensor, counts: Tensor | None, power_of_two: bool, dtype: torch.dtype) -> Tensor:
-    return _rows_product(rows, weight_quant(weight, power_of_two=power_of_two), counts, dtype, exact=power_of_two)
+def _quantized(x: Tensor, power_of_two: bool, floor: float = AMAX_FLOOR) -> Quantized:
+    quant = _kernels().act_quant if on_tensor_cores(x.device) else act_quant
+    return quant(x, power_of_two=power_of_two, floor=floor)
+
+
+def _product(rows: Quantized, weight: Tensor, counts: Tensor | None, dtype: torch.dtype, *, power_of_two: bool,
+             exact: bool, transposed: bool = True) -> Tensor:
+    """rows [R, K] times weight [.., N, K] transposed, or times weight [.., K, N] -> [R, N].
+
+    power_of_two: the weight's scales are. exact: all scales are.
+    """
+    if on_tensor_cores(weight.device):
+        w = _kernels().weight_quant(weight, power_of_two=power_of_two, transposed=not transposed)
+        return _kernels().rows_product(rows, w, counts, dtype)
+    w = weight_dequant(weight_quant(weight, power_of_two=power_of_two))
+    return _grouped(act_dequant(rows), w.mT if transposed else w, counts, exact=exact).to(dtype)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
               needs: tuple[bool, ...], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x, in `dtype`, and of weight, one after the other: each takes several times its operands' memory."""
-    grad_x = _input_gradient(grad, weight, counts, of_x, of_grad, dtype) if needs[0] else None
+    grad_x = None
+    if needs[0]:
+        grad_x = _product(_quantized(grad, of_grad, GRAD_AMAX_FLOOR), weight, counts, dtype, power_of_two=of_x,
+                          exact=of_x and of_grad, transposed=False)
     return grad_x, _weight_gradient(grad, x, counts, of_x, of_grad, weight.dtype) if needs[1] else None
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
-                    dtype: torch.dtype) -> Tensor:
-    rows = act_quant(grad, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
-    w = weight_quant(weight, power_of_two=of_x)
-    return _rows_product(rows, w, counts, dtype, exact=of_x and of_grad, transposed=False)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
                      dtype: torch.dtype) -> Tensor:
     """Tokens are summed over, so tiles are 128 tokens of one column; x, known from its 1x128 tiles alone, is quantised
     a second time (report section 3.5.2)."""
+    if on_tensor_cores(x.device):
+        return _kernels().weight_gradient(grad, x, counts, of_x, of_grad, dtype)
     place, tiles = token_tiles(len(x), counts)
     columns = quant_over_tokens(x, place, tiles, power_of_two=of_x)
     grads = quant_over_tokens(grad, place, tiles, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
-    if on_tensor_cores(x.device):
-        return _kernels().tokens_product(grads, columns, counts, dtype)
     columns, grads = (widened(q.data).mul_(q.scale).flatten(0, 1) for q in (columns, grads))
     padded = None if counts is None else (counts + TILE - 1) // TILE * TILE
     return _grouped(grads.mT, columns, padded, exact=of_x and of_grad).to(dtype)
-
-
-def _rows_product(rows: Quantized, weight: Quantized, counts: Tensor | None, dtype: torch.dtype, *, exact: bool,
-                  transposed: bool = True) -> Tensor:
-    """rows [R, K] times weight [.., N, K] transposed, or times weight [.., K, N] -> [R, N]. exact: all scales are
-    powers of two."""
-    if on_tensor_cores(rows.data.device):
-        weight = weight if transposed else Quantized(weight.data.mT, weight.scale.mT)
-        return _kernels().rows_product(rows, weight, counts, dtype)
-    w = weight_dequant(weight)
-    return _grouped(act_dequant(rows), w.mT if transposed else w, counts, exact=exact).to(dtype)
 
 
 def _grouped(a: Tensor, b: Tensor, counts: Tensor | None, *, exact: bool) -> Tensor:

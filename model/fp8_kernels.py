@@ -12,16 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.quantize import (
-    TILE,
-    Quantized,
-    act_dequant,
-    act_quant,
-    quant_over_tokens,
-    token_tiles,
-    weight_dequant,
-    weight_quant,
-)
+from model import quantize
+from model.quantize import GRAD_AMAX_FLOOR, TILE, Quantized, token_tiles
+from model.quantize_kernels import act_quant, quant_over_tokens, weight_quant
 
 BLOCK = 128
 """Outputs of a program."""
@@ -29,7 +22,7 @@ WARPS, STAGES = 8, 3
 
 
 def rows_product(rows: Quantized, weight: Quantized, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """rows [R, K] in 1x128 tiles times weight [E, N, K] or [N, K] in 128x128 blocks, transposed -> [R, N].
+    """rows [R, K] in 1x128 tiles times weight [E, N, K] or [N, K] in 128x128 blocks, transposed -> [R, N]; contiguous.
 
     counts [E]: rows of each expert, one behind the other; None where there is one weight.
     """
@@ -38,52 +31,51 @@ def rows_product(rows: Quantized, weight: Quantized, counts: Tensor | None, dtyp
     if num_rows:
         source, expert = _tiles(num_rows, counts, out.device)
         grid, blocks = (len(expert), triton.cdiv(outputs, BLOCK)), weight.scale.shape[-2:]
-        _rows_kernel[grid](*_contiguous(rows), *_contiguous(weight), out, source, expert, outputs, inputs, *blocks,
+        _rows_kernel[grid](*rows, *weight, out, source, expert, outputs, inputs, *blocks,
                            BLOCK=BLOCK, TILE=TILE, num_warps=WARPS, num_stages=STAGES)
     return out
 
 
-def tokens_product(left: Quantized, right: Quantized, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """left [T, 128, N], scale [T, 1, N], transposed times right [T, 128, K], scale [T, 1, K], summed over the tokens of
-    each expert -> [E, N, K], or [N, K] without counts. Every expert's tokens begin a tile; zeros pad them."""
-    (tiles, _, outputs), inputs, device = left.data.shape, right.data.shape[-1], left.data.device
-    per_expert = torch.tensor([tiles], device=device) if counts is None else (counts + TILE - 1) // TILE
-    ends = torch.nn.functional.pad(per_expert.cumsum(0), (1, 0)).to(torch.int32)
-    out = torch.empty(len(per_expert), outputs, inputs, dtype=dtype, device=device)
-    grid = len(per_expert), triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK)
-    _tokens_kernel[grid](_tokens_last(left.data), left.scale.contiguous(), _tokens_last(right.data),
-                         right.scale.contiguous(), out, ends, outputs, inputs, tiles * TILE, BLOCK=BLOCK, TILE=TILE,
+def weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
+                    dtype: torch.dtype) -> Tensor:
+    """grad [R, N] transposed times x [R, K], of each expert's rows -> [E, N, K], or [N, K] without counts; both in
+    tiles of 128 tokens. of_x, of_grad: whether scales are powers of two."""
+    source, expert = _tiles(len(x), counts, x.device)
+    left = quant_over_tokens(grad, source, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
+    right = quant_over_tokens(x, source, power_of_two=of_x)
+    outputs, inputs, experts = grad.shape[-1], x.shape[-1], 1 if counts is None else len(counts)
+    ends = torch.searchsorted(expert.masked_fill(expert < 0, experts), torch.arange(
+        experts + 1, dtype=torch.int32, device=x.device)).to(torch.int32)
+    out = torch.empty(experts, outputs, inputs, dtype=dtype, device=x.device)
+    grid = experts, triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK)
+    _tokens_kernel[grid](*left, *right, out, ends, outputs, inputs, len(source), BLOCK=BLOCK, TILE=TILE,
                          num_warps=WARPS, num_stages=STAGES)
     return out[0] if counts is None else out
 
 
 def check(device: torch.device) -> None:
-    """ArithmeticError unless small products of each kind are what multiplying dequantised values gives, to a thousandth
-    of the largest: tensor cores keep some 14 bits of a sum of 128."""
+    """ArithmeticError unless small operands are quantised to the same bits as by torch, and small products of each kind
+    are what multiplying dequantised values gives, to a thousandth of the largest: tensor cores keep some 14 bits of a
+    sum of 128."""
     made = torch.Generator().manual_seed(0)
     shapes = (200, 300), (200, 260), (3, 260, 300)
     x, grad, weight = (torch.randn(shape, generator=made).to(device) for shape in shapes)
     counts = torch.tensor([150, 0, 50], device=device)
     rows, w = act_quant(x), weight_quant(weight)
-    tokens = [quant_over_tokens(t, *token_tiles(200, counts)) for t in (grad, x)]
-    wide, wide_w = act_dequant(rows), weight_dequant(w)
-    wide_grad, wide_x = ((q.data.float() * q.scale).flatten(0, 1) for q in tokens)
+    for name, ours, theirs in ("rows", rows, quantize.act_quant(x)), ("weights", w, quantize.weight_quant(weight)):
+        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs, strict=True)):
+            raise ArithmeticError(f"{name} are quantised to other bits than by torch")
+    over = [quantize.quant_over_tokens(t, *token_tiles(200, counts), floor=floor)
+            for t, floor in ((grad, GRAD_AMAX_FLOOR), (x, quantize.AMAX_FLOOR))]
+    wide, wide_w = quantize.act_dequant(rows), quantize.weight_dequant(w)
+    wide_grad, wide_x = ((q.data.float() * q.scale).flatten(0, 1) for q in over)
     for name, found, wanted in (
             ("rows", rows_product(rows, w, counts, torch.float32),
              torch.cat([wide[:150] @ wide_w[0].mT, wide[150:] @ wide_w[2].mT])),
-            ("tokens", tokens_product(*tokens, counts, torch.float32),
+            ("tokens", weight_gradient(grad, x, counts, False, False, torch.float32),
              torch.stack([wide_grad[a:b].mT @ wide_x[a:b] for a, b in ((0, 256), (256, 256), (256, 384))]))):
         if not torch.allclose(found, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max())):
             raise ArithmeticError(f"a product over {name} is off by {float((found - wanted).abs().max()):.3g}")
-
-
-def _contiguous(q: Quantized) -> Quantized:
-    return Quantized(q.data.contiguous(), q.scale.contiguous())
-
-
-def _tokens_last(data: Tensor) -> Tensor:
-    """[T, 128, K] -> [K, T * 128]: tensor cores take E4M3 operands with the axis that is summed over last alone."""
-    return data.flatten(0, 1).view(torch.uint8).mT.contiguous().view(data.dtype)
 
 
 def _tiles(num_rows: int, counts: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

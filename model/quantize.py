@@ -111,11 +111,12 @@ def widened(data: Tensor) -> Tensor:
 
 
 def _scale_of(amax: Tensor, power_of_two: bool, floor: float) -> Tensor:
-    scale = amax.clamp(min=floor) / E4M3_MAX
+    scale = (amax.clamp(min=floor) / E4M3_MAX).masked_fill_(~amax.isfinite(), torch.nan)
     if not power_of_two:
         return scale
     mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return power.where(scale.isfinite(), scale)
 
 
 def _padded(x: Tensor, axis: int) -> Tensor:

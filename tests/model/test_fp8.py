@@ -71,11 +71,13 @@ def test_act_quant_is_the_published_one_bit_for_bit(power_of_two, dtype):
 
 
 def test_what_is_not_finite_does_not_pass_for_a_number():
-    for bad in (math.inf, math.nan):
+    for bad in (math.inf, -math.inf, math.nan):
         x = torch.ones(1, 256)
         x[0, 3] = bad
-        back = act_dequant(act_quant(x))
-        assert back[0, 3].isnan() and torch.equal(back[0, 128:], torch.ones(128))
+        for power_of_two in (False, True):
+            back = act_dequant(act_quant(x, power_of_two=power_of_two))
+            assert back[0, :128].isnan().all() and torch.equal(back[0, 128:], torch.ones(128))
+        assert unpack(pack(x), 256)[0, :128].isnan().all(), "on its way to another rank"
 
 
 def test_weight_quant_is_that_of_transformers_bit_for_bit():

@@ -1,6 +1,7 @@
 """FP8 tensor-core kernels without a GPU: what they compute by Triton's interpreter (conftest.py), and that they compile
 for Ada, Hopper and Blackwell into FP8 tensor-core instructions. Neither says how fast they are."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from model import fp8
-from model.quantize import act_quant, quant_over_tokens, token_tiles, weight_quant
+from model import fp8, quantize
+from model.quantize import Quantized
 from model.transformer import Transformer
 from orchestrator.compose import compose_config
 
@@ -33,24 +34,51 @@ def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=made) * 10.0 ** torch.randint(-3, 3, (*shape[:-1], 1), generator=made)
 
 
+def same(ours: Quantized, theirs: Quantized) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
+
+
 COUNTS = [None, [150, 0, 50], [0, 0, 200], [1, 128, 71]]
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_operands_are_quantised_to_the_same_bits(kernels, power_of_two):
+    how = {"power_of_two": power_of_two}
+    for x in random(70, 300, seed=1), random(3, 128, seed=2), random(33, 7, seed=3).bfloat16(), torch.zeros(2, 128):
+        for floor in (quantize.AMAX_FLOOR, quantize.GRAD_AMAX_FLOOR):
+            assert same(kernels.act_quant(x, floor=floor, **how), quantize.act_quant(x, floor=floor, **how))
+    for weight in random(260, 300, seed=4), random(3, 130, 128, seed=5):
+        wanted = quantize.weight_quant(weight, **how)
+        assert same(kernels.weight_quant(weight, **how), wanted)
+        assert same(kernels.weight_quant(weight, transposed=True, **how), Quantized(*(t.mT for t in wanted)))
+    x, counts = random(200, 100, seed=6), torch.tensor([150, 0, 50])
+    wanted = quantize.quant_over_tokens(x, *quantize.token_tiles(200, counts), **how)
+    found = kernels.quant_over_tokens(x, kernels._tiles(200, counts, x.device)[0], **how)
+    assert same(found, Quantized(wanted.data.flatten(0, 1).mT, wanted.scale.flatten(0, 1)))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_tile_with_what_is_not_finite_is_not_a_number(kernels, power_of_two):
+    x = torch.ones(3, 256)
+    x[0, 3], x[1, 200] = math.inf, math.nan
+    back = quantize.act_dequant(kernels.act_quant(x, power_of_two=power_of_two))
+    assert back[0, :128].isnan().all() and back[1, 128:].isnan().all() and back.isfinite().sum() == 4 * 128
+
+
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("inputs, outputs", [(128, 128), (300, 72), (64, 260)])
+@pytest.mark.parametrize("inputs, outputs", [(300, 72), (64, 260)])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_products_are_those_of_dequantised_operands(kernels, monkeypatch, counts, inputs, outputs, power_of_two):
     counts = None if counts is None else torch.tensor(counts)
     experts = () if counts is None else (3,)
     x, grad = random(200, inputs, seed=1), random(200, outputs, seed=2)
-    rows, grads = (act_quant(t, power_of_two=power_of_two) for t in (x, grad))
-    weight = weight_quant(random(*experts, outputs, inputs, seed=3), power_of_two=power_of_two)
+    weight = random(*experts, outputs, inputs, seed=3)
 
     def products() -> list[torch.Tensor]:
-        exact = {"exact": power_of_two}
-        return [fp8._rows_product(rows, weight, counts, torch.float32, **exact),
-                fp8._rows_product(grads, weight, counts, torch.float32, transposed=False, **exact),
-                fp8._weight_gradient(grad, x, counts, power_of_two, power_of_two, torch.float32)]
+        how = {"power_of_two": power_of_two, "exact": power_of_two}
+        return [fp8._product(fp8._quantized(x, power_of_two), weight, counts, torch.float32, **how),
+                *fp8._backward(grad, x, weight, counts, power_of_two, power_of_two, (True, True), torch.float32)]
 
     found = products()
     monkeypatch.setattr(fp8, "on_tensor_cores", lambda device: False)
@@ -60,10 +88,9 @@ def test_products_are_those_of_dequantised_operands(kernels, monkeypatch, counts
 
 def test_no_rows_give_no_outputs_and_no_gradient(kernels):
     counts, nothing = torch.tensor([0, 0]), torch.empty(0, 64)
-    weight = weight_quant(random(2, 32, 64, seed=0))
-    assert kernels.rows_product(act_quant(nothing), weight, counts, torch.bfloat16).shape == (0, 32)
-    tokens = quant_over_tokens(nothing, *token_tiles(0, counts))
-    assert not kernels.tokens_product(tokens, tokens, counts, torch.float32).any()
+    weight = kernels.weight_quant(random(2, 32, 64, seed=0))
+    assert kernels.rows_product(kernels.act_quant(nothing), weight, counts, torch.bfloat16).shape == (0, 32)
+    assert not kernels.weight_gradient(nothing, nothing, counts, False, False, torch.float32).any()
 
 
 def step(model: Transformer, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -104,18 +131,30 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model import fp8_kernels as kernels
-for kernel, out in (kernels._rows_kernel, "*bf16"), (kernels._tokens_kernel, "*fp32"):
-    constants = {"BLOCK": kernels.BLOCK, "TILE": kernels.TILE}
-    pointers = dict.fromkeys(("rows", "weight", "left", "right"), "*fp8e4nv") | {"out": out}
-    pointers |= dict.fromkeys(("source", "expert", "ends"), "*i32")
-    kinds = {name: pointers.get(name, "*fp32" if name.endswith("_scale") else "i32") for name in kernel.arg_names}
+from model import fp8_kernels, quantize_kernels
+CONSTANTS = {"BLOCK": fp8_kernels.BLOCK, "TILE": 128, "POWER_OF_TWO": True, "TRANSPOSED": True,
+             "ROWS": quantize_kernels.ROWS, "COLUMNS": quantize_kernels.COLUMNS}
+KINDS = dict.fromkeys(("rows", "weight", "left", "right", "data"), "*fp8e4nv") | dict.fromkeys(
+    ("source", "expert", "ends"), "*i32") | {"x": "*bf16", "scale": "*fp32", "floor": "fp32"}
+
+def compile(kernel, options, **kinds):
+    constants = {name: CONSTANTS[name] for name in kernel.arg_names if name in CONSTANTS}
+    known = KINDS | kinds
+    kinds = {name: known.get(name, "*fp32" if name.endswith("_scale") else "i32") for name in kernel.arg_names}
     kinds |= dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(kinds) - len(constants))}  # as pointers and sizes are
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values())
+               if kind not in ("constexpr", "fp32")}  # as pointers and sizes are
     built = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32),
-                           options={"num_warps": kernels.WARPS, "num_stages": kernels.STAGES})
-    assert sys.argv[2] in built.asm["ptx"], kernel
-    assert built.asm["cubin"] and built.metadata.shared <= int(sys.argv[3]) * 1024, built.metadata.shared
+                           options=options)
+    assert built.asm["cubin"] and built.metadata.shared <= int(sys.argv[3]) * 1024, (kernel, built.metadata.shared)
+    return built
+
+products = {"num_warps": fp8_kernels.WARPS, "num_stages": fp8_kernels.STAGES}
+for kernel, out in (fp8_kernels._rows_kernel, "*bf16"), (fp8_kernels._tokens_kernel, "*fp32"):
+    assert sys.argv[2] in compile(kernel, products, out=out).asm["ptx"], kernel
+compile(quantize_kernels._act_kernel, {}, rows="i32")
+compile(quantize_kernels._weight_kernel, {}, weight="*fp32", rows="i32")
+compile(quantize_kernels._token_kernel, {}, x="*fp32")
 """
 
 
