@@ -5,6 +5,8 @@ only reorders; `orchestrator/parallel/dispatch.py` has the one that crosses rank
 parameter. Shapes: T tokens, D dim, E routed experts, K activated experts, R rows at the local experts.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -60,7 +62,7 @@ def permute(tokens: Tensor, routing: Routing, n_experts: int) -> tuple[Tensor, T
     flat = routing.indices.flatten()
     order = flat.argsort(stable=True)
     back = inverse_of(order)
-    counts = torch.bincount(flat, minlength=n_experts)
+    counts = count_choices(flat, n_experts)
     rows = gather_rows(tokens, order, back, routing.indices.shape[1])
     return rows, counts, Permutation(order, back, routing.weights)
 
@@ -70,6 +72,12 @@ def unpermute(out: Tensor, permutation: Permutation) -> Tensor:
     weights = permutation.weights
     rows = gather_rows(out, permutation.back, permutation.order).unflatten(0, weights.shape)
     return torch.bmm(weights.to(rows.dtype)[:, None, :], rows).squeeze(1)
+
+
+def count_choices(flat: Tensor, n_experts: int) -> Tensor:
+    """How often each expert is among the indices [N] -> [E], int64. bincount would wait for a GPU to tell their range,
+    twice a layer."""
+    return flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def inverse_of(order: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ class Router(nn.Module):
             if self.training and torch.is_grad_enabled() and config.balance_loss_weight:
                 loss = self._balance_loss(scores, indices)
         if self.training and self.counting:
-            self.tokens_per_expert += torch.bincount(indices.flatten(), minlength=config.n_routed_experts)
+            self.tokens_per_expert += count_choices(indices.flatten(), config.n_routed_experts)
             if loss is not None:
                 self.balance_loss_sum = self.balance_loss_sum + loss.detach()
         return Routing(indices.flatten(0, 1), weights.flatten(0, 1)), loss
@@ -171,13 +179,32 @@ class GroupedExperts(nn.Module):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(num_experts, 2 * inter_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, inter_dim))
+        self.casts: dict[str, Tensor] | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [R, D] sorted by expert, counts [E] rows of each -> [R, D]."""
         offsets = counts.cumsum(0).to(torch.int32)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        hidden = F.grouped_mm(x.to(dtype), self.w13.to(dtype).transpose(1, 2), offs=offsets)
-        return F.grouped_mm(swiglu(hidden), self.w2.to(dtype).transpose(1, 2), offs=offsets)
+        hidden = F.grouped_mm(x.to(dtype), self._cast("w13", dtype).transpose(1, 2), offs=offsets)
+        return F.grouped_mm(swiglu(hidden), self._cast("w2", dtype).transpose(1, 2), offs=offsets)
+
+    @contextlib.contextmanager
+    def casting_once(self) -> Iterator[None]:
+        """Within it all forwards share one copy of the weights in autocast's dtype, as those of linear layers do:
+        else every microbatch in flight keeps its own until backward. The weights must not change meanwhile."""
+        self.casts = {}
+        try:
+            yield
+        finally:
+            self.casts = None
+
+    def _cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        weight = getattr(self, name)
+        if self.casts is None or weight.dtype == dtype:
+            return weight.to(dtype)
+        if name not in self.casts:
+            self.casts[name] = weight.to(dtype)
+        return self.casts[name]
 
 
 class FeedForward(nn.Module):
