@@ -64,7 +64,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 def rope_table(config: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles, each [S, R/2], fp32."""
     frequencies, factor = rope_frequencies(config)
-    angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies.to(device)
+    frequencies = frequencies.to(device, non_blocking=True)  # else every forward waits for the one before on a GPU
+    angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos() * factor, angles.sin() * factor
 
 

@@ -60,7 +60,7 @@ def permute(tokens: Tensor, routing: Routing, n_experts: int) -> tuple[Tensor, T
     flat = routing.indices.flatten()
     order = flat.argsort(stable=True)
     back = inverse_of(order)
-    counts = torch.bincount(flat, minlength=n_experts)
+    counts = count_choices(flat, n_experts)
     rows = gather_rows(tokens, order, back, routing.indices.shape[1])
     return rows, counts, Permutation(order, back, routing.weights)
 
@@ -70,6 +70,12 @@ def unpermute(out: Tensor, permutation: Permutation) -> Tensor:
     weights = permutation.weights
     rows = gather_rows(out, permutation.back, permutation.order).unflatten(0, weights.shape)
     return torch.bmm(weights.to(rows.dtype)[:, None, :], rows).squeeze(1)
+
+
+def count_choices(flat: Tensor, n_experts: int) -> Tensor:
+    """How often each expert is among the indices [N] -> [E], int64. bincount would wait for a GPU to tell their range,
+    twice a layer."""
+    return flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def inverse_of(order: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ class Router(nn.Module):
             if self.training and torch.is_grad_enabled() and config.balance_loss_weight:
                 loss = self._balance_loss(scores, indices)
         if self.training and self.counting:
-            self.tokens_per_expert += torch.bincount(indices.flatten(), minlength=config.n_routed_experts)
+            self.tokens_per_expert += count_choices(indices.flatten(), config.n_routed_experts)
             if loss is not None:
                 self.balance_loss_sum = self.balance_loss_sum + loss.detach()
         return Routing(indices.flatten(0, 1), weights.flatten(0, 1)), loss

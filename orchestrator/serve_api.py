@@ -77,14 +77,15 @@ async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits,
                       code="rate_limit") from None
     form = _Form(name, chat, sum(map(len, asked.prompts)))
     if asked.stream:
-        return StreamingResponse(_stream(asked, sequences, news, form), media_type="text/event-stream")
+        return StreamingResponse(_stream(asked, sequences, news, form, limits), media_type="text/event-stream")
     listener = asyncio.create_task(_until_gone(request, sequences))
     texts, counts, ends = [""] * len(sequences), [0] * len(sequences), [None] * len(sequences)
     try:
         async for index, piece in _pieces(sequences, news):
             texts[index] += piece.text
             counts[index], ends[index] = piece.tokens, piece.finish
-            _raise_failure(piece, limits)
+            if failure := _failure(piece, limits):
+                raise failure
     finally:
         listener.cancel()
         for sequence in sequences:
@@ -92,14 +93,14 @@ async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits,
     return JSONResponse(form.whole(texts, ends, sum(counts)))
 
 
-async def _stream(asked: Asked, sequences: list[Sequence], news: asyncio.Queue, form: "_Form") -> AsyncIterator[str]:
+async def _stream(asked: Asked, sequences: list[Sequence], news: asyncio.Queue, form: "_Form",
+                  limits: Limits) -> AsyncIterator[str]:
     try:
         for index in range(len(sequences)) if form.chat else ():
             yield form.event(index, "", None, opening=True)
         async for index, piece in _pieces(sequences, news):
-            if piece.finish in ("timeout", "error"):
-                message = piece.error or "the time limit of a request is over"
-                yield f"data: {json.dumps(Refused(504, message, code=piece.finish).body)}\n\n"
+            if failure := _failure(piece, limits):
+                yield f"data: {json.dumps(failure.body)}\n\n"
                 return
             yield form.event(index, piece.text, piece.finish)
         if asked.with_usage:
@@ -127,13 +128,15 @@ async def _until_gone(request: Request, sequences: list[Sequence]) -> None:
         sequence.cancelled = True
 
 
-def _raise_failure(piece: Piece, limits: Limits) -> None:
+def _failure(piece: Piece, limits: Limits) -> Refused | None:
+    """What a client must hear instead of an answer that would look whole."""
     if piece.finish == "timeout":
-        raise Refused(504, f"no answer within timeout_s={limits.timeout_s:g}; ask for fewer tokens", code="timeout")
+        return Refused(504, f"no answer within timeout_s={limits.timeout_s:g}; ask for fewer tokens", code="timeout")
     if piece.finish == "error":
-        raise Refused(500, piece.error, code="error")
+        return Refused(500, piece.error, code="error")
     if piece.finish == "cancelled":
-        raise Refused(503, "the server is ending, or the client has gone", code="cancelled")
+        return Refused(503, "the server is ending, or the client has gone", code="cancelled")
+    return None
 
 
 class _Form:

@@ -62,7 +62,7 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
     known = {"model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed"}
     known |= {"messages", "max_completion_tokens"} if chat else {"prompt"}
     for key, value in body.items():
-        if key in NEUTRAL and value not in (None, NEUTRAL[key]):
+        if key in NEUTRAL and value is not None and not _alike(value, NEUTRAL[key]):
             raise Refused(400, f"{key}={json.dumps(value)[:80]}: is not supported; leave it out", param=key)
         if key not in known and key not in NEUTRAL and key not in IGNORED and value is not None:
             raise Refused(400, f"{key}: no such parameter here; leave it out", param=key)
@@ -154,8 +154,13 @@ def _number(body: dict, key: str, default: float, low: float, high: float, *, wh
     return value
 
 
+def _alike(value: object, neutral: object) -> bool:
+    """As JSON has it, where 0 (logprobs=0 asks for those of the tokens alone) is not false."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
 def _flag(body: object, key: str) -> bool:
     value = body.get(key) if isinstance(body, dict) else None
-    if value not in (None, True, False):
+    if value is not None and not isinstance(value, bool):
         raise Refused(400, f"{key}={json.dumps(value)[:80]}: must be true or false", param=key)
     return bool(value)

@@ -93,9 +93,12 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
     with _default_timeout(timeout):
         mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep), mesh_dim_names=("pp", "edp", "ep"))
         dp_mesh = mesh["edp", "ep"]._flatten("dp")
+    pp = mesh.get_group("pp") if layout.pp > 1 else None
+    if pp is not None:
+        # NCCL connects a group when all its ranks come to its first operation; a pipeline's are between some of them.
+        dist.all_reduce(torch.zeros(1, device=device), group=pp)
     return Mesh(
-        layout, info, device, coordinate, store, dist.group.WORLD,
-        pp=mesh.get_group("pp") if layout.pp > 1 else None,
+        layout, info, device, coordinate, store, dist.group.WORLD, pp=pp,
         ep=mesh.get_group("ep") if layout.ep > 1 else None,
         dp_mesh=dp_mesh if layout.dp > 1 else None,
         edp_mesh=mesh["edp"] if layout.edp > 1 else None,

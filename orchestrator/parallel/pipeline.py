@@ -4,6 +4,8 @@ The loss of a step is the mean over all its tokens and sequences, whatever the l
 sums by the step's totals, and gradients are summed, never averaged, over microbatches and ranks.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +32,6 @@ class Pipeline:
     mesh: Mesh
     stage_ids: list[int]
     stages: list[Transformer]
-    compute_dtype: torch.dtype
     embedding_group: dist.ProcessGroup | None
     shards: list[Shard]
     runtimes: dict = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Pipeline:
             for _, moe in moe_layers(stage):
                 moe.balance_scale = self.model.balance_loss_weight / step_sequences
         loss_scale = _LossScale(self.model, tokens.shape[1], step_sequences)
-        with self._autocast(tokens), casts_kept():
+        with self._casting_once(tokens.device):
             run = self._run_alone if self.mesh.pp is None else self._run_schedule
             return run(tokens, loss_scale)
 
@@ -60,7 +61,7 @@ class Pipeline:
         guesses (`Transformer.forward`): [1 + 2M]."""
         for stage in self.stages:
             stage.eval()
-        with self._autocast(tokens):
+        with self._casting_once(tokens.device):
             return self._forward_only(tokens)
 
     def finish_grads(self) -> None:
@@ -74,8 +75,12 @@ class Pipeline:
                 router.tokens_per_expert.zero_()
                 router.balance_loss_sum = 0.0
 
-    def _autocast(self, tokens: Tensor) -> torch.autocast:
-        return torch.autocast(tokens.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+    @contextlib.contextmanager
+    def _casting_once(self, device: torch.device) -> Iterator[None]:
+        """Within it every weight is cast once for all microbatches. Autocast keeps its casts until the outermost region
+        ends, which this is, switched off."""
+        with torch.autocast(device.type, enabled=False), casts_kept():
+            yield
 
     def _run_alone(self, tokens: Tensor, loss_scale: "_LossScale") -> Tensor:
         (stage,) = self.stages
@@ -157,14 +162,16 @@ def build_pipeline(config: Config, mesh: Mesh, compute_dtype: torch.dtype) -> Pi
     splits = split_stages(config.model, num_stages(config), config.train.seq_len)
     stages = [build_stage(config.model, splits[i], mesh, seed=config.seed, recompute=layout.recompute.name == "full",
                           precision=config.precision) for i in ids]
+    for stage in stages if compute_dtype != torch.float32 else ():
+        # Forward alone: in a region of autocast backward, too, would multiply in its dtype, the router's fp32 included.
+        stage.forward = torch.autocast(mesh.device.type, compute_dtype)(stage.forward)
     group = None
     if mesh.pp is not None and (config.model.n_mtp_layers or config.model.tie_embeddings):
         last_stage = len(splits) - 1
         last_rank = next(r for r in range(layout.pp) if last_stage in stages_of(
             r, layout.pp, layout.schedule, layout.stages_per_rank))
         group = mesh.first_and_last_stage_group(last_rank)
-    return Pipeline(config.model, layout, mesh, ids, stages, compute_dtype, group,
-                    shards_of(stages, config.model, mesh))
+    return Pipeline(config.model, layout, mesh, ids, stages, group, shards_of(stages, config.model, mesh))
 
 
 class _LossScale:

@@ -14,13 +14,17 @@ class Stage(PipelineStage):
     asked for and belongs to whoever reads it; between, a tensor without storage remembers its shape.
     """
 
-    def _setup_forward_recv_info(self, *args, **kwargs) -> None:
+    def _prepare_forward_infra(self, *args, **kwargs) -> object:
         with self._without_storage():
-            super()._setup_forward_recv_info(*args, **kwargs)
+            return super()._prepare_forward_infra(*args, **kwargs)
 
-    def _setup_backward_recv_info(self, *args, **kwargs) -> None:
+    def _prepare_backward_infra(self, *args, **kwargs) -> object:
         with self._without_storage():
-            super()._setup_backward_recv_info(*args, **kwargs)
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    def _get_init_p2p_neighbors_ops(self) -> list:
+        """torch before 2.13 greets the neighbours first, in a V schedule itself too, which gloo does not deliver."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def _get_recv_ops(self, recv_infos: tuple) -> list:
         for info, buffer in _buffers(recv_infos):
@@ -39,6 +43,7 @@ class Stage(PipelineStage):
 
     @contextlib.contextmanager
     def _without_storage(self) -> Iterator[None]:
+        """Where shapes are given, as here, the device is only asked for to make the buffers."""
         device, self.device = self.device, torch.device("meta")
         try:
             yield

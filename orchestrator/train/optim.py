@@ -25,7 +25,7 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
         done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
         return floor + (optim.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     decay_steps = max(1, round(total_steps * optim.decay_fraction))
-    left = (total_steps - step) / decay_steps
+    left = (total_steps - step) / decay_steps if optim.decay_fraction else 1.0
     return floor + (optim.lr - floor) * min(1.0, max(0.0, left))
 
 

@@ -29,6 +29,9 @@ from orchestrator.train.state import pieces_of, restore
 from orchestrator.train.tokenizer import load_tokenizer, same_ids
 
 FREE_MODEL_KEYS = {"name", "max_seq_len", "init_std", "bias_update_speed", "balance_loss_weight", "mtp_loss_weight"}
+CONTEXT_MODEL_KEYS = {"rope_theta", "rope_factor", "original_seq_len", "beta_fast", "beta_slow", "mscale",
+                      "mscale_all_dim"}
+"""How far positions reach: a new run from weights alone may extend it (V3 report, section 4.3)."""
 FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", "train.batch_ramp_steps")
 
 
@@ -254,7 +257,7 @@ class Checkpoints:
         try:
             loader = Loader(path)
             weights_only = bool(loader.state.get("weights_only"))
-            self._check_same_model(loader.state, path)
+            self._check_same_model(loader.state, path, free=CONTEXT_MODEL_KEYS if weights_only else set())
             if not weights_only:
                 self._check_same_order(loader.state, path)
             restore(self.pipeline, self.optimizer, loader, weights_only=weights_only, on_progress=self.on_progress)
@@ -281,10 +284,10 @@ class Checkpoints:
         kind, message = json.loads(store.get(f"{prefix}/{first.item()}"))
         return getattr(errors, kind)(message)
 
-    def _check_same_model(self, state: dict, path: str) -> None:
+    def _check_same_model(self, state: dict, path: str, *, free: set[str]) -> None:
         ours, theirs = to_dict(self.config.model), state["config"]["model"]
         differing = [f"model.{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
-                     if key not in FREE_MODEL_KEYS and theirs.get(key) != value]
+                     if key not in FREE_MODEL_KEYS | free and theirs.get(key) != value]
         if differing:
             raise BadRequest(f"resume={path}: a checkpoint of another model: {'; '.join(differing[:4])}; use the same "
                              "model, or start a new run with resume=none")

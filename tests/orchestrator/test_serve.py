@@ -125,7 +125,8 @@ def test_several_choices_and_stop_texts(server, loaded):
     (dict(prompt=""), "prompt: 0 tokens"), (dict(prompt=[999]), "token ids below"),
     (dict(max_tokens=65), "max_tokens=65: must be a whole number from 1 to 64"),
     (dict(temperature=3), "temperature=3: must be a number from 0 to 2"),
-    (dict(logprobs=2), "logprobs=2: is not supported"), (dict(n=99), "n=99"), (dict(stop=[1]), "stop"),
+    (dict(logprobs=2), "logprobs=2: is not supported"), (dict(logprobs=0), "logprobs=0: is not supported"),
+    (dict(n=99), "n=99"), (dict(stop=[1]), "stop"), (dict(extra_body={"stream": 1}), "stream=1: must be true or false"),
     (dict(extra_body={"tmperature": 1}), "tmperature: no such parameter"),
     (dict(prompt=["a", "b"], n=6), "n=6: 12 answers, must be at most 11 here")])
 def test_a_bad_request_names_the_parameter(server, bad, said):
@@ -190,6 +191,20 @@ def test_more_than_may_wait_are_sent_away_and_late_answers_end(slow):
         with pytest.raises(openai.APIStatusError, match="no answer within timeout_s=0.5") as caught:
             first.result(30)
     assert caught.value.status_code == 504
+
+
+def test_a_stream_that_the_end_of_the_server_cuts_short_does_not_look_whole(loaded):
+    server = Server(loaded, slots=1)
+    step = server.engine.batch.step
+    server.engine.batch.step = lambda: (time.sleep(0.02), step())[1]
+    try:
+        events = server.client().completions.create(**LONG, stream=True)
+        next(iter(events))
+        server.engine.close()
+        with pytest.raises(openai.APIError, match="the server is ending"):
+            list(events)
+    finally:
+        server.close()
 
 
 def test_an_error_of_the_model_ends_its_requests_not_the_server(server, monkeypatch):

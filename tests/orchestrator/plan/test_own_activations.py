@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import count
 from model.config import Attention, ModelConfig
-from orchestrator.compose import compose_config
 from orchestrator.config import Config
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import connect
@@ -114,28 +113,3 @@ def test_predicted_bytes_are_what_torch_allocates(model, precision):
     for name, size in predicted.items():
         print(f"{precision} {name}: predicted over allocated {size / found[name] - 1 if size else 0:+.1%}")
         assert size == pytest.approx(found[name], rel=0.05), name
-
-
-def cast_bytes(info: RankInfo, overrides: list[str]) -> int:
-    """Of the bf16 copies of parameters that this rank's microbatches in flight keep for backward."""
-    config = compose_config(["model=tiny", "layout.microbatches=4", *overrides])
-    mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
-    pipeline = build_pipeline(config, mesh, torch.bfloat16)
-    tokens = torch.randint(0, 264, (4 // config.layout.dp, 32 + 2), generator=torch.Generator().manual_seed(0))
-    casts = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if is_cast_parameter(tensor):
-            casts[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pipeline.train_step(tokens, step_sequences=4)
-    return sum(tensor.untyped_storage().nbytes() for tensor in casts.values())
-
-
-def test_microbatches_in_flight_share_the_copies_of_weights(ranks):
-    """gpipe holds four microbatches at a time: each parameter that products read has one copy, not four."""
-    held = sum(ranks.run(cast_bytes, ["layout.pp=2", "layout.schedule=gpipe"], world=2))
-    model = compose_config(["model=tiny"]).model
-    assert 0 < held <= 2 * count.parameters(model, mtp=True).total
