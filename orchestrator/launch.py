@@ -68,7 +68,9 @@ class Job:
 def run(arguments: list[str]) -> int:
     from orchestrator.compose import compose_config
     from orchestrator.plan.layout import check_run
+    from orchestrator.words import expanded
 
+    arguments = expanded(arguments)
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise BadRequest(f"{flags[0]}: launch has no flags; {HELP.splitlines()[0]}")
@@ -147,7 +149,7 @@ def _nodes(config: Config) -> tuple[int, int]:
 def _overrides(config: Config, arguments: list[str], stamp: str, cwd: Path) -> list[str]:
     """The run's own words, with a run directory that is the same at every start. What a launcher starts in the
     checkout is told paths from here."""
-    from orchestrator.compose import quoted
+    from orchestrator.words import quoted
 
     def here(path: str) -> str:
         return str(cwd / Path(path).expanduser()) if path and "://" not in path else path
