@@ -49,11 +49,12 @@ class ShortRead(NotTrustworthy):
 
 
 def local_path(path: str) -> str | None:
-    """The operating system's path, or None when `path` is not on a local file system."""
+    """The operating system's path, or None when `path` is not on a local file system. No shell expands the ~ of
+    `run.dir=~/runs`."""
     for scheme in ("file://", "local://"):
         if path.startswith(scheme):
             return path.removeprefix(scheme)
-    return None if "://" in path else path
+    return None if "://" in path else os.path.expanduser(path)
 
 
 def join(path: str, *names: str) -> str:

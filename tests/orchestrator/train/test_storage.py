@@ -45,6 +45,12 @@ def test_directories_list_and_vanish(root):
     assert storage.list_dir(folder) == [] and not storage.exists(storage.join(folder, "y"))
 
 
+def test_home_is_meant_by_a_tilde_that_no_shell_expands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("~/runs/x", b"1")
+    assert storage.read_bytes(f"{tmp_path}/runs/x") == b"1" and storage.glob("~/runs/*") == [f"{tmp_path}/runs/x"]
+
+
 def test_a_listing_is_never_stale(root):
     assert storage.list_dir(storage.join(root, "new")) == []
     writer = threading.Thread(target=storage.write_bytes, args=(storage.join(root, "new", "x"), b""))
