@@ -24,6 +24,8 @@ RESOLVER = re.compile(r"\$\{[^{}]*:")
 PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 FOREIGN = re.compile(r"--(co|e)|-c[pnd]")
 """Hydra's flags that take the config from elsewhere (--config-dir, --experimental-rerun, ...), however abbreviated."""
+FLAGS = ("--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--multirun", "-m", "--package", "-p",
+         "--resolve", "--run", "-r", "--shell-completion", "-sc", "--version")
 SECRET = re.compile(r"key|token(?!izer|s)|secret|password|credential", re.IGNORECASE)
 
 
@@ -281,6 +283,12 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
     for flag in filter(FOREIGN.match, arguments):
         raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours "
                          "into conf/experiment/")
+    for flag in (text.split("=", 1)[0] for text in arguments if text.startswith("-")):
+        if flag not in FLAGS:
+            key = flag.lstrip("-")
+            remedy = (f"write {key}=VALUE, without dashes" if key in (*_all_keys(), *_groups()) else
+                      f"there are {', '.join(flag for flag in FLAGS if flag.startswith('--'))}")
+            raise BadRequest(f"{flag}: no such flag; {remedy}")
     register()
     codes: list[int] = []
 

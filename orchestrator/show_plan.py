@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from orchestrator.arguments import check_writable, taken
+from orchestrator.arguments import check_writable, positional, taken
 from orchestrator.errors import BadRequest
 from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, make_plan, to_json
@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> int:
     if arguments[:1] in (["prices"], ["budgets"]):
         from orchestrator.plan_published import print_budgets, print_prices
 
+        positional(f"plan {arguments[0]}", arguments[1:], 0, f"usage: sparing plan {arguments[0]}")
         {"prices": print_prices, "budgets": print_budgets}[arguments[0]]()
     elif arguments[:1] == ["diff"]:
         from orchestrator.plan_diff import plan_diff

@@ -233,7 +233,10 @@ def _write_local(path: str, chunks: Iterable, publish: Callable[[str, str], None
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
     with _typed_errors(path, num_bytes):
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:  # a file in the way, or a system's own folder
+            raise NotFit(f"{folder}: cannot be made ({_words(error)}); choose another directory") from error
         try:
             with open(temporary, "xb") as file:
                 for chunk in chunks:

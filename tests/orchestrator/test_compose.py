@@ -193,6 +193,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     (["import", "nowhere", "out"], 2, "nowhere: is no directory"),
     (["import"], 2, "import: takes 2 arguments"),
     (["train", "launch=slurm"], 2, "launch=slurm: train runs on the machine or the cluster it is in; leave it out, or"),
+    (["train", "--train.steps=3"], 2, "--train.steps: no such flag; write train.steps=VALUE, without dashes"),
+    (["train", "--verbose"], 2, "--verbose: no such flag; there are --cfg"),
     (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
     (["train", "--config-dir=/tmp", "--cfg", "job"], 2, "--config-dir=/tmp: configs come from conf/ alone"),
 ])
