@@ -89,12 +89,13 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
     """The manifest for this run; `BadRequest` for what a launcher cannot do."""
     launch = config.launch
     _check(config)
-    name = f"sparing-{re.sub('[^a-z0-9]+', '-', config.run.name.lower())[:20].strip('-')}-{stamp}"
+    run = f"sparing-{re.sub('[^a-z0-9]+', '-', config.run.name.lower())[:20].strip('-')}"
+    name = f"{run}-{stamp}"
     nodes, ranks_per_node = _nodes(config)
     gpus = ranks_per_node if config.hardware.device == "cuda" else 0
     root = conf_dir().parent
     manifest = _templates().get_template(f"{MANIFESTS[launch.kind]}.j2").render(
-        name=name, nodes=nodes, ranks_per_node=ranks_per_node, gpus=gpus,
+        name=name, run=run, nodes=nodes, ranks_per_node=ranks_per_node, gpus=gpus,
         cpus=ranks_per_node * (CPUS_PER_GPU if gpus else 1), accelerator=_accelerator(config.hardware.name),
         gpu_resource="amd.com/gpu" if config.hardware.name.startswith("mi") else "nvidia.com/gpu",
         command=shlex.join(["python", "-m", "orchestrator", "train", *_overrides(config, arguments, stamp, cwd)]),
