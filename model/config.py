@@ -5,6 +5,7 @@ grouped-query models (Llama, Mixtral, Qwen3-MoE) and the dense twins: a dense mo
 `n_routed_experts = 0`. Hugging Face's names appear in `hf.py` alone.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -127,11 +128,20 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise `ValueError` naming key, value, rule and remedy for the first contradiction found."""
-        for key in ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads"):
+        for key in ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "original_seq_len"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "must be at least 1", "give a positive number")
+        for key in ("n_routed_experts", "n_shared_experts", "n_mtp_layers", "q_lora_rank"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative", "use 0 for none")
+        for key in ("norm_eps", "init_std", "rope_theta", "rope_factor", "beta_fast", "beta_slow", "route_scale"):
+            _require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "must be positive and finite",
+                     "give a positive number")
+        for key in ("bias_update_speed", "balance_loss_weight", "mtp_loss_weight"):
+            _require(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "must be finite and not negative",
+                     "use 0 for none")
+        for key, most in (("vocab_size", 2**31 - 1), ("n_layers", 10_000), ("n_routed_experts", 1_000_000)):
+            _require(getattr(self, key) <= most, key, getattr(self, key), f"must be at most {most:,}", "lower it")
         _require(0 <= self.n_dense_layers <= self.n_layers, "n_dense_layers", self.n_dense_layers,
                  f"must lie between 0 and n_layers={self.n_layers}", "lower it")
-        _require(self.n_mtp_layers >= 0, "n_mtp_layers", self.n_mtp_layers, "must not be negative", "use 0 for none")
         if self.n_dense_layers or not self.n_routed_experts:
             _require(self.inter_dim > 0, "inter_dim", self.inter_dim, "must be positive for dense layers", "set it")
         self._check_attention()
@@ -164,15 +174,12 @@ class ModelConfig:
         _require(self.n_activated_experts <= reachable, "n_activated_experts", self.n_activated_experts,
                  f"must not exceed the {reachable} experts that {self.n_limited_groups} of {groups} groups hold",
                  "raise n_limited_groups or lower it")
-        _require(self.bias_update_speed >= 0, "bias_update_speed", self.bias_update_speed, "must not be negative",
-                 "use 0 to freeze the bias")
-        _require(self.balance_loss_weight >= 0, "balance_loss_weight", self.balance_loss_weight,
-                 "must not be negative", "use 0 for none")
 
 
 def divisors(number: int) -> list[int]:
     """All positive divisors, ascending: what an error message may offer."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
 
 
 def _require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:

@@ -7,6 +7,7 @@ SPARING_TRACEBACK=1 shows where an error came from.
 
 import importlib
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -40,6 +41,7 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
   sparing train experiment=tiny                        four ranks on this machine (layout pp=2, dp=2, ep=2)
   sparing train experiment=tiny train.steps=50 layout.schedule=dualpipev layout.microbatches=4
   sparing train data=text data.path='/corpus/*.jsonl'  your own text
+  sparing train model=path/to/config.json              the shape of a Hugging Face config.json, from scratch
   sparing train run.dir=runs/NAME resume=auto          go on with a run, with its own config
   sparing train budget.max_usd=25                      end, with a checkpoint, before it costs more
 
@@ -103,6 +105,11 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"sparing {version('sparing')}")
+        return 0
     verb, arguments = argv[0], argv[1:]
     if verb in MODULES:
         module = importlib.import_module(MODULES[verb])
@@ -124,7 +131,9 @@ def _run(argv: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     from orchestrator.compose import check_overrides, compose_config, with_hydra_flags
+    from orchestrator.words import expanded
 
+    arguments = expanded(arguments)
     if any(argument.startswith("-") for argument in arguments):
         check_overrides([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
         return with_hydra_flags(arguments, train_config)
@@ -133,9 +142,13 @@ def _train(arguments: list[str]) -> int:
 
 def train_config(config) -> int:
     """Check and run one config, here as one of torchrun's processes or as Ray's driver; returns the exit code."""
+    from orchestrator.choices import LaunchKind
     from orchestrator.plan.layout import check_run
 
     check_run(config)
+    if config.launch.kind is not LaunchKind.local:
+        raise BadRequest(f"launch={config.launch.kind.name}: train runs on the machine or the cluster it is in; leave "
+                         "it out, or use `sparing launch`")
     if config.run.calibrate:
         from orchestrator.train.expected import read_calibration
 
@@ -193,7 +206,7 @@ def _export(arguments: list[str]) -> int:
         raise BadRequest(f"dtype={dtype}: must be one of {', '.join(dtypes)}; use dtype=fp32")
     path = export_checkpoint(source, out, dtype=dtypes[dtype])
     print(f"wrote {out} from {_shown(path)}\n"
-          f"next  AutoModelForCausalLM.from_pretrained({out!r}), or sparing import {out}")
+          f"next  AutoModelForCausalLM.from_pretrained({out!r}), or {_command()} import {shlex.quote(out)} CHECKPOINT")
     if not os.path.isfile(os.path.join(out, TOKENIZER)):
         print(f"note  the checkpoint's {TOKENIZER} is not to be found any more: put it into {out}")
     return 0
@@ -205,9 +218,11 @@ def _import(arguments: list[str]) -> int:
     source, out = positional("import", arguments, 2, HELP["import"])
     path = import_hf(source, out)
     beside = os.path.join(out, TOKENIZER)
-    words = f" data.tokenizer={beside}" if os.path.isfile(beside) else ""
-    print(f"wrote {_shown(path)}\nnext  sparing train model=... resume={out}{words}")
-    if not words:
+    words = [f"model={os.path.join(source, 'config.json')}", f"resume={out}"]
+    words += [f"data.tokenizer={beside}"] * os.path.isfile(beside)
+    print(f"wrote {_shown(path)}\nnext  {_command()} generate {shlex.quote(out)} prompt=...\n"
+          f"next  {_command()} train {shlex.join(words)}")
+    if not os.path.isfile(beside):
         print(f"note  {source} has no {TOKENIZER}: generate, evaluate and serve need tokenizer=FILE")
     return 0
 

@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import os
+from pathlib import Path
 
 from orchestrator.config import Config
 from orchestrator.errors import BadRequest
@@ -9,7 +11,8 @@ from orchestrator.errors import BadRequest
 
 def positional(verb: str, arguments: list[str], number: int, help: str) -> list[str]:
     if len(arguments) != number:
-        raise BadRequest(f"{verb}: takes {number} arguments, {len(arguments)} were given; {help.splitlines()[0]}")
+        wanted = f"{number} argument" + "s" * (number != 1)
+        raise BadRequest(f"{verb}: takes {wanted}, not {len(arguments)}; {help.splitlines()[0]}")
     return arguments
 
 
@@ -67,6 +70,15 @@ def memory_limit(named: dict[str, str]) -> dict[str, float | str] | None:
         raise BadRequest(f"weights={named['weights']}: is of experts that stay on disk; add memory.max_gib=N, or leave "
                          "it out")
     return None
+
+
+def check_writable(named: dict[str, str], *keys: str) -> None:
+    """Long work must not end in a folder that is not there."""
+    for key in set(keys) & named.keys():
+        file = Path(named[key])
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise BadRequest(f"{key}={named[key]}: cannot be written; name a file in a folder that exists and may be "
+                             "written")
 
 
 def choice(named: dict[str, str], key: str, known: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from html import escape
 from model import count
 from model.config import ModelConfig
 from orchestrator.arguments import taken
-from orchestrator.compose import compose_config, quoted
+from orchestrator.compose import compose_config
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import BadRequest, SparingError
 from orchestrator.plan.cost import model_flops
@@ -27,6 +27,7 @@ from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import STYLE, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import read_summary
+from orchestrator.words import quoted
 
 HELP = """\
 usage: sparing compare [KEY=VALUE ...] [seeds=0,1] [out=DIR] [at='PLAN']

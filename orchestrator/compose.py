@@ -16,6 +16,7 @@ from pathlib import Path
 
 from orchestrator.config import Config, conf_dir, from_dict, register, to_dict
 from orchestrator.errors import BadRequest, SparingError
+from orchestrator.words import expanded
 
 HYDRA_VERSION_BASE = "1.3"
 RESOLVER = re.compile(r"\$\{[^{}]*:")
@@ -23,6 +24,8 @@ RESOLVER = re.compile(r"\$\{[^{}]*:")
 PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 FOREIGN = re.compile(r"--(co|e)|-c[pnd]")
 """Hydra's flags that take the config from elsewhere (--config-dir, --experimental-rerun, ...), however abbreviated."""
+FLAGS = ("--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--multirun", "-m", "--package", "-p",
+         "--resolve", "--run", "-r", "--shell-completion", "-sc", "--version")
 SECRET = re.compile(r"key|token(?!izer|s)|secret|password|credential", re.IGNORECASE)
 
 
@@ -33,15 +36,22 @@ def compose_config(overrides: list[str]) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    overrides = expanded(overrides)
     check_overrides(overrides)
     register()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION_BASE):
-            config = to_config(compose("config", overrides=overrides))
+            config = to_config(compose("config", overrides=_opened(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise BadRequest(_first_lines(error)) from error
     return _over_saved(config, overrides)
+
+
+def _opened(overrides: list[str]) -> list[str]:
+    """As Hydra takes names that a mapping does not have yet: to be added."""
+    mappings = {key for key, hint in _all_keys().items() if typing.get_origin(hint) is dict}
+    return [f"++{text.lstrip('+')}" if text.lstrip("+").split("=", 1)[0] in mappings else text for text in overrides]
 
 
 def combinations(overrides: list[str]) -> list[list[str]]:
@@ -97,7 +107,7 @@ def check_overrides(overrides: list[str]) -> None:
 
     parser = OverridesParser.create()
     for text in overrides:
-        shown = text.split("=", 1)[0] if SECRET.search(text.split("=", 1)[0]) else text
+        shown = text.split("=", 1)[0] if _is_secret(text.split("=", 1)[0]) else text
         if "=" not in text and not text.startswith("~"):
             raise BadRequest(f"{shown}: is no override; write KEY=VALUE, as in train.steps=100")
         try:
@@ -124,14 +134,16 @@ def _check_group(override) -> None:
     group, value = override.key_or_group.split("@")[0], override.value()
     options = _options(group)
     for name in value if isinstance(value, list) else [value]:
-        if str(name) not in options and not override.is_sweep_override() and name is not None:
-            raise BadRequest(f"{group}={name}: no such option{_near(str(name), options)}; options are "
-                             f"{', '.join(options)}")
+        if str(name) not in options and not override.is_sweep_override():
+            own = ", or the path of a Hugging Face config.json" * (group == "model")
+            shown = "null" if name is None else name
+            raise BadRequest(f"{group}={shown}: no such option{_near(str(name), options)}; options are "
+                             f"{', '.join(options)}{own}")
 
 
 def _check_key(override, shown: str) -> None:
     key, hint = override.key_or_group, Config
-    if SECRET.search(key):
+    if _is_secret(key):
         raise BadRequest(f"{key}: secrets are never part of a config, which is saved with the run; put them into the "
                          "environment (WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ...)")
     walked: list[str] = []
@@ -148,9 +160,16 @@ def _check_key(override, shown: str) -> None:
                          f"{', '.join(f.name for f in dataclasses.fields(hint))}; set one of these")
     if override.is_sweep_override():
         return
+    if override.value() == "":
+        raise BadRequest(f"{key}='': is empty; give a value, or leave {key} out")
     wanted = _mismatch(override.value(), hint)
     if wanted:
         raise BadRequest(f"{shown}: must be {wanted}; use {key}={_example(hint)}")
+
+
+def _is_secret(key: str) -> bool:
+    """The schema has no secrets, so what it knows is none, `data.text_key` for one."""
+    return SECRET.search(key) is not None and key.lstrip("+~") not in _all_keys()
 
 
 def _mismatch(value: object, hint: object) -> str | None:
@@ -222,13 +241,6 @@ def read_config(path: str) -> Config:
                          "in another run.dir") from error
 
 
-def quoted(value: str) -> str:
-    """A text as the value of an override, in quotes where its grammar would read something else."""
-    if re.fullmatch(r"[\w./:@%+~-]+", value, re.ASCII):
-        return value
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), value) + "'"
-
-
 def _groups() -> list[str]:
     return sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 
@@ -237,15 +249,16 @@ def _options(group: str) -> list[str]:
     return sorted(file.stem for file in Path(conf_dir(), group).glob("*.yaml"))
 
 
-def _all_keys(kind: type = Config, prefix: str = "") -> list[str]:
-    keys = []
+def _all_keys(kind: type = Config, prefix: str = "") -> dict[str, object]:
+    """Every key with its type."""
+    keys = {}
     for name, hint in typing.get_type_hints(kind).items():
-        keys += _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+        keys |= _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
     return keys
 
 
 def _near(name: str, among: list[str], prefix: str = "") -> str:
-    found = difflib.get_close_matches(name, among, n=1)
+    found = difflib.get_close_matches(name.lower(), among, n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
@@ -270,6 +283,12 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
     for flag in filter(FOREIGN.match, arguments):
         raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours "
                          "into conf/experiment/")
+    for flag in (text.split("=", 1)[0] for text in arguments if text.startswith("-")):
+        if flag not in FLAGS:
+            key = flag.lstrip("-")
+            remedy = (f"write {key}=VALUE, without dashes" if key in (*_all_keys(), *_groups()) else
+                      f"there are {', '.join(flag for flag in FLAGS if flag.startswith('--'))}")
+            raise BadRequest(f"{flag}: no such flag; {remedy}")
     register()
     codes: list[int] = []
 
@@ -280,7 +299,7 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
             codes.append(error.exit_code)
 
-    before, sys.argv = sys.argv, ["sparing train", *arguments]
+    before, sys.argv = sys.argv, ["sparing train", *_opened(arguments)]
     try:
         hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(conf_dir()), config_name="config")(job)()
     except SystemExit as stop:

@@ -2,11 +2,10 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator.arguments import memory_limit, number, options, positional
+from orchestrator.arguments import check_writable, memory_limit, number, options, positional
 from orchestrator.errors import BadRequest
 
 HELP = """\
@@ -66,7 +65,7 @@ def run(arguments: list[str]) -> int:
         raise BadRequest(f"{other[0]}={named[other[0]]}: means nothing beside {of}=; leave it out")
     if "tasks" in named and "task_dir" not in named:
         raise BadRequest(f"tasks={named['tasks']}: needs the folder with their YAML files; add task_dir=DIR")
-    _check_out(named)
+    check_writable(named, "out")
     from orchestrator.inference import load, look
 
     memory, tokenizer = memory_limit(named), named.get("tokenizer", "")
@@ -137,12 +136,6 @@ def _add(a: TextResult, b: TextResult) -> TextResult:
 def _print(result: TextResult, width: int) -> None:
     print(f"{result.file:{width}}  {result.documents:9,}  {result.bytes:10,}  {result.tokens:10,}  "
           f"{result.bits_per_byte:9.4f}  {result.perplexity:10.4g}  {result.right / result.tokens:5.1%}", flush=True)
-
-
-def _check_out(named: dict[str, str]) -> None:
-    """An hour of evaluation must not end in a folder that is not there."""
-    if "out" in named and (not os.access(Path(named["out"]).parent, os.W_OK) or Path(named["out"]).is_dir()):
-        raise BadRequest(f"out={named['out']}: cannot be written; name a file in a folder that exists")
 
 
 def _write(named: dict[str, str], result: dict) -> None:

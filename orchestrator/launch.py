@@ -68,7 +68,9 @@ class Job:
 def run(arguments: list[str]) -> int:
     from orchestrator.compose import compose_config
     from orchestrator.plan.layout import check_run
+    from orchestrator.words import expanded
 
+    arguments = expanded(arguments)
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise BadRequest(f"{flags[0]}: launch has no flags; {HELP.splitlines()[0]}")
@@ -87,12 +89,13 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
     """The manifest for this run; `BadRequest` for what a launcher cannot do."""
     launch = config.launch
     _check(config)
-    name = f"sparing-{re.sub('[^a-z0-9]+', '-', config.run.name.lower())[:20].strip('-')}-{stamp}"
+    run = f"sparing-{re.sub('[^a-z0-9]+', '-', config.run.name.lower())[:20].strip('-')}"
+    name = f"{run}-{stamp}"
     nodes, ranks_per_node = _nodes(config)
     gpus = ranks_per_node if config.hardware.device == "cuda" else 0
     root = conf_dir().parent
     manifest = _templates().get_template(f"{MANIFESTS[launch.kind]}.j2").render(
-        name=name, nodes=nodes, ranks_per_node=ranks_per_node, gpus=gpus,
+        name=name, run=run, nodes=nodes, ranks_per_node=ranks_per_node, gpus=gpus,
         cpus=ranks_per_node * (CPUS_PER_GPU if gpus else 1), accelerator=_accelerator(config.hardware.name),
         gpu_resource="amd.com/gpu" if config.hardware.name.startswith("mi") else "nvidia.com/gpu",
         command=shlex.join(["python", "-m", "orchestrator", "train", *_overrides(config, arguments, stamp, cwd)]),
@@ -147,7 +150,7 @@ def _nodes(config: Config) -> tuple[int, int]:
 def _overrides(config: Config, arguments: list[str], stamp: str, cwd: Path) -> list[str]:
     """The run's own words, with a run directory that is the same at every start. What a launcher starts in the
     checkout is told paths from here."""
-    from orchestrator.compose import quoted
+    from orchestrator.words import quoted
 
     def here(path: str) -> str:
         return str(cwd / Path(path).expanduser()) if path and "://" not in path else path

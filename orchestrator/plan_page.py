@@ -38,7 +38,7 @@ def document(title: str, body: list[str]) -> str:
 
 
 def _header(data: dict, title: str) -> str:
-    what = (f"{data['tokens']:.4g} tokens, {data['batch_size']:,} sequences of {data['seq_len']:,} a step, "
+    what = (f"{format_number(data['tokens'])} tokens, {data['batch_size']:,} sequences of {data['seq_len']:,} a step, "
             f"{data['dtype']}; {data['considered']:,} layouts considered")
     return (f'<header><h1>{escape(title)}</h1><p class="sub"><span class="status">predicted</span> {escape(what)}</p>'
             f'<p class="sub">best: <b>{escape(layout_words(data["best"]["layout"]))}</b></p></header>')

@@ -1,9 +1,6 @@
 """From a plan's words to what is asked of the planner; mistakes are told by key, value, rule and remedy."""
 
-import json
-import re
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import fields
 
 from model.config import ModelConfig
 from orchestrator.compose import compose_config
@@ -13,6 +10,7 @@ from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import OWN, on_cores
 from orchestrator.plan.hardware import at_market
+from orchestrator.plan.layout import check_ramp
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
@@ -31,31 +29,8 @@ TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate"
 
 
 def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
-    """The config, and the words that were given, by key. A Hugging Face config.json may stand for the model."""
-    given = {text.lstrip("+").split("=", 1)[0]: text for text in overrides}
-    file = next((text.split("=", 1)[1] for text in overrides if text.startswith("model=") and text.endswith(".json")),
-                None)
-    if file is None:
-        return compose_config(overrides), given
-    config = compose_config([text for text in overrides if not text.startswith("model=")])
-    changed = {key[len("model."):] for key in given if key.startswith("model.")}
-    return replace(config, model=replace(_from_hf(file), **{key: getattr(config.model, key) for key in changed})), given
-
-
-def _from_hf(file: str) -> ModelConfig:
-    """Its shape; a released checkpoint's own quantisation does not matter to a plan."""
-    from model.hf_config import config_from_hf
-
-    try:
-        values = json.loads(Path(file).read_text())
-        values.pop("quantization_config", None)
-        name = re.sub(r"[$\x00-\x1f]", "", Path(file).resolve().parent.name)  # a config computes nothing from a value
-        return config_from_hf(values, name=name or "custom")
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise BadRequest(f"model={file}: is no readable JSON object ({error}); give a Hugging Face config.json, or a "
-                         "model by name") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadRequest(f"model={file}: {error}") from None
+    """The config, and the words that were given, by key."""
+    return compose_config(overrides), {text.lstrip("+").split("=", 1)[0]: text for text in overrides}
 
 
 def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:
@@ -103,6 +78,7 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
 
 def _terms(options: dict[str, str], config: Config) -> Terms:
     train = config.train
+    check_ramp(train)
     base = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
                  batch_start=train.batch_start, ramp_steps=train.batch_ramp_steps)
     try:

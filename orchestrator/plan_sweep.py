@@ -2,7 +2,9 @@
 
 import json
 from html import escape
+from pathlib import Path
 
+from orchestrator.arguments import check_writable
 from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.plan_page import document
@@ -22,9 +24,10 @@ def plan_sweep(arguments: list[str]) -> None:
     from rich.progress import track
     from rich.table import Table
 
-    from orchestrator.show_plan import split_words, write
+    from orchestrator.show_plan import split_words
 
     fixed, _ = split_words(arguments)
+    check_writable(fixed, "out", "html")
     for key in ("explain", *QUESTIONS):
         if key in fixed:
             raise BadRequest(f"{key}={fixed[key]}: goes with one plan, not with -m; leave it out, or plan one of them")
@@ -49,9 +52,9 @@ def plan_sweep(arguments: list[str]) -> None:
     console.print(NOTE)
     if fixed.get("out"):
         kept = [{"words": words, **result} for words, result in zip(jobs, results, strict=True)]
-        write("out", fixed["out"], json.dumps(kept, indent=1) + "\n")
+        Path(fixed["out"]).write_text(json.dumps(kept, indent=1) + "\n")
     if fixed.get("html"):
-        write("html", fixed["html"], sweep_page(head, rows, results))
+        Path(fixed["html"]).write_text(sweep_page(head, rows, results), encoding="utf-8")
     for key in ("out", "html"):
         if fixed.get(key):
             print(f"wrote     {fixed[key]}")

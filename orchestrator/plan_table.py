@@ -23,8 +23,8 @@ def print_plan(plan: Plan, data: dict) -> None:
     request, console = plan.request, Console(highlight=False, soft_wrap=True)
     console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
     console.print(f"{escape(request.model.name)} on {request.devices:,} x {request.hardware.name}, "
-                  f"{request.tokens:.4g} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a step, "
-                  f"{request.dtype}, stack {request.stack.name}{_routed(request)}. "
+                  f"{format_number(request.tokens)} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a "
+                  f"step, {request.dtype}, stack {request.stack.name}{_routed(request)}. "
                   "[bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
     if plan.candidates:

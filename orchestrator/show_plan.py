@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from orchestrator.arguments import taken
+from orchestrator.arguments import check_writable, positional, taken
 from orchestrator.errors import BadRequest
 from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, make_plan, to_json
@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> int:
     if arguments[:1] in (["prices"], ["budgets"]):
         from orchestrator.plan_published import print_budgets, print_prices
 
+        positional(f"plan {arguments[0]}", arguments[1:], 0, f"usage: sparing plan {arguments[0]}")
         {"prices": print_prices, "budgets": print_budgets}[arguments[0]]()
     elif arguments[:1] == ["diff"]:
         from orchestrator.plan_diff import plan_diff
@@ -47,15 +48,16 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     """Print the best layouts, the bills and why others were refused; write the whole as JSON where `out` says."""
     if options.get("explain", "false") not in ("true", "false"):
         raise BadRequest(f"explain={options['explain']}: must be true or false; use explain=true")
+    check_writable(options, "out", "html")
     answer = settle(options, overrides)
     options = answer.options
     found, data = planned(options, answer.overrides)
     if answer.question:
         data["question"] = answer.question
     if options.get("out"):
-        write("out", options["out"], json.dumps(data, indent=2) + "\n")
+        Path(options["out"]).write_text(json.dumps(data, indent=2) + "\n")
     if options.get("html") and found.candidates:
-        write("html", options["html"], page(found, data))
+        Path(options["html"]).write_text(page(found, data), encoding="utf-8")
     print_plan(found, data)
     if not found.candidates:
         raise too_small(found.request)
@@ -64,14 +66,6 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     for key in ("out", "html"):
         if options.get(key):
             print(f"wrote     {options[key]}")
-
-
-def write(key: str, path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text)
-    except OSError as error:
-        raise BadRequest(f"{key}={path}: cannot be written ({error.strerror}); give a file in a folder that exists and "
-                         "may be written") from None
 
 
 def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:

@@ -1,5 +1,6 @@
 """The README against the disk: its tree, its commands, its links."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -46,6 +47,12 @@ def test_the_tree_names_every_source_file_and_no_other():
 def test_every_train_command_composes_and_passes_the_checks(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command)[2:]
+    if "model=path/to/config.json" in arguments:
+        from model.config import ModelConfig
+        from model.hf_config import config_to_hf
+
+        Path("path/to").mkdir(parents=True)
+        Path("path/to/config.json").write_text(json.dumps(config_to_hf(ModelConfig())))
     check_run(compose_config(arguments))
 
 

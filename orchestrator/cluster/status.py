@@ -2,11 +2,15 @@
 
 import json
 import time
+from itertools import count, groupby
 
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
 from orchestrator.train.finish import format_usd, headline, read_summary
 from orchestrator.train.run_dir import CONFIG, STATUS
+
+WIDTH = 150
+"""Of a table that is not printed to a terminal."""
 
 
 def show_status(run_dir: str) -> None:
@@ -16,7 +20,8 @@ def show_status(run_dir: str) -> None:
 
     if not storage.exists(storage.join(run_dir, CONFIG)):
         raise BadRequest(f"{run_dir}: is no run directory (it has no {CONFIG}); name one, as in runs/NAME")
-    console = Console(width=None, highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.width = console.width if console.is_terminal else WIDTH
     path, summary = storage.join(run_dir, STATUS), read_summary(run_dir)
     if not storage.exists(path):
         console.print("no ranks have been placed by Ray" if summary is None else "\n".join(headline(summary)))
@@ -28,11 +33,14 @@ def show_status(run_dir: str) -> None:
     state = summary["status"] if ended else lead.get("phase", "start")
     line = f"{run_dir}: {state}, step {lead.get('step', 0)} of {lead.get('steps', '?')}, attempt {status['attempt']}"
     if lead.get("loss") is not None:
-        line += (f", loss {lead['loss']:.4f}, {lead['tokens_per_s']:,.0f} tokens/s, "
-                 f"{format_usd(lead['usd_total'])} so far")
+        told = summary if ended else lead  # a run is charged until its devices are released
+        rate = "" if told["tokens_per_s"] is None else f", {told['tokens_per_s']:,.0f} tokens/s"
+        line += f", loss {lead['loss']:.4f}{rate}, {format_usd(told['usd_total'])}" + " so far" * (not ended)
     console.print(line)
-    table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "tokens received by expert",
-                  "last sign")
+    table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "last sign",
+                  "tokens received by expert", box=None, pad_edge=False)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for row in status["ranks"]:
         table.add_row(*_cells(row, now))
     console.print(table)
@@ -47,8 +55,10 @@ def _cells(row: dict, now: float) -> list[str]:
     shown = " ".join(f"{first}:{total:,}" for first, total in enumerate(totals[:16], experts[0]))
     return [str(row["rank"]), str(row["node_rank"]), row["host"], str(row["pid"]), _span(row.get("stages")),
             _span(row.get("layers")), f"{experts[0]}-{experts[1] - 1}" if received else "-",
-            shown + (" ..." if len(totals) > 16 else ""), f"{max(0.0, now - row.get('heartbeat_at', now)):.1f} s ago"]
+            f"{max(0.0, now - row.get('heartbeat_at', now)):.1f} s ago", shown + (" ..." if len(totals) > 16 else "")]
 
 
 def _span(numbers: list[int] | None) -> str:
-    return ", ".join(map(str, numbers)) if numbers else "-"
+    """0-3, 8: what follows one upon the other is said by its ends."""
+    runs = [list(run) for _, run in groupby(numbers or [], key=lambda number, place=count(): number - next(place))]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "-"

@@ -4,6 +4,7 @@ Ranks are ordered pipeline-major, then data-parallel; inside a data-parallel gro
 consecutive, so that an expert group stays inside a node where one can hold it.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -135,16 +136,23 @@ def check_run(config: Config) -> None:
     _check_batch(config)
 
 
+MOST = 2**31 - 1
+"""Of any whole number: more is a slip of the keyboard, and would be counted to."""
+MOST_RANKS = 2**20
+
+
 def _check_numbers(config: Config) -> None:
     train, optim = config.train, config.optim
     for key, value, low in [
-        ("train.steps", train.steps, 1), ("train.batch_size", train.batch_size, 1), ("train.seq_len", train.seq_len, 1),
+        ("seed", config.seed, 0), ("train.steps", train.steps, 1),
+        ("train.batch_size", train.batch_size, 1), ("train.seq_len", train.seq_len, 1),
         ("train.batch_start", train.batch_start, 0), ("train.batch_ramp_steps", train.batch_ramp_steps, 0),
         ("train.validate_every", train.validate_every, 0), ("train.validate_sequences", train.validate_sequences, 1),
         ("train.max_bad_steps", train.max_bad_steps, 1),
         ("train.spike_sigmas", train.spike_sigmas, 0), ("train.spike_window", train.spike_window, 3),
         ("layout.pp", config.layout.pp, 1), ("layout.dp", config.layout.dp, 1), ("layout.ep", config.layout.ep, 1),
         ("layout.microbatches", config.layout.microbatches, 1),
+        ("layout.stages_per_rank", config.layout.stages_per_rank, 1),
         ("checkpoint.keep", config.checkpoint.keep, 0), ("checkpoint.max_failures", config.checkpoint.max_failures, 0),
         ("optim.warmup_steps", optim.warmup_steps, 0), ("optim.weight_decay", optim.weight_decay, 0),
         ("optim.clip_norm", optim.clip_norm, 0),
@@ -156,6 +164,10 @@ def _check_numbers(config: Config) -> None:
         ("checkpoint.memory_every", config.checkpoint.memory_every, 0),
     ]:
         require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")
+        require(value <= MOST, key, value, f"must be at most {MOST:,}", "give a smaller number")
+    ranks = config.layout.pp * config.layout.dp
+    require(ranks <= MOST_RANKS, "layout.dp", config.layout.dp, f"makes {ranks:,} ranks with layout.pp="
+            f"{config.layout.pp}, and there may be {MOST_RANKS:,}", "use fewer")
     every = config.checkpoint.every
     require(every == "auto" or isinstance(every, int) and every >= 0, "checkpoint.every", every,
             "must be auto or a number of steps, at least 0", "use auto, or 0 for only at the end")
@@ -165,7 +177,7 @@ def _check_numbers(config: Config) -> None:
                        ("cluster.step_timeout_s", config.cluster.step_timeout_s),
                        ("cluster.save_timeout_s", config.cluster.save_timeout_s),
                        ("cluster.replace_timeout_s", config.cluster.replace_timeout_s)]:
-        require(value > 0, key, value, "must be positive", "give a positive number")
+        require(0 < value < math.inf, key, value, "must be positive and finite", "give a positive number")
     for key, value in [("optim.min_lr_ratio", optim.min_lr_ratio), ("optim.decay_fraction", optim.decay_fraction)]:
         require(0 <= value <= 1, key, value, "must lie between 0 and 1", "give a fraction")
     for key, value in [("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2),
@@ -178,7 +190,10 @@ def _check_numbers(config: Config) -> None:
     budget = config.budget.max_usd
     require(budget is None or budget > 0, "budget.max_usd", budget, "must be positive", "give dollars, or leave it out")
     price = config.hardware.usd_per_h
-    require(price is None or price >= 0, "hardware.usd_per_h", price, "must not be negative", "give dollars per hour")
+    require(price is None or 0 <= price < math.inf, "hardware.usd_per_h", price, "must be finite and not negative",
+            "give dollars per hour")
+    require(config.hardware.device in ("cpu", "cuda"), "hardware.device", config.hardware.device,
+            "must be cpu or cuda", "use cuda for a GPU")
     require(budget is None or price is not None or config.hardware.name == "auto", "budget.max_usd", budget,
             f"needs a price, and hardware {config.hardware.name} has none", "set hardware.usd_per_h")
 
@@ -212,6 +227,8 @@ def _check_schedule(config: Config) -> None:
     name = layout.schedule.name
     require(layout.schedule not in LOOPED_SCHEDULES or layout.stages_per_rank >= 2, "layout.stages_per_rank",
             layout.stages_per_rank, f"must be at least 2 with layout.schedule={name}", "use 2, or schedule 1f1b")
+    require(layout.recompute.name != "selective", "layout.recompute", "selective",
+            "is planned for but not run by this trainer", "use recompute=none or full")
     require(stages <= layers, "layout.pp", pp,
             f"makes {stages} stages with layout.schedule={name}, more than model.n_layers={layers}",
             "lower layout.pp or layout.stages_per_rank, or use more layers")
@@ -224,8 +241,6 @@ def _check_schedule(config: Config) -> None:
         rounds = max(1, micro // pp)
         require(micro % rounds == 0 and micro >= pp, "layout.microbatches", micro,
                 f"must be a multiple of layout.pp={pp} with layout.schedule={name}", f"use {max(1, rounds) * pp}")
-    require(config.layout.recompute.name != "selective", "layout.recompute", "selective",
-            "is planned for but not run by this trainer", "use recompute=none or full")
     if config.layout.recompute.name == "full":
         require(layout.schedule not in SPLIT_BACKWARD, "layout.recompute", "full",
                 f"does not go with the split backward of layout.schedule={name}",
@@ -239,11 +254,21 @@ def _check_batch(config: Config) -> None:
         require(value % quantum == 0, key, value,
                 f"must be a multiple of layout.dp x layout.microbatches = {layout.dp} x {layout.microbatches}",
                 f"use {max(quantum, value // quantum * quantum)} or {(value // quantum + 1) * quantum}")
+    check_ramp(train)
     require(train.batch_start <= train.batch_size, "train.batch_start", train.batch_start,
             f"must not exceed train.batch_size={train.batch_size}", "start smaller")
     require(train.validate_sequences % quantum == 0, "train.validate_sequences", train.validate_sequences,
             f"must be a multiple of layout.dp x layout.microbatches = {quantum}",
             f"use {(train.validate_sequences // quantum + 1) * quantum}")
+
+
+def check_ramp(train: TrainConfig) -> None:
+    """One of its two keys alone would be passed over."""
+    for key, value, other, given in [
+        ("train.batch_start", train.batch_start, "train.batch_ramp_steps", train.batch_ramp_steps),
+        ("train.batch_ramp_steps", train.batch_ramp_steps, "train.batch_start", train.batch_start),
+    ]:
+        require(not value or given > 0, key, value, f"makes a ramp only with {other}", "give both, or neither")
 
 
 def batch_size_at(step: int, train: TrainConfig) -> int:

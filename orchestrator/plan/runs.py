@@ -3,18 +3,17 @@
 import math
 import re
 from dataclasses import replace
-from enum import Enum
 from functools import lru_cache
 
 import yaml
 
 from model.config import ModelConfig
-from orchestrator.compose import quoted
 from orchestrator.config import Recompute, Schedule, TrainConfig, conf_dir, from_dict
 from orchestrator.plan.keeping import own
 from orchestrator.plan.layout import LOOPED_SCHEDULES, batch_size_at
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.workload import Workload
+from orchestrator.words import word
 
 
 def not_run(work: Workload) -> str | None:
@@ -84,7 +83,7 @@ def _model_words(model: ModelConfig) -> list[str]:
     shipped = _shipped(model.name)
     known = vars(shipped) if shipped else {}
     return [f"model={model.name}"] * (shipped is not None) + [
-        f"model.{key}={_word(value)}" for key, value in vars(model).items() if key not in known or known[key] != value]
+        f"model.{key}={word(value)}" for key, value in vars(model).items() if key not in known or known[key] != value]
 
 
 @lru_cache
@@ -96,16 +95,3 @@ def _shipped(name: str) -> ModelConfig | None:
     values = yaml.safe_load(file.read_text())
     values.pop("defaults", None)
     return from_dict(ModelConfig, values, "model.")
-
-
-def _word(value: object) -> str:
-    """As an override has it; in quotes too where a text would be read as a number, true or null."""
-    if isinstance(value, Enum):
-        return value.name
-    if not isinstance(value, str):
-        return str(value)
-    plain = re.fullmatch(r"[A-Za-z_][\w.-]*", value, re.ASCII) and value.lower() not in WORDS_WITH_A_MEANING
-    return quoted(value) if plain or not quoted(value) == value else f"'{value}'"
-
-
-WORDS_WITH_A_MEANING = ("null", "true", "false", "nan", "inf")

@@ -129,8 +129,10 @@ def _pieces(name: str, tensor: Tensor) -> list[Piece]:
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What the conversion refuses is a request that cannot be; so is a file that is not there."""
+    """What the conversion refuses is a request that cannot be; so is a file that is not there or may not be used."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         raise BadRequest(str(error)) from error
+    except OSError as error:
+        raise BadRequest(f"{error.filename}: {error.strerror}; name a path that is there and may be used") from error

@@ -20,9 +20,12 @@ def finish_run(config: Config, result: dict, *, placed_at: float, released_at: f
                attempts: int, spares: int = 0) -> dict:
     """Sum the run up and write it into the run directory. placed_at, released_at: unix times of the last attempt;
     devices, spares: held at its end, with a rank and without."""
-    if result.get("ledger") is None:
+    if result.get("ledger") is None or result.get("tokens_per_s") is None:
         rows_at = storage.join(config.run.dir, METRICS)
         rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
+    if result.get("ledger") is not None and result.get("tokens_per_s") is None:  # it went on where nothing was to do
+        result = result | _rates(rows)
+    if result.get("ledger") is None:
         earlier = read_summary(config.run.dir) or {"attempts": attempts}
         earlier_s = earlier["measured"]["charged_s"] if earlier["attempts"] < attempts else 0.0
         left = _result_from_rows(rows, earlier_s=earlier_s, held_s=released_at - placed_at, released_at=released_at,
@@ -188,16 +191,22 @@ def _result_from_rows(rows: list[dict], *, earlier_s: float, held_s: float, rele
               "buckets_s": {name: seconds * devices for name, seconds in buckets.items()}
               | {"spares": sum(buckets.values()) * spares}}
     validated = [row for row in rows if row.get("validation/loss") is not None]
-    rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s")]
     return {
         "status": "failed", "steps": last["step"], "tokens": last.get("tokens/total"),
         "loss_train": last.get("train/loss"),
         "loss_validation": validated[-1]["validation/loss"] if validated else None,
         "bits_per_byte": {"validation": validated[-1].get("validation/bits_per_byte")} if validated else {},
-        "tokens_per_s": len(rates) / math.fsum(1 / rate for rate in rates) if rates else None,
-        "step_time_s": sums["time/step_s"] / len(rows) if rows else None,
         "ledger": ledger,
+        **_rates(rows),
     }
+
+
+def _rates(rows: list[dict]) -> dict:
+    """Of all steps that rows speak of."""
+    rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s")]
+    seconds = [row["time/step_s"] for row in rows if row.get("time/step_s")]
+    return {"tokens_per_s": len(rates) / math.fsum(1 / rate for rate in rates) if rates else None,
+            "step_time_s": math.fsum(seconds) / len(seconds) if seconds else None}
 
 
 def _finite(value):

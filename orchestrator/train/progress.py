@@ -37,7 +37,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line that stays."""
         if self.bar is not None:
-            self.bar.console.print(line, highlight=False, soft_wrap=True)
+            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             self.print_line(line)
 

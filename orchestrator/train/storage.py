@@ -49,11 +49,12 @@ class ShortRead(NotTrustworthy):
 
 
 def local_path(path: str) -> str | None:
-    """The operating system's path, or None when `path` is not on a local file system."""
+    """The operating system's path, or None when `path` is not on a local file system. No shell expands the ~ of
+    `run.dir=~/runs`."""
     for scheme in ("file://", "local://"):
         if path.startswith(scheme):
             return path.removeprefix(scheme)
-    return None if "://" in path else path
+    return None if "://" in path else os.path.expanduser(path)
 
 
 def join(path: str, *names: str) -> str:
@@ -232,7 +233,10 @@ def _write_local(path: str, chunks: Iterable, publish: Callable[[str, str], None
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
     with _typed_errors(path, num_bytes):
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:  # a file in the way, or a system's own folder
+            raise NotFit(f"{folder}: cannot be made ({_words(error)}); choose another directory") from error
         try:
             with open(temporary, "xb") as file:
                 for chunk in chunks:

@@ -39,6 +39,7 @@ def load_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
     the files beside it, or known by name. `key` is what an error names."""
     if name == "byte":
         return Tokenizer("byte", 257, BYTE_EOS, lambda text: np.frombuffer(text.encode(), dtype=np.uint8), _bytes_read)
+    name = os.path.expanduser(name)
     if not os.path.isfile(name):
         raise BadRequest(f"{key}={name}: no such file; give a tokenizer.json, or byte")
     try:

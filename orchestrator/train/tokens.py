@@ -32,6 +32,8 @@ VERSION = 1
 SHARD_TOKENS = 1 << 28
 LOCK_TIMEOUT_S = 3600.0
 TELL_CHARACTERS = 1 << 22
+LOOKED_AT = 1 << 13
+"""Bytes of a file by which text is told from what is none."""
 SPLITS = ("train", "validation")
 
 
@@ -74,6 +76,9 @@ def find_files(path: str, key: str = "data.path") -> list[str]:
     found = set()
     for pattern in filter(None, (part.strip() for part in path.split(","))):
         matches = storage.glob(pattern)
+        if not matches and os.path.isdir(storage.local_path(pattern) or ""):
+            raise BadRequest(f"{key}={pattern}: is a folder; name its files, as in "
+                             f"'{storage.join(pattern, '**/*.txt')}'")
         if not matches:
             raise BadRequest(f"{key}={pattern}: matches no file; give a path or glob of text, .jsonl or .parquet "
                              "files, or stdlib")
@@ -93,7 +98,11 @@ def documents(file: str, text_key: str, key: str = "data.text_key=") -> Iterator
     elif file.endswith(".parquet"):
         yield from _parquet_texts(file, text_key, key)
     else:
-        yield storage.read_bytes(file).decode("utf-8", "replace")
+        raw = storage.read_bytes(file)
+        if b"\0" in raw[:LOOKED_AT]:
+            raise BadRequest(f"{file}: is no text, it holds zero bytes; unpack what is compressed, convert other "
+                             "encodings to UTF-8, or leave it out")
+        yield raw.decode("utf-8", "replace")
 
 
 def _field(line: str, text_key: str, where: str, key: str) -> str:

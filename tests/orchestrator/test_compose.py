@@ -51,6 +51,12 @@ BAD = {
     "null where a value must be": (["train.steps=null"], r"train\.steps=null: must be a whole number"),
     "a list": (["layout.pp=2,3"], r"layout\.pp=2,3"),
     "no value": (["train.steps"], r"train\.steps: is no override; write KEY=VALUE"),
+    "an option in capitals": (["hardware=H100"], r"hardware=H100: no such option; did you mean h100\?"),
+    "no option": (["experiment=null"], r"experiment=null: no such option; options are"),
+    "nothing": (["run.dir="], r"run\.dir='': is empty; give a value, or leave run\.dir out"),
+    "a file that is no model": (["model=no/where.json"], r"model=no/where\.json: is no readable JSON object"),
+    "a folder for a model": (["model=no/where"], r"or the path of a Hugging Face config\.json$"),
+    "text for a resource": (["cluster.resources={rack1:a}"], r"Value 'a' of type 'str' could not be converted"),
     "a value for a group": (["layout=5"], r"layout=5: no such option; options are"),
     "a number for names and numbers": (["cluster.resources=3"], r"cluster\.resources=3: must be names and numbers, as"),
     "bad quoting": (["data.path='x"], r"cannot be read; put quotes"),
@@ -61,6 +67,11 @@ BAD = {
 def test_a_bad_override_is_explained(overrides, message):
     with pytest.raises(BadRequest, match=message):
         compose_config(overrides)
+
+
+def test_what_the_documents_name_is_no_secret_and_no_unknown_key():
+    config = compose_config(["data.text_key=body", "data.tokenizer=byte", "cluster.resources={rack1: 1}"])
+    assert config.data.text_key == "body" and config.cluster.resources == {"rack1": 1.0}
 
 
 @pytest.mark.parametrize("key", ["tracker.wandb_api_key", "tracker.token", "data.s3_secret", "+password"])
@@ -111,6 +122,16 @@ RULES = {
                                  "needs a price.*set hardware.usd_per_h"),
     "another word than auto": ([*FOUR, "checkpoint.every=often"], "every=often: must be auto or a number of"),
     "a negative rate": ([*FOUR, "optim.lr=-1"], "optim.lr=-1.0: must be positive"),
+    "an endless rate": ([*FOUR, "optim.lr=inf"], "optim.lr=inf: must be positive and finite"),
+    "a negative seed": ([*FOUR, "seed=-1"], "seed=-1: must be at least 0"),
+    "a number of too many digits": ([*FOUR, "train.batch_size=100000000000000000000"], "must be at most 2,147,483,647"),
+    "more ranks than can be": ([*FOUR, "layout.dp=1000000000"], r"layout\.dp=1000000000: makes 2,000,000,000 ranks"),
+    "more experts than can be": ([*FOUR, "model.n_routed_experts=1000000007"], "must be at most 1,000,000; lower it"),
+    "a negative size": ([*FOUR, "model.n_shared_experts=-1"], "model.n_shared_experts=-1: must not be negative"),
+    "no number": ([*FOUR, "model.init_std=nan"], "model.init_std=nan: must be positive and finite"),
+    "an unknown device": ([*FOUR, "hardware.device=gpu"], "hardware.device=gpu: must be cpu or cuda; use cuda"),
+    "half a ramp": ([*FOUR, "train.batch_start=4"], "train.batch_start=4: makes a ramp only with train.batch_ramp"),
+    "selective recompute on one stage": (["layout.recompute=selective"], "is planned for but not run"),
     "no steps": ([*FOUR, "train.steps=0"], "train.steps=0: must be at least 1"),
     "nodes and ranks": ([*FOUR, "cluster.nodes=3"], "cluster.nodes=3: must divide the 4 ranks"),
     "missing data": (["data=text"], r"data\.path='': must name text.*use data\.path="),
@@ -171,6 +192,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     (["export", "nowhere", "out", "dtype=int4"], 2, "dtype=int4: must be one of"),
     (["import", "nowhere", "out"], 2, "nowhere: is no directory"),
     (["import"], 2, "import: takes 2 arguments"),
+    (["train", "launch=slurm"], 2, "launch=slurm: train runs on the machine or the cluster it is in; leave it out, or"),
+    (["train", "--train.steps=3"], 2, "--train.steps: no such flag; write train.steps=VALUE, without dashes"),
+    (["train", "--verbose"], 2, "--verbose: no such flag; there are --cfg"),
     (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
     (["train", "--config-dir=/tmp", "--cfg", "job"], 2, "--config-dir=/tmp: configs come from conf/ alone"),
 ])

@@ -53,6 +53,15 @@ def test_a_filled_manifest_is_the_golden_one(file, arguments):
         assert subprocess.run(["bash", "-n", GOLDEN / file]).returncode == 0
 
 
+def test_two_nodes_that_are_started_at_two_moments_meet_under_one_name():
+    words = FILLED["torchrun.sh"]
+    config = compose_config(words)
+    found = {line for stamp in ("20261125-120000", "20261125-120007")
+             for line in fill(config, words, stamp=stamp, python="/env/bin/python", cwd=ROOT).manifest.splitlines()
+             if "--rdzv-id" in line}
+    assert len(found) == 1
+
+
 def test_the_command_in_a_manifest_composes_to_the_run_that_was_asked_for():
     line = next(line for line in filled(*FILLED["slurm.sbatch"]).manifest.splitlines() if "orchestrator train" in line)
     words = shlex.split(line.removesuffix(" &"))

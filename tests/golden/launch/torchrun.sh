@@ -3,5 +3,5 @@
 cd /checkout || exit 3
 export PATH=/env/bin:"$PATH"
 exec torchrun --nnodes 2 --nproc-per-node 2 \
-    --rdzv-backend c10d --rdzv-endpoint node1:29400 --rdzv-id sparing-tiny-20261125-120000 \
+    --rdzv-backend c10d --rdzv-endpoint node1:29400 --rdzv-id sparing-tiny \
     -m orchestrator train experiment=tiny cluster.ranks_per_node=2 'data.path='"'"'/corpus/a b.txt'"'"'' run.dir=/shared/sparing/runs/tiny-20261125-120000 resume=auto

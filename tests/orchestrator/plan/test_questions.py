@@ -30,6 +30,7 @@ from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.show_plan import run
 from orchestrator.train.data import samples_before
+from orchestrator.words import expanded
 
 H100 = "hardware=h100"
 SMALL = ["model=deepseek_v2_lite", "hardware=h100", "train.seq_len=2048", "train.batch_size=64"]
@@ -214,6 +215,18 @@ def test_a_config_json_is_taken_as_the_model_and_its_plan_is_what_train_takes(tm
     assert config.model == asked.model
 
 
+def test_train_and_launch_take_a_config_json_as_the_plan_does(tmp_path):
+    own = dataclasses.replace(compose_config(["model=tiny"]).model, n_layers=6)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config_to_hf(own)))
+    words = ["model.n_dense_layers=2", f"model={tmp_path}/mine/config.json", "layout.pp=2", "layout.microbatches=2"]
+    config = compose_config(words)
+    check_run(config)
+    assert (config.model.name, config.model.n_layers, config.model.n_dense_layers) == ("mine", 6, 2)
+    assert config.run.name == "mine" and compose_config(expanded(words)) == config
+    assert not any(word.startswith("model=") for word in expanded(words))  # so that no file has to travel
+
+
 STRANGE = "it's <mine>, v2: {50%} [a]=\\ \u00e9"
 
 
@@ -241,7 +254,8 @@ def test_the_command_of_a_config_json_is_its_run_whatever_its_folder_is_called(f
     (tmp_path / folder / "config.json").write_text(json.dumps(values))
     words = [f"model={tmp_path / folder / 'config.json'}", H100, "train.seq_len=256", "model.n_layers=6"]
     asked = read_request({"gpus": "4", "tokens": "1e7"}, *compose_plan(words))
-    assert (asked.model.name, asked.model.dim, asked.model.n_layers) == (folder, 256, 6)
+    name = {STRANGE: "it-s-mine-v2-50-a", "a b": "a-b"}.get(folder, folder)  # as a run may be called
+    assert (asked.model.name, asked.model.dim, asked.model.n_layers) == (name, 256, 6)
     commands_of(asked)
 
 

@@ -196,13 +196,16 @@ BAD_FILES = {
     "no such field": ("field.jsonl", '{"body": "a"}\n', r"field\.jsonl:1: has no text under data\.text_key=text.*body"),
     "no object": ("list.jsonl", "[1]\n", r"list\.jsonl:1: has no text"),
     "no Parquet": ("bad.parquet", "PAR1 but no", r"bad\.parquet: is not readable Parquet"),
+    "a folder": ("", "", r"is a folder; name its files, as in '.*\*\*/\*\.txt'"),
+    "what is no text": ("a.txt.gz", "\x1f\x8b\x08\0", r"a\.txt\.gz: is no text, it holds zero bytes; unpack what"),
+    "another encoding": ("utf16.txt", "a\0b\0", r"utf16\.txt: is no text"),
     "too short": ("short.txt", "ab", r"train\.seq_len=16: the train split has only"),
 }
 
 
 @pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, message):
-    if "*" not in name:
+    if content or "." in name.replace("*.", ""):
         (tmp_path / name).write_text(content)
     with pytest.raises(BadRequest, match=message):
         prepare(config_for(tmp_path, name))

@@ -115,6 +115,14 @@ def test_a_failed_run_is_summed_up_from_the_rows_it_left(tmp_path):
     assert summary["tokens_per_s"] == pytest.approx(50.0) and summary["mfu"] is None
 
 
+def test_a_run_that_was_complete_keeps_its_rate_when_it_is_started_again(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 50, "tokens/per_s": 80.0, "time/step_s": 2.0}) + "\n")
+    config = config_for(tmp_path)
+    summary = finish(config, result_of(config) | {"tokens_per_s": None, "step_time_s": None})
+    assert summary["tokens_per_s"] == 80.0 and summary["measured"]["step_time_s"] == 2.0
+    assert summary["mfu"] > 0 and summary["dense"]["equal_total"]["usd"] > 0
+
+
 def test_a_failed_run_costs_no_less_than_its_last_row_showed(tmp_path):
     row = {"step": 9, "time/step_s": 2.0, "cost/device_hours": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotFit
 from orchestrator.train import storage
 
 
@@ -43,6 +43,18 @@ def test_directories_list_and_vanish(root):
     storage.remove_tree(folder)
     storage.remove_tree(folder)
     assert storage.list_dir(folder) == [] and not storage.exists(storage.join(folder, "y"))
+
+
+def test_home_is_meant_by_a_tilde_that_no_shell_expands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("~/runs/x", b"1")
+    assert storage.read_bytes(f"{tmp_path}/runs/x") == b"1" and storage.glob("~/runs/*") == [f"{tmp_path}/runs/x"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotFit, match="file: cannot be made .*; choose another directory"):
+        storage.write_bytes(f"{tmp_path}/file/x", b"1")
 
 
 def test_a_listing_is_never_stale(root):

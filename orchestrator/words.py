@@ -1,0 +1,54 @@
+"""Values as overrides spell them, and `model=FILE.json` as the overrides of its shape."""
+
+import json
+import re
+from enum import Enum
+from pathlib import Path
+
+from model.config import ModelConfig
+from orchestrator.errors import BadRequest
+
+WITH_A_MEANING = ("null", "true", "false", "nan", "inf")
+
+
+def expanded(overrides: list[str]) -> list[str]:
+    """`model=FILE.json`, a Hugging Face config.json, as the keys of its shape, before those that are given."""
+    file = next((text for text in overrides if text.startswith("model=") and text.endswith(".json")), None)
+    if file is None:
+        return overrides
+    shape = vars(_from_hf(file.split("=", 1)[1]))
+    return [*(f"model.{key}={word(value)}" for key, value in shape.items()),
+            *(text for text in overrides if text is not file)]
+
+
+def _from_hf(file: str) -> ModelConfig:
+    """Its shape, named after its folder; a released checkpoint's own quantisation does not matter to a run."""
+    from model.hf_config import config_from_hf
+
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        values.pop("quantization_config", None)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).resolve().parent.name).strip("._-")
+        return config_from_hf(values, name=name or "custom")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise BadRequest(f"model={file}: is no readable JSON object ({error}); give a Hugging Face config.json, or a "
+                         "model by name") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadRequest(f"model={file}: {error}") from None
+
+
+def quoted(value: str) -> str:
+    """A text as the value of an override, in quotes where its grammar would read something else."""
+    if re.fullmatch(r"[\w./:@%+~-]+", value, re.ASCII):
+        return value
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), value) + "'"
+
+
+def word(value: object) -> str:
+    """A value as an override has it; in quotes too where a text would be read as a number, true or null."""
+    if isinstance(value, Enum):
+        return value.name
+    if not isinstance(value, str):
+        return str(value)
+    plain = re.fullmatch(r"[A-Za-z_][\w.-]*", value, re.ASCII) and value.lower() not in WITH_A_MEANING
+    return quoted(value) if plain or not quoted(value) == value else f"'{value}'"

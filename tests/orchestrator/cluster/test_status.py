@@ -1,0 +1,25 @@
+"""What `sparing status` says, from the files that a run keeps."""
+
+import json
+
+import pytest
+
+from orchestrator.cluster.status import show_status
+
+
+@pytest.mark.parametrize("released_at, said", [(5.0, "step, step 3 of 9"), (11.0, "completed, step 3 of 9")])
+def test_a_run_that_has_ended_is_told_with_its_whole_bill_and_a_live_one_with_its_bill_so_far(
+        tmp_path, capsys, released_at, said):
+    rank = {"rank": 0, "node_rank": 0, "host": "node-0000", "pid": 7, "phase": "step", "step": 3, "steps": 9,
+            "loss": 2.5, "tokens_per_s": 100.0, "usd_total": 0.5, "stages": [0, 3], "layers": [0, 1, 2, 7],
+            "experts": [0, 2], "tokens_per_expert": {"1": [1000, 2000], "2": [1, 2]}, "heartbeat_at": 9.0}
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "status.json").write_text(json.dumps({"time": 10.0, "attempt": 1, "ranks": [rank]}))
+    summary = {"status": "completed", "released_at": released_at, "usd_total": 0.75, "tokens_per_s": 200.0}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    show_status(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    bill = "200 tokens/s, $0.750" if released_at > 10 else "100 tokens/s, $0.500 so far"
+    assert said in lines[0] and lines[0].endswith(f"loss 2.5000, {bill}")
+    assert lines[2].split()[:8] == ["0", "0", "node-0000", "7", "0,", "3", "0-2,", "7"]
+    assert lines[2].rstrip().endswith("0:1,001 1:2,002") and lines[2].isascii()
