@@ -14,12 +14,14 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.errors import NotFit, Preempted
+from orchestrator.errors import NotFit, Preempted, Transient
 
 JOBS = "/api/jobs/"
 TIMEOUT_S = 15.0
 REFUSED = (401, 403)
 UNDER_WAY = ("PENDING", "RUNNING")
+SUPERVISOR = "JOB_SUPERVISOR_ACTOR"
+"""What Ray's words for a job begin with that was lost with its node, or never had a place."""
 
 
 def authentication(address: str, *, allow_insecure: bool) -> dict[str, str]:
@@ -55,6 +57,8 @@ def job_outcome(address: str, name: str, returned: int) -> int | None:
     if job["status"] in UNDER_WAY:
         return None
     failed = Preempted.exit_code if job["status"] == "STOPPED" else 1
+    if (job.get("error_type") or "").startswith(SUPERVISOR):  # the run itself has not ended its driver
+        failed = Transient.exit_code
     return 0 if job["status"] == "SUCCEEDED" else job.get("driver_exit_code") or failed
 
 

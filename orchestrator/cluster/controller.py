@@ -34,7 +34,7 @@ from orchestrator.errors import NoProgress, SparingError, Transient
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.train import storage
-from orchestrator.train.control import Recovery
+from orchestrator.train.control import Recovery, steady
 from orchestrator.train.finish import finish_run
 from orchestrator.train.metrics import append_event
 from orchestrator.train.progress import Progress
@@ -44,7 +44,6 @@ STATUS_EVERY_S, REMOTE_STATUS_EVERY_S = 2.0, 15.0
 STALL_S = 10.0
 """What must be written into the run directory is waited for this long: far less than a rank's lease."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ERRORS = FINAL | {"Transient": Transient}
 
 
 def train(config: Config) -> dict:
@@ -105,7 +104,7 @@ def run_attempt(request: placement.Request, config: Config, *, progress: Progres
 class Controller:
     """One attempt at a run, from placement to release."""
 
-    def __init__(self, config: Config, attempt: int, progress: Progress, *, clock: Callable[[], float] = time.time,
+    def __init__(self, config: Config, attempt: int, progress: Progress, *, clock: Callable[[], float] = steady,
                  notice: Callable[[], str | None] = lambda: None):
         """notice: gives a reason why the run should stop with a checkpoint, once there is one."""
         self.config, self.attempt, self.progress, self.clock, self.notice = config, attempt, progress, clock, notice
@@ -126,7 +125,7 @@ class Controller:
 
     def run(self, place) -> dict:
         """`place()` gives the actors. The summary; a failed run raises."""
-        config, result, error, placed_at = self.config, {"status": "failed"}, None, time.time()
+        config, result, error, placed_at = self.config, {"status": "failed"}, None, steady()
         ranks = None
         try:
             ranks = place()
@@ -138,7 +137,7 @@ class Controller:
             self._enter(State.ended)
             if ranks is not None:
                 ranks.release()
-        released_at = time.time()
+        released_at = steady()
         if ranks is None:  # nothing was held, nothing is charged
             placed_at = released_at
         if error is not None:
@@ -323,7 +322,7 @@ class Controller:
 
     def _failure(self, decision: Decision, ended: dict[int, dict]) -> SparingError:
         record = ended.get(decision.rank, {})
-        kind = ERRORS.get(record.get("kind", ""), {33: Transient, NO_PROGRESS: NoProgress}.get(
+        kind = FINAL.get(record.get("kind", ""), {33: Transient, NO_PROGRESS: NoProgress}.get(
             decision.exit_code, SparingError))
         message = decision.cause
         if kind in (SparingError, Transient) and decision.rank is not None:

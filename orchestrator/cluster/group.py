@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from orchestrator.cluster.policy import Decision, Fault, Phase, RankState
-from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Preempted
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Preempted, Transient
 
-FINAL = {kind.__name__: kind for kind in (BadRequest, NotFit, NotTrustworthy, Preempted)}
-"""Errors that another try cannot help."""
+FINAL = {kind.__name__: kind for kind in (BadRequest, NotFit, NotTrustworthy, Preempted, Transient)}
+"""Errors that another try at once cannot help. A rank's own Transient is storage that was away for minutes."""
 
 
 @dataclass
@@ -38,17 +38,17 @@ def cause_of(record: dict | None) -> str:
 def state_of(rank: int, group: Group, now: float) -> RankState:
     ended, status, node = group.ended.get(rank), group.statuses[rank], group.infos[rank].node_rank
     if ended is None:
+        owes = {"answers": status.get("answers", True), "mute_s": status.get("mute_s", 0.0)}
         if status.get("generation") != group.generation:  # nothing yet, or from before this group was formed
-            return RankState(rank, Phase.start, now - group.formed_at, str(node),
-                             answers=status.get("answers", True))
+            return RankState(rank, Phase.start, now - group.formed_at, str(node), **owes)
         phase = Phase[status["phase"]] if status.get("phase") in Phase.__members__ else Phase.start
         phase = Phase.step if phase is Phase.done else phase
-        return RankState(rank, phase, now - status["heartbeat_at"], str(node),
-                         answers=status.get("answers", True))
+        return RankState(rank, phase, now - status["heartbeat_at"], str(node), **owes)
     if "result" in ended:
         return RankState(rank, Phase.done, node=str(node))
     return RankState(rank, Phase.dead if ended.get("dead") else Phase.failed, node=str(node), cause=ended["error"],
-                     at=ended["at"], exit_code=ended["exit_code"], is_consequence=ended.get("is_consequence", False))
+                     at=ended["at"], heard_at=ended.get("heard_at", ended["at"]),
+                     exit_code=ended["exit_code"], is_consequence=ended.get("is_consequence", False))
 
 
 def silent_s(rank: int, group: Group, now: float) -> float:

@@ -26,6 +26,13 @@ def leaving() -> set[str]:
         return set()
 
 
+def ask_for(bundles: list[dict[str, float]]) -> None:
+    """Tell an autoscaler, if the cluster has one, that there is to be room for these; it holds until the next call."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
+
+
 def unreachable(doors: dict[str, tuple[str, int]]) -> set[str]:
     """Of nodes by id, each with an address and port where it listens, those whose machine is gone: the kernel of one
     that lives takes a connection, or refuses it, whatever its processes are at."""

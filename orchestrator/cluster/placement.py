@@ -93,6 +93,16 @@ def what_is_missing(request: Request, nodes: list[Node]) -> str | None:
             f"can have that ({have})")
 
 
+def environment(*, gpu: bool, beside_gpus: bool) -> dict[str, str]:
+    """Variables of a rank's process; none where it can be avoided: with one of its own, an actor cannot take a process
+    that Ray has ready. Devices are not masked (ray#61073). NCCL's watchdog, which ends the whole process once a peer is
+    lost or late, and with it the state in its memory, leaves that to the controller."""
+    if gpu:
+        return {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+                "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    return {"CUDA_VISIBLE_DEVICES": ""} if beside_gpus else {}
+
+
 def order_ranks(homes: list[tuple[str, int]], ep: int) -> list[int]:
     """The workers in rank order, by (node, device) of each. Ranks go node by node in the order of the nodes' names, so
     that pipeline neighbours are on the same or the next node; a node first takes as many whole expert-parallel groups,

@@ -65,7 +65,8 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class RankState:
-    """One rank, now. `cause`, `at` (unix time) and `exit_code` belong to a failed or dead one."""
+    """One rank, now. `cause`, `at` (unix time on its machine), `heard_at` (here; clocks may differ) and `exit_code`
+    belong to a failed or dead one."""
 
     rank: int
     phase: Phase
@@ -74,11 +75,14 @@ class RankState:
     node: str = ""
     cause: str = ""
     at: float = 0.0
+    heard_at: float = 0.0
     exit_code: int = 1
     is_consequence: bool = False
     """Its error is that of a lost connection: some other rank failed first."""
     answers: bool = True
     """Its process answered when last asked; a stopped or frozen one does not."""
+    mute_s: float = 0.0
+    """Seconds that its process has owed an answer."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def decide(states: list[RankState], limits: Limits, now: float) -> Decision:
         frozen = [state for state in states if not state.answers and state not in broken]
         if culprit.is_consequence and frozen:
             return _hung(frozen[0])
-        settled = now - min(state.at for state in broken) >= limits.settle_s
+        settled = now - min(state.heard_at for state in broken) >= limits.settle_s
         if settled or not culprit.is_consequence or len(broken) == len(states):
             return Decision(Action.blame, culprit.cause, culprit.rank, culprit.node, culprit.exit_code,
                             is_lost=not culprit.is_consequence)
@@ -119,7 +123,8 @@ def decide(states: list[RankState], limits: Limits, now: float) -> Decision:
     if all(state.phase is Phase.done for state in states):
         return Decision(Action.finish)
     limit = {Phase.start: limits.start_s, Phase.save: limits.save_s, Phase.done: float("inf"), Phase.data: float("inf")}
-    late = [state for state in states if state.silent_s > limit.get(state.phase, limits.step_s)]
+    late = [state for state in states if state.silent_s > limit.get(state.phase, limits.step_s)
+            or state.mute_s > limits.step_s]  # whatever it is at, a process that lives answers beside it
     if late:  # all wait for the one that hangs: one that does not answer (its phase is stale), else the most silent
         waiting = [state for state in states if state.phase is not Phase.done]
         frozen = [state for state in waiting if not state.answers]
@@ -182,7 +187,8 @@ def reshape(decision: Decision, *, size: int, there: int, sizes: Sequence[int]) 
 
 
 def _hung(state: RankState) -> Decision:
-    cause = f"no progress for {state.silent_s:.0f} s in phase {state.phase.name}"
+    limit = state.phase.name if state.phase in (Phase.start, Phase.save) else Phase.step.name
+    cause = f"no progress for {state.silent_s:.0f} s in phase {state.phase.name} (cluster.{limit}_timeout_s)"
     if not state.answers:
         cause += ", and its process does not answer"
     return Decision(Action.blame, cause, state.rank, state.node, TRANSIENT, is_lost=True)

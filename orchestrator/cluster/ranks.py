@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 
 from orchestrator.cluster import nodes, placement
 from orchestrator.cluster.group import Group
@@ -19,8 +19,9 @@ from orchestrator.cluster.places import Places
 from orchestrator.cluster.worker import THREADS, Worker
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import Transient
-from orchestrator.train.control import Recovery
+from orchestrator.train.control import Recovery, steady
 
+OUT_OF_MEMORY = "out of memory: Ray ended its process when the machine had hardly any left (RAY_memory_usage_threshold)"
 POLL_S = 0.25
 """Between two looks at who has ended."""
 ASK_S = 0.5
@@ -47,7 +48,7 @@ class Ranks:
     def __init__(self, request: placement.Request, places: Places, expert_group: int):
         """places: of the request's bundles, then of spares."""
         self.request, self.places, self.expert_group = request, places, expert_group
-        self.placed_at = time.time()
+        self.placed_at = steady()
         self.members: list[Member] = []
         self.reserve: list[Member] = []
         self.homing: dict = {}
@@ -98,7 +99,7 @@ class Ranks:
             plain["cluster"]["threads_per_rank"] = plain["cluster"]["threads_per_rank"] or share
         runs = [member.worker.run.remote(plain, info, self.placed_at, attempt, recovery)
                 for member, info in zip(self.members, infos, strict=True)]
-        return Group(runs, infos, {}, [{} for _ in runs], {}, time.time(), recovery.generation if recovery else 0)
+        return Group(runs, infos, {}, [{} for _ in runs], {}, steady(), recovery.generation if recovery else 0)
 
     def poll(self, group: Group, stop_cause: str | None) -> None:
         """Wait a moment for ranks to end, ask the others how they are, and tell them to stop if they are to."""
@@ -202,11 +203,13 @@ class Ranks:
         for ref in done:
             rank = group.runs.index(ref)
             try:
-                group.ended[rank] = ray.get(ref)
+                group.ended[rank] = ray.get(ref) | {"heard_at": steady()}
             except RayActorError as error:
-                group.ended[rank] = {"dead": True, "error": why_dead(error), "exit_code": 33, "at": time.time()}
+                group.ended[rank] = {"dead": True, "error": why_dead(error), "exit_code": 33, "at": steady()}
+            except OutOfMemoryError:
+                group.ended[rank] = {"dead": True, "error": OUT_OF_MEMORY, "exit_code": 1, "at": steady()}
             except RayError as error:
-                group.ended[rank] = {"error": str(error).splitlines()[-1], "exit_code": 1, "at": time.time()}
+                group.ended[rank] = {"error": str(error).splitlines()[-1], "exit_code": 1, "at": steady()}
 
     def _ask(self, group: Group, wait_s: float = 0.1) -> None:
         """One question a rank is under way at any time; nobody waits for a rank that does not answer."""
@@ -222,9 +225,10 @@ class Ranks:
             rank, _ = group.asked.pop(ref)
             with contextlib.suppress(RayError):
                 status = ray.get(ref)  # ages, since clocks of other machines may be off
-                group.statuses[rank] = status | {"answers": True, "heartbeat_at": time.time() - status["silent_s"]}
+                group.statuses[rank] = status | {"answers": True, "heartbeat_at": steady() - status["silent_s"]}
         for rank, since in group.asked.values():
-            group.statuses[rank] = group.statuses[rank] | {"answers": time.monotonic() - since < ANSWER_S}
+            mute_s = time.monotonic() - since
+            group.statuses[rank] = group.statuses[rank] | {"answers": mute_s < ANSWER_S, "mute_s": mute_s}
 
     def _knock(self, group: Group) -> None:
         """Ranks are dead whose machine is gone: none of its ranks answers, and its raylet takes no connection (the
@@ -240,7 +244,7 @@ class Ranks:
         for rank, member in enumerate(self.members):
             if member.home["node"] in lost and rank not in group.ended:
                 group.ended[rank] = {"dead": True, "error": f"node {member.home['host']} cannot be reached",
-                                     "exit_code": 33, "at": time.time()}
+                                     "exit_code": 33, "at": steady()}
 
     def _look(self) -> None:
         """What has changed around the ranks: nodes about to go, reserves that have found a place."""
@@ -280,12 +284,8 @@ class Ranks:
                        if node["NodeID"] not in self.leaving | self.unreachable))
 
     def _start(self, place: int) -> Member:
-        """One actor; devices are not masked (ray#61073), a lost one is not restarted behind our back."""
-        environment = {}  # with one of its own, an actor cannot take a process that Ray has ready
-        if self.request.gpu:
-            environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-        elif ray.cluster_resources().get("GPU"):
-            environment = {"CUDA_VISIBLE_DEVICES": ""}
+        """One actor; a lost one is not restarted behind our back."""
+        environment = placement.environment(gpu=self.request.gpu, beside_gpus=bool(ray.cluster_resources().get("GPU")))
         worker = ray.remote(Worker).options(
             num_cpus=1, num_gpus=1 if self.request.gpu else 0, resources=self.request.custom,
             max_concurrency=THREADS, max_restarts=0,
@@ -299,7 +299,7 @@ def place(config: Config, request: placement.Request) -> Ranks:
     """An actor per rank, in rank order; `Transient` if the room is not free in time."""
     each, spares = request.ranks_per_bundle, config.cluster.spares
     bundles = [request.bundle(each)] * request.bundles + [request.bundle(1)] * spares
-    began, limit = time.time(), config.cluster.start_timeout_s
+    began, limit = steady(), config.cluster.start_timeout_s
     places = Places(bundles, spread=request.spread, apart=config.cluster.min_ranks > 0)
     try:
         places.wait(limit)

@@ -16,7 +16,7 @@ import ray
 from orchestrator.config import Config, from_dict
 from orchestrator.errors import PeerLost, SparingError, Transient, public_kind
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.train.control import Control, Recovery
+from orchestrator.train.control import Control, Recovery, steady
 
 THREADS = 4
 """One for the rank program, the others for `status`, `request_stop` and the like."""
@@ -33,6 +33,7 @@ class Worker:
         from orchestrator.train.replica import Replicas
 
         self.control = Control(generation=-1)
+        self.store_at: tuple[str, int] | None = None
         self.replicas = Replicas()
         self.asked_at, self.lease_s = time.monotonic(), FIRST_LEASE_S
         self.raylet = os.getppid()
@@ -63,6 +64,7 @@ class Worker:
         """The rank program to its end: {"result": ...} or {"error": ..., "at": ..., ...}; never raises."""
         self.asked_at, self.lease_s = time.monotonic(), LEASE_S
         self.control = Control(generation=recovery.generation if recovery else 0)
+        self.store_at = info.master_addr, info.master_port
         if info.rank == 0:
             with self.lock:
                 if self.listener is not None and self.listener.getsockname()[1] == info.master_port:
@@ -78,12 +80,12 @@ class Worker:
             return {"result": run_rank(from_dict(Config, config), info, control=self.control, placed_at=placed_at,
                                        attempt=attempt, replicas=self.replicas, recovery=recovery)}
         except SparingError as error:
-            return {"error": str(error), "exit_code": error.exit_code, "at": time.time(), "kind": public_kind(error),
+            return {"error": str(error), "exit_code": error.exit_code, "at": steady(), "kind": public_kind(error),
                     "is_consequence": isinstance(error, PeerLost)}
         except BaseException as error:
             lost = _is_lost_connection(error)
             return {"error": f"{type(error).__name__}: {error}", "exit_code": Transient.exit_code if lost else 1,
-                    "at": time.time(), "kind": type(error).__name__, "traceback": traceback.format_exc(),
+                    "at": steady(), "kind": type(error).__name__, "traceback": traceback.format_exc(),
                     "is_consequence": lost}
 
     def stacks(self) -> str:
@@ -106,7 +108,7 @@ class Worker:
 
         silent: addresses of machines that nothing more is to be expected from."""
         self.control.must_leave = True
-        hang_up(silent)
+        hang_up(silent, self.store_at)
         if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
             # A kernel of NCCL hears of nothing else, and its watchdog would end the process.
             with contextlib.suppress(Exception):  # already gone
@@ -121,16 +123,19 @@ class Worker:
                 os._exit(33)
 
 
-def hang_up(addresses: set[str]) -> None:
+def hang_up(addresses: set[str], store_at: tuple[str, int] | None = None) -> None:
     """Shut this process's connections to those addresses: TCP would wait for a machine whose cable is cut for many
-    minutes, and gloo with it."""
+    minutes, and gloo with it. And those to the ranks' store, by which this one may be waiting for what the lost one
+    was to write there."""
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.stat(int(entry)).st_mode):
                 with socket.socket(fileno=os.dup(int(entry))) as connection:
-                    inet = connection.family in (socket.AF_INET, socket.AF_INET6)
-                    if inet and connection.getpeername()[0].removeprefix("::ffff:") in addresses:
-                        connection.shutdown(socket.SHUT_RDWR)
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        host, port = connection.getpeername()[:2]
+                        host = host.removeprefix("::ffff:")
+                        if host in addresses or (host, port) == store_at:
+                            connection.shutdown(socket.SHUT_RDWR)
 
 
 def device_index(name: str, visible: str | None) -> int:

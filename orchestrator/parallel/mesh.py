@@ -72,10 +72,12 @@ def open_store(info: RankInfo, *, timeout_s: float) -> dist.Store | None:
 
 
 def meet(store: dist.Store | None, info: RankInfo, *, timeout_s: float) -> None:
-    """Wait until every rank is there: some start later than a collective may take."""
+    """Wait until every rank is there: some start later than a collective may take. All wait for one key, since the
+    store would have to look for each of a key per rank on behalf of each rank."""
     if store is not None:
-        store.set(f"here/{info.rank}", "")
-        store.wait([f"here/{rank}" for rank in range(info.world_size)], datetime.timedelta(seconds=timeout_s))
+        if store.add("here", 1) >= info.world_size:
+            store.set("all here", "")
+        store.wait(["all here"], datetime.timedelta(seconds=timeout_s))
 
 
 def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: float,

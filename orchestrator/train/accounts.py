@@ -23,7 +23,7 @@ from orchestrator.plan.cost import (
 )
 from orchestrator.train import metrics
 from orchestrator.train.cadence import Cadence
-from orchestrator.train.control import Recovery
+from orchestrator.train.control import Recovery, steady
 from orchestrator.train.data import Corpus
 from orchestrator.train.expected import expected
 from orchestrator.train.finish import read_summary, summarise
@@ -53,7 +53,7 @@ class Accounts:
         self.ledger = self._open_ledger(restored)
         self.faults = self._faults(restored)
         self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
-                               wall_s=self.ledger.charged_s(time.time()) / (self.devices + self.ledger.spares))
+                               wall_s=self.ledger.charged_s(steady()) / (self.devices + self.ledger.spares))
         self.recoveries_s: list[float] = []
         self.predicted = expected(config, mesh, peak_flops_per_s) if self.tracker is not None else {}
         self.ended_by_budget = False
@@ -66,9 +66,9 @@ class Accounts:
 
     def start(self) -> None:
         """The first step is about to begin: all before it was start-up, or the way back from a fault."""
-        recovery, now = self.recovery, time.time()
+        recovery, now = self.recovery, steady()
         if recovery is None:
-            self.ledger.charge("startup", now - self.placed_at)
+            self.ledger.charge("startup", max(0.0, now - self.placed_at))  # by another machine's clock
             self.event("predicted", **self.predicted)
             self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
                        device=self.mesh.device.type, peak_flops_per_s=self.peak)
@@ -84,7 +84,8 @@ class Accounts:
 
     def _recovered(self) -> None:
         """The first step after a recovery has ended: what the fault cost."""
-        since, lost = time.time() - self.recovery.fault_at, self.tracker.dropped if self.tracker is not None else None
+        since = max(0.0, steady() - self.recovery.fault_at)
+        lost = self.tracker.dropped if self.tracker is not None else None
         if lost is not None:
             self.recoveries_s.append(since)
             seconds, price = (since * self.devices + lost.seconds * self._devices_before(),
@@ -172,7 +173,7 @@ class Accounts:
         # The last checkpoint is written while the ranks stand still, behind one that may just have begun.
         saves_s = 2 * max(self.save_seconds, self.write_seconds)
         ahead = 2 * step_s + self.validation_seconds + saves_s + TEARDOWN_S
-        if would_pass(self.ledger, time.time(), ahead, self.config.budget.max_usd):
+        if would_pass(self.ledger, steady(), ahead, self.config.budget.max_usd):
             self.ended_by_budget = True
         return self.ended_by_budget
 
@@ -186,13 +187,13 @@ class Accounts:
 
     def state(self) -> dict:
         """What a checkpoint remembers of the accounts."""
-        return {"ledger": self.ledger.to_dict(time.time()), "data_digest": self.corpus.digest, "faults": self.faults,
+        return {"ledger": self.ledger.to_dict(steady()), "data_digest": self.corpus.digest, "faults": self.faults,
                 "wandb_id": self.tracker.wandb_id if self.tracker is not None else None}
 
     def result(self, status: str, checkpoint: dict) -> dict:
         """What `finish_run` makes the summary of."""
         progress, seconds = self.progress, self.kept_seconds
-        now = time.time()
+        now = steady()
         self.final = {
             "status": status, "steps": progress.step, "tokens": progress.tokens, "loss_train": progress.loss_train,
             "loss_validation": progress.loss_validation, "skipped_steps": progress.bad_steps,
@@ -215,8 +216,8 @@ class Accounts:
         """Flush and close the logs; without a result the run has failed."""
         if self.tracker is not None:
             final = self.final or {"status": "failed", "steps": self.progress.step,
-                                   "ledger": self.ledger.to_dict(time.time())}
-            self.tracker.finish(summarise(self.config, final, placed_at=self.placed_at, released_at=time.time(),
+                                   "ledger": self.ledger.to_dict(steady())}
+            self.tracker.finish(summarise(self.config, final, placed_at=self.placed_at, released_at=steady(),
                                           devices=self.devices, attempts=self.attempt, spares=self.ledger.spares))
 
     def _faults(self, restored: dict | None) -> int:
@@ -265,7 +266,7 @@ class Accounts:
         return torch.cuda.max_memory_allocated() / 2**30 if self.mesh.device.type == "cuda" else None
 
     def _costs(self) -> dict:
-        now, config, tokens = time.time(), self.config, self.progress.tokens
+        now, config, tokens = steady(), self.config, self.progress.tokens
         usd = self.ledger.usd(now)
         share = mfu(model_flops(config.model, self.kept_tokens, config.train.seq_len) / self.kept_seconds,
                     devices=self.devices, peak_flops_per_s=self.peak) if self.kept_seconds else None

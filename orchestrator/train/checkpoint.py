@@ -23,6 +23,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -135,17 +136,18 @@ class Saver:
     store: reaches rank 0, on the training thread's side untouched (a clone is used); None when alone.
     keep: newest checkpoints left after a commit, 0 for all. experts: routed experts of each MoE block by its name
     (`{"layers.1": 16, "mtp.0.block": 16}`), for the census. fence: the attempt's name, for messages and the store.
-    timeout_s: by when a save has ended, one way or the other.
+    timeout_s: by when a save has ended, one way or the other. on_wait: called each second of a wait; may raise.
 
     Rank 0 claims the directory when it is built, which also shows that it can be written: of several attempts (a
     duplicate job, a worker that outlived its node) only the one with the highest claim may commit and delete.
     """
 
     def __init__(self, directory: str, *, rank: int, world_size: int, store: dist.Store | None, keep: int, fence: str,
-                 timeout_s: float, experts: Mapping[str, int] | None = None):
+                 timeout_s: float, experts: Mapping[str, int] | None = None,
+                 on_wait: Callable[[], None] = lambda: None):
         assert store is not None or world_size == 1, "several ranks need a store"
         self.directory, self.rank, self.world_size = directory, rank, world_size
-        self.keep, self.fence, self.timeout_s, self.experts = keep, fence, timeout_s, experts
+        self.keep, self.fence, self.timeout_s, self.experts, self.on_wait = keep, fence, timeout_s, experts, on_wait
         self._store = dist.PrefixStore(f"checkpoint/{fence}", store.clone()) if store is not None else None
         self._sequence = 0
         self._thread: threading.Thread | None = None
@@ -174,8 +176,11 @@ class Saver:
 
     def wait(self, timeout_s: float | None = None) -> SaveResult | None:
         """The last result, once the save under way has ended; its own deadline bounds the wait unless told less."""
-        if self._thread is not None:
-            self._thread.join(max(0.0, self._deadline - time.monotonic()) + 30 if timeout_s is None else timeout_s)
+        if self._thread is not None and timeout_s is not None:
+            self._thread.join(timeout_s)
+        while timeout_s is None and self.busy_s and (left := self._deadline + 30 - time.monotonic()) > 0:
+            self.on_wait()
+            self._thread.join(min(1.0, left))
         return self._last
 
     @property
@@ -230,8 +235,9 @@ class Saver:
                 raise NotFit(f"{path}: its manifest would have {len(data):,} bytes, must have at most "
                              f"{MAX_MANIFEST_BYTES:,}; use fewer data-parallel ranks, or larger layout.ep")
             parse(data)
-            for name, file in manifest.files.items():
-                check_shard(storage.join(path, name), file, content=False, retry_s=job.remaining_s())
+            with ThreadPoolExecutor(32) as pool:  # thousands of files, each a request
+                list(pool.map(lambda name: check_shard(storage.join(path, name), manifest.files[name], content=False,
+                                                       retry_s=job.remaining_s()), manifest.files))
             self._claim.check(retry_s=job.remaining_s())
         except Exception:
             with contextlib.suppress(Exception):  # the room it takes; what remains is collected later

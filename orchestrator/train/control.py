@@ -6,6 +6,13 @@ from dataclasses import dataclass, field
 
 from orchestrator.errors import PeerLost
 
+_BEGAN = time.time() - time.monotonic()
+
+
+def steady() -> float:
+    """Unix time that never jumps: what is waited for and what is charged go by it, and setting a clock is neither."""
+    return _BEGAN + time.monotonic()
+
 
 @dataclass(frozen=True)
 class Recovery:

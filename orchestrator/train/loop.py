@@ -26,7 +26,7 @@ from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import layout_of
 from orchestrator.train import data, spikes
 from orchestrator.train.accounts import Accounts, peak_flops_per_s
-from orchestrator.train.control import Control, Recovery
+from orchestrator.train.control import Control, Recovery, steady
 from orchestrator.train.counts import Progress, StepSums, moe_layer_names
 from orchestrator.train.memory import keep_freed_memory
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
@@ -185,7 +185,7 @@ class Trainer:
         """How all ranks, which call this at the same step, go on from their newest kept state behind today's data."""
         self.control.update(phase="start")
         self.checkpoints.settle()
-        progress, now = self.progress, time.time()
+        progress, now = self.progress, steady()
         progress.rollbacks, progress.rolled_back_at = progress.rollbacks + 1, progress.step
         event = {"kind": "rolled_back", "time": now, "rank": 0, "node": self.mesh.info.node_rank,
                  "step": progress.step, "cause": cause, "rollbacks": progress.rollbacks}
@@ -270,14 +270,17 @@ class Trainer:
 
     def _validate(self) -> dict:
         """Mean cross-entropies and acceptance over the held-out sequences, the same under every layout."""
-        began = time.perf_counter()
+        began, config, layout = time.perf_counter(), self.config, self.mesh.layout
         self.control.update(phase="validate")
-        config, layout = self.config, self.mesh.layout
         rows = data.validation_batches(self.corpus, config.train.validate_sequences, config.train.seq_len, self.n_extra)
         share = len(rows) // layout.dp
         mine = torch.from_numpy(rows[self.mesh.coordinate.dp * share :][:share]).to(self.mesh.device)
         size = math.gcd(share, data.batch_size_at(self.progress.step, config.train) // layout.dp)
-        sums = self._sum_over_ranks(sum(self.pipeline.validate(part).double() for part in mine.split(size)).cpu())
+        sums = 0.0
+        for part in mine.split(size):
+            self.control.alive()
+            sums = sums + self.pipeline.validate(part).double()
+        sums = self._sum_over_ranks(sums.cpu())
         losses, accepted = (sums / len(rows)).split([self.n_extra, config.model.n_mtp_layers])
         guesses = (config.train.seq_len - torch.arange(1, self.n_extra)).clamp(min=0)
         return self.accounts.validated((losses / config.train.seq_len).tolist(), (accepted / guesses).tolist(),

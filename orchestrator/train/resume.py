@@ -65,7 +65,7 @@ class Checkpoints:
         self.saver = checkpoint.Saver(
             config.checkpoint.dir, rank=mesh.info.rank, world_size=mesh.layout.world_size, store=mesh.store,
             keep=config.checkpoint.keep, fence=f"attempt-{attempt}", timeout_s=config.cluster.save_timeout_s,
-            experts=_expert_blocks(config.model))
+            experts=_expert_blocks(config.model), on_wait=on_progress)
 
     def _leave_room(self) -> None:
         """Keep no copies where they would not fit beside what the machine holds; all ranks do or none does."""

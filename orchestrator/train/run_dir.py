@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from orchestrator.config import Config, to_dict
@@ -21,8 +21,8 @@ from orchestrator.train.finish import SUMMARY
 from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
 
 CONFIG, LOCK, STATUS = "config.yaml", "lock.json", "status.json"
-STALE_S = 120.0
-"""Age of a remote run's status.json after which its holder on another host counts as gone."""
+STALE_S, LOOK_S = 120.0, 2.0
+"""Age of a run's status.json after which its holder on another machine counts as gone."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,25 @@ def _locked_folder(folder: str, run_dir: str) -> Iterator[None]:
     except OSError as error:
         raise NotFit(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        file.seek(0)
+        if not _try_lock(file, run_dir) and _is_live(run_dir, file.read(), is_free=lambda: _try_lock(file, run_dir)):
             file.seek(0)
-            raise _in_use(run_dir, file.read()) from None
+            raise _in_use(run_dir, file.read())
         file.truncate(0)
         file.write(_holder())
         file.flush()
         yield
+
+
+def _try_lock(file, run_dir: str) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise NotFit(f"run.dir={run_dir}: its file system takes no locks ({error.strerror}); mount it with them, or "
+                     "choose another run.dir") from error
 
 
 @contextlib.contextmanager
@@ -116,7 +126,7 @@ def _locked_url(run_dir: str) -> Iterator[None]:
         storage.create_exclusive(path, _holder().encode())
     except FileExistsError:
         held = storage.read_bytes(path).decode()
-        if _is_live(run_dir, held):
+        if _is_live(run_dir, held, is_free=lambda: not storage.exists(path)):
             raise _in_use(run_dir, held) from None
         storage.write_bytes(path, _holder().encode())
     try:
@@ -125,16 +135,30 @@ def _locked_url(run_dir: str) -> Iterator[None]:
         storage.remove(path)
 
 
-def _is_live(run_dir: str, held: str) -> bool:
+def _is_live(run_dir: str, held: str, *, is_free: Callable[[], bool]) -> bool:
+    """Whether the holder still has the directory. One on another machine is waited for until it is seen at work or has
+    been silent for long: where a run's machine was lost, its next start comes sooner than that, and a file server may
+    not know yet that the machine is gone."""
+    is_local = storage.local_path(run_dir) is not None  # there the lock itself ends with its holder
     try:
         holder = json.loads(held)
     except ValueError:
-        return False
+        return is_local
     if holder.get("host") == socket.gethostname():
-        return holder.get("pid") != os.getpid() and os.path.exists(f"/proc/{holder.get('pid')}")
+        return is_local or holder.get("pid") != os.getpid() and os.path.exists(f"/proc/{holder.get('pid')}")
+    first = _last_sign(run_dir, holder)
+    deadline = time.monotonic() + min(STALE_S, first + STALE_S - time.time())
+    while time.monotonic() < deadline and not is_free():
+        time.sleep(LOOK_S)
+        if _last_sign(run_dir, holder) != first:
+            return True
+    return is_local and not is_free()
+
+
+def _last_sign(run_dir: str, holder: dict) -> float:
     path = storage.join(run_dir, STATUS)
-    seen = json.loads(storage.read_bytes(path))["time"] if storage.exists(path) else holder.get("since", 0)
-    return time.time() - seen < STALE_S
+    seen = json.loads(storage.read_bytes(path))["time"] if storage.exists(path) else 0.0
+    return max(seen, holder.get("since", 0.0))
 
 
 def _in_use(run_dir: str, held: str) -> BadRequest:

@@ -31,6 +31,7 @@ from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
 VERSION = 1
 SHARD_TOKENS = 1 << 28
 LOCK_TIMEOUT_S = 3600.0
+"""A process that tokenises for others is given up when it has written nothing for this long."""
 TELL_CHARACTERS = 1 << 22
 LOOKED_AT = 1 << 13
 """Bytes of a file by which text is told from what is none."""
@@ -48,7 +49,7 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
         return target
     cache.mkdir(parents=True, exist_ok=True)
     on_progress = on_progress or (lambda done, total: None)
-    with _locked(cache / f"{target.name}.lock", on_wait=lambda: on_progress(0, sum(sizes.values()))):
+    with _locked(cache, target.name, on_wait=lambda: on_progress(0, sum(sizes.values()))):
         if not (target / "index.json").exists():
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
             try:
@@ -304,18 +305,31 @@ def _key(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig) -> str
 
 
 @contextlib.contextmanager
-def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """An advisory lock that the kernel drops with its holder; others wait, with a deadline."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+def _locked(cache: Path, name: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    """An advisory lock that the kernel drops with its holder; others wait while it gets on."""
+    path, written, deadline = cache / f"{name}.lock", None, 0.0
     with open(path, "w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if written != (written := _bytes_under(cache, f".{name}-*/*")):
+                    deadline = time.monotonic() + LOCK_TIMEOUT_S
                 if time.monotonic() > deadline:
-                    raise NotFit(f"{path}: another process has been tokenising for {LOCK_TIMEOUT_S:.0f} s; "
+                    raise NotFit(f"{path}: the process that holds it has written no tokens for {LOCK_TIMEOUT_S:.0f} s; "
                                  "see what it does, or choose another data.cache_dir") from None
                 on_wait()
                 time.sleep(0.1)
+            except OSError as error:
+                raise NotFit(f"data.cache_dir={cache}: its file system takes no locks ({error.strerror}); choose "
+                             "another directory") from error
         yield
+
+
+def _bytes_under(folder: Path, pattern: str) -> int:
+    total = 0
+    for file in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            total += file.stat().st_size
+    return total

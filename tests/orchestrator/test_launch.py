@@ -273,6 +273,9 @@ def test_a_dashboard_that_asks_gets_the_token_and_says_how_the_job_ended(dashboa
         answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": status, "driver_exit_code": code}))
         assert job_outcome(address, "mine", 1) == outcome
         assert has_ended(address, "mine") == (status != "RUNNING")
+    for error, outcome in [("JOB_SUPERVISOR_ACTOR_DIED", 33), ("RUNTIME_ENV_SETUP_FAILURE", 1)]:
+        answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": "FAILED", "error_type": error}))
+        assert job_outcome(address, "mine", 1) == outcome, "a job that is lost with its node may be submitted again"
     assert not has_ended(address, "unknown")
 
 

@@ -71,6 +71,9 @@ class Dummy:
 
     def poll(self, group: Group, stop_cause: str | None) -> None:
         self.now += POLL_S + 0.1
+        for status in group.statuses:
+            if not status.get("answers", True):
+                status["mute_s"] = self.now - self.mute_since
         assert self.now < DEADLINE_S, "the script was not decided by the deadline"
         if self.blocked is not None:
             return
@@ -162,9 +165,19 @@ class Dummy:
         group.ended[rank] = {"error": "no room", "exit_code": 3, "at": self.now, "kind": "NotFit"}
         self.blocked = rank
 
+    def on_no_storage(self, rank, group):
+        group.ended[rank] = {"error": "storage did not answer", "exit_code": 33, "at": self.now, "kind": "Transient"}
+        self.blocked = rank
+
     def on_frozen(self, rank, group):
-        group.statuses[rank]["answers"] = False
+        self._mute(rank, group)
         self._hang(rank, group, "step")
+
+    def on_frozen_in_start(self, rank, group):
+        self._mute(rank, group)
+        self._hang(rank, group, "start")
+        for status in group.statuses:
+            status["generation"] = group.generation
 
     def on_hang_in_start(self, rank, group):
         self._hang(rank, group, "step")
@@ -176,6 +189,9 @@ class Dummy:
 
     def on_hang_in_save(self, rank, group):
         self._hang(rank, group, "save")
+
+    def _mute(self, rank, group):
+        group.statuses[rank]["answers"], self.mute_since = False, self.now
 
     def _hang(self, rank, group, phase):
         """The others wait for it and are silent a little less long."""

@@ -4,17 +4,22 @@ import json
 import os
 import re
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.cluster import controller as controller_module
+from orchestrator.cluster import ranks as ranks_module
 from orchestrator.cluster.controller import Controller
+from orchestrator.cluster.group import Group, state_of
 from orchestrator.cluster.keeper import Keeper
 from orchestrator.cluster.placement import layouts
 from orchestrator.cluster.policy import NEXT, State
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import NoProgress, NotFit, SparingError, Transient, public_kind
+from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import storage
 from orchestrator.train.manifest import CorruptManifest, MissingTensor
 from orchestrator.train.progress import Progress
@@ -54,7 +59,8 @@ def decisions(ranks: Dummy) -> list[str]:
     ("killed", 0.4, ["replace"]), ("killed_after_others_told", 0.4, ["replace"]), ("error", 0.4, ["replace"]),
     ("drifted", 0.4, ["replace"]),
     ("node_lost", 0.4, ["replace"]), ("connection_lost", 0.4, ["retry"]),
-    ("frozen", 31, ["replace"]), ("hang_in_step", 31, ["replace"]), ("hang_in_save", 46, ["replace"])])
+    ("frozen", 31, ["replace"]), ("frozen_in_start", 31, ["replace"]),
+    ("hang_in_step", 31, ["replace"]), ("hang_in_save", 46, ["replace"])])
 @pytest.mark.parametrize("rank", range(4))
 def test_the_rank_at_fault_is_named_in_time_and_the_run_goes_on(tmp_path, kind, within_s, actions, rank):
     ranks, end, _ = play(tmp_path, FailAt(rank, 7, kind))
@@ -66,7 +72,7 @@ def test_the_rank_at_fault_is_named_in_time_and_the_run_goes_on(tmp_path, kind, 
     elif kind != "connection_lost":
         assert (told["rank"], told["node"], told["lost"]) == (rank, str(rank // 2), [rank])
         assert [event["rank"] for event in ranks.logged[1:]] == [rank] and ranks.logged[1]["silent_s"] >= 0
-    assert (tmp_path / "stacks-1.txt").exists() == (kind in ("frozen", "hang_in_step", "hang_in_save"))
+    assert (tmp_path / "stacks-1.txt").exists() == kind.startswith(("frozen", "hang"))
 
 
 def test_a_rank_that_never_starts_is_found_within_the_timeout_of_the_start(tmp_path):
@@ -77,6 +83,7 @@ def test_a_rank_that_never_starts_is_found_within_the_timeout_of_the_start(tmp_p
 
 @pytest.mark.parametrize("script, error, code", [
     ([FailAt(1, 5, "no_disk")], NotFit, 3),
+    ([FailAt(1, 5, "no_storage", always=True)], Transient, 33),
     ([FailAt(1, 5, "error", always=True)], SparingError, 1),
     ([FailAt(1, 5, "killed", always=True)], NoProgress, 93),
     ([FailAt(1, 5, "connection_lost", always=True)], NoProgress, 93),
@@ -180,3 +187,15 @@ def test_an_error_keeps_its_meaning_on_its_way_from_a_rank(tmp_path, error, kind
 
     keeper = Keeper(os.getpid())
     assert keeper.run(attempt, to_dict(Config())) == {"error": kind, "message": "x"} and public_kind(error) == kind
+
+
+def test_setting_the_clock_is_no_silence(tmp_path, monkeypatch):
+    worker = SimpleNamespace(status=SimpleNamespace(remote=lambda: "asked"))
+    status = {"silent_s": 0.0, "generation": 0, "phase": "step"}
+    monkeypatch.setattr(ranks_module.ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(ranks_module.ray, "get", lambda ref: status)
+    controller = Controller(config_of(tmp_path), 1, Progress(lambda line: None))
+    group = Group([None], [RankInfo()], {}, [{}], {}, controller.clock())
+    ranks_module.Ranks._ask(SimpleNamespace(asked_at=0.0, members=[SimpleNamespace(worker=worker)]), group)
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    assert 0 <= state_of(0, group, controller.clock()).silent_s < 60

@@ -1,10 +1,14 @@
 """States in, decision out; resources in, placement out: no Ray, no processes."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from orchestrator.cluster import nodes, preflight
 from orchestrator.cluster.placement import (
     Node,
     Request,
+    environment,
     nodes_of,
     order_ranks,
     rank_infos,
@@ -14,6 +18,8 @@ from orchestrator.cluster.placement import (
 )
 from orchestrator.cluster.policy import Action, Fault, Limits, Phase, RankState, decide, respond
 from orchestrator.config import Config
+from orchestrator.errors import NotFit
+from orchestrator.train.progress import Progress
 
 LIMITS = Limits(start_s=60, step_s=30, save_s=30)
 
@@ -29,21 +35,22 @@ def test_waits_while_ranks_work_and_finishes_when_all_are_done():
 
 
 def test_blames_the_rank_that_failed_on_its_own_account_even_if_others_told_first():
-    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True),
-            RankState(1, Phase.step), RankState(2, Phase.failed, cause="out of memory", at=11, exit_code=1)]
+    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, heard_at=10, is_consequence=True),
+            RankState(1, Phase.step), RankState(2, Phase.failed, cause="out of memory", at=11)]
     decision = decide(seen, LIMITS, 11)
     assert (decision.action, decision.rank, decision.cause) == (Action.blame, 2, "out of memory")
 
 
 def test_blames_a_dead_rank_over_those_that_lost_their_connection_to_it():
-    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True),
-            RankState(1, Phase.dead, cause="killed", at=12, exit_code=33)]
+    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, heard_at=10, is_consequence=True),
+            RankState(1, Phase.dead, cause="killed", at=12, heard_at=12, exit_code=33)]
     decision = decide(seen, LIMITS, 12)
     assert (decision.rank, decision.exit_code) == (1, 33)
 
 
 def test_waits_a_moment_for_the_root_cause_behind_a_lost_connection():
-    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, is_consequence=True), RankState(1, Phase.step)]
+    seen = [RankState(0, Phase.failed, cause="connection closed", at=10, heard_at=10, is_consequence=True),
+            RankState(1, Phase.step)]
     assert decide(seen, LIMITS, 10.5).action is Action.wait
     assert decide(seen, LIMITS, 10 + LIMITS.settle_s).action is Action.blame
 
@@ -64,6 +71,23 @@ def test_of_ranks_that_wait_for_one_another_the_one_that_does_not_answer_is_blam
     assert decide(unheard, LIMITS, 0).rank == 1  # it was last heard of in an earlier phase
     timed_out = RankState(0, Phase.failed, cause="Timed out waiting", at=0, is_consequence=True)
     assert decide([timed_out, waiting[1]], LIMITS, 0).rank == 1
+
+
+@pytest.mark.parametrize("phase", [Phase.start, Phase.data, Phase.step, Phase.validate])
+def test_a_process_that_does_not_answer_is_given_up_whatever_it_is_at(phase):
+    """While data is made ready its peers are no less alive, and a start may last long."""
+    frozen = RankState(1, phase, silent_s=50, answers=False, mute_s=LIMITS.step_s + 1)
+    decision = decide([RankState(0, Phase.start), frozen], Limits(start_s=300, step_s=30), 0)
+    assert (decision.action, decision.rank) == (Action.blame, 1) and phase.name in decision.cause
+    busy = RankState(1, Phase.start, silent_s=50, answers=False, mute_s=LIMITS.step_s - 1)
+    assert decide([RankState(0, Phase.start), busy], Limits(start_s=300, step_s=30), 0).action is Action.wait
+
+
+@pytest.mark.parametrize("clock", [-3600, 3600])
+def test_the_moment_for_a_root_cause_does_not_depend_on_another_machines_clock(clock):
+    seen = [RankState(0, Phase.failed, at=10 + clock, heard_at=10, is_consequence=True), RankState(1, Phase.step)]
+    assert decide(seen, LIMITS, 11).action is Action.wait
+    assert decide(seen, LIMITS, 10 + LIMITS.settle_s).action is Action.blame
 
 
 def test_a_lost_rank_is_replaced_until_faults_come_without_progress():
@@ -138,3 +162,37 @@ def test_nodes_are_simulated_here_and_real_on_a_cluster():
     assert request_of(config, gpu=False, simulated=True) == Request(8, 1, False, spread=False)
     config.cluster.nodes, config.cluster.ranks_per_node = 0, 2
     assert nodes_of(config) == (4, 2)
+
+
+def test_a_rank_on_a_gpu_is_ended_by_its_controller_alone():
+    """NCCL would end the process of every rank when one of them is lost, and the states in their memory with them."""
+    there = environment(gpu=True, beside_gpus=True)
+    assert there["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] == "1", "devices are not masked"
+    assert (there["TORCH_NCCL_ASYNC_ERROR_HANDLING"], there["TORCH_NCCL_ENABLE_MONITORING"]) == ("0", "0")
+    assert environment(gpu=False, beside_gpus=True) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert environment(gpu=False, beside_gpus=False) == {}
+
+
+def test_nodes_on_their_way_are_asked_for_and_waited_for(monkeypatch):
+    """By an autoscaler, which sees nothing else to start nodes for; and no longer than they are needed."""
+    config, asked, now = Config(), [], [0.0]
+    config.layout.dp, config.layout.ep, config.cluster.join_timeout_s = 16, 8, 60.0
+    config.hardware.device = "cuda"
+    node = {"NodeManagerAddress": "a", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 8.0}}
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(nodes, "alive", lambda: [node] * int(now[0] // 10))
+    monkeypatch.setattr(nodes, "ask_for", asked.append)
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(preflight.ray, "cluster_resources", dict)
+    gpu = preflight.has_gpus(config, Progress(), here=False)
+    assert gpu and not preflight.has_gpus(config, Progress(), here=True)
+    request = preflight.checked_request(config, gpu=gpu, simulated=False)
+    assert (request.bundles, request.ranks_per_bundle, now) == (2, 8, [20.0])
+    assert asked == [[{"CPU": 1.0, "GPU": 1.0}] * 16, []]
+    config.cluster.join_timeout_s, now[0] = 5.0, 0.0
+    with pytest.raises(NotFit, match="no room on the cluster: 16 ranks want 1 free GPU each, 0 can have that"):
+        preflight.checked_request(config, gpu=gpu, simulated=False)
+    assert asked[-1] == []

@@ -1,10 +1,18 @@
 """What a rank's actor does without Ray: its device's number, and connections that nothing more is to be expected of."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import ray
+from torch.distributed import DistNetworkError, TCPStore
 
-from orchestrator.cluster.worker import device_index, hang_up
+from orchestrator.cluster import ranks
+from orchestrator.cluster.group import Group
+from orchestrator.cluster.worker import Worker, device_index, hang_up
+from orchestrator.train.control import Control
 
 
 @pytest.mark.parametrize("name, visible, index", [
@@ -30,3 +38,29 @@ def test_connections_to_lost_machines_are_shut_whatever_else_is_open():
         assert other.recv(1) == b"x"
         one.close()
         other.close()
+
+
+def test_a_rank_that_is_told_to_leave_does_not_wait_for_what_a_lost_one_was_to_write():
+    """Frozen or killed between two words in the store, it would hold up every other rank until the start times out."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    waiting = TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=60))
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(waiting.get, "what nobody writes")
+        rank = SimpleNamespace(control=Control(), store_at=("127.0.0.1", store.port))
+        while not waits.done():
+            Worker.leave(rank)
+        with pytest.raises(DistNetworkError):
+            waits.result()
+    assert rank.control.must_leave
+
+
+def test_a_rank_that_ray_ended_for_want_of_memory_says_so(monkeypatch):
+    """It is none of Ray's errors of actors, and ends in advice on how to turn that off."""
+    def get(ref):
+        raise ray.exceptions.OutOfMemoryError("killed due to the node running low on memory\nSet the environment ...")
+
+    monkeypatch.setattr(ranks.ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(ranks.ray, "get", get)
+    group = Group(["run"], [], {}, [{}], {}, 0.0)
+    ranks.Ranks._collect(None, group, 0.0)
+    assert group.ended[0]["dead"] and group.ended[0]["error"].startswith("out of memory")

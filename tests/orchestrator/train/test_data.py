@@ -1,5 +1,6 @@
 """Tokens and their order: built once, checked, the same under every layout."""
 
+import errno
 import fcntl
 import gzip
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from orchestrator.config import DataConfig, DataKind, TrainConfig
-from orchestrator.errors import BadRequest, NotTrustworthy, PeerLost
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, PeerLost
 from orchestrator.train import data, storage, tokens
 from orchestrator.train.control import Control
 from orchestrator.train.tokenizer import BYTE_EOS
@@ -264,12 +266,39 @@ def test_json_lines_end_in_a_newline_and_nothing_else(tmp_path, end):
 
 
 def test_who_waits_for_anothers_tokens_says_so_and_can_leave(tmp_path):
-    with open(tmp_path / "lock", "w") as file:
+    with open(tmp_path / "key.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         control = Control()
         control.must_leave = True
-        with pytest.raises(PeerLost), tokens._locked(tmp_path / "lock", on_wait=control.alive):
+        with pytest.raises(PeerLost), tokens._locked(tmp_path, "key", on_wait=control.alive):
             pass
+
+
+def test_tokens_are_waited_for_as_long_as_somebody_writes_them(tmp_path, monkeypatch):
+    """A corpus may take days."""
+    now, shard = [0.0], tmp_path / ".key-1" / "train-00000.bin"
+    shard.parent.mkdir()
+    monkeypatch.setattr(tokens, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None))
+
+    def wait() -> None:
+        now[0] += 1000
+        if now[0] < 100_000:
+            shard.write_bytes(bytes(int(now[0])))
+
+    with open(tmp_path / "key.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(NotFit, match="has written no tokens for 3600 s"), tokens._locked(tmp_path, "key", wait):
+            pass
+    assert 100_000 < now[0] < 110_000
+
+
+def test_a_place_without_locks_is_named(tmp_path, monkeypatch):
+    def unsupported(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(NotFit, match="data.cache_dir=.*takes no locks"), tokens._locked(tmp_path, "key", lambda: None):
+        pass
 
 
 def test_tokenising_a_large_file_is_progress_on_the_way(tmp_path, monkeypatch):

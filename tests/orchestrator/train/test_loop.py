@@ -345,3 +345,30 @@ def test_a_batch_ramp_counts_samples_and_resumes(ranks, text, tmp_path):
     assert ours[1]["tokens/total"] == 8 * 32
     for step, row in ours.items():
         assert row["train/loss"] == pytest.approx(alone[step]["train/loss"], rel=1e-5)
+
+
+def test_a_long_validation_is_no_silence(text, tmp_path):
+    """Each of its parts is a sign of progress: held out may be more than a step's time can take."""
+    control, seen = Control(), []
+    alive = control.alive
+
+    def watched(**fields):
+        seen.append(control.status()["phase"])
+        alive(**fields)
+
+    control.alive = watched
+    train(RankInfo(), make_config(text, tmp_path, train__steps=1, train__validate_sequences=64), control)
+    assert seen.count("validate") == 4
+
+
+def test_setting_the_clock_costs_nothing(text, tmp_path, monkeypatch):
+    control, update, real = Control(), Control.update, time.time
+
+    def watched(**fields):
+        update(control, **fields)
+        if fields.get("step") == 1:
+            monkeypatch.setattr(time, "time", lambda: real() + 86400)
+
+    control.update = watched
+    result = train(RankInfo(), make_config(text, tmp_path, train__steps=2, train__validate_every=0), control)
+    assert result["steps"] == 2 and result["ledger"]["charged_s"] < 3600

@@ -16,7 +16,7 @@ import torch
 
 from model.config import ModelConfig
 from orchestrator.config import Config, WandbMode
-from orchestrator.errors import NotFit, Transient
+from orchestrator.errors import NotFit, PeerLost, Transient
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import checkpoint, storage
 from orchestrator.train.checkpoint import Loader, Piece, Saver
@@ -258,6 +258,26 @@ def test_training_does_not_wait_for_a_save_that_hangs(config, monkeypatch):
     assert result["status"] == "completed" and 1 in steps and not {2, 3, 4, 5, 6} & set(steps) and steps[-1] == 12
     waits = [event for event in rows(config, "events.jsonl") if event["kind"] == "checkpoint_waits"]
     assert 2 in [event["step"] for event in waits]
+
+
+def test_a_rank_whose_group_is_given_up_does_not_wait_for_its_save(config, monkeypatch):
+    """It would wait until the save's deadline for what a lost rank was to write, and be given up with it."""
+    control, go_on, began = Control(), threading.Event(), []
+    config.checkpoint.every = 0
+
+    def hanging(path, chunks, **kwargs):
+        began.append(control.status()["silent_s"])
+        while not control.must_leave:
+            time.sleep(0.05)
+            began.append(control.status()["silent_s"])
+            control.must_leave = len(began) > 60
+        go_on.wait(30)
+
+    monkeypatch.setattr(storage, "write_chunks", hanging)
+    with pytest.raises(PeerLost):
+        run_rank(config, RankInfo(), control=control, placed_at=time.time())
+    assert not go_on.is_set() and max(began) < 2, "who waits is alive meanwhile"
+    go_on.set()
 
 
 def test_storage_that_is_away_at_a_resume_is_no_damage(config, monkeypatch):

@@ -1,17 +1,21 @@
 """A run directory is new, or continued on purpose, and held by one live run at a time."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from orchestrator.config import Config, from_dict
 from orchestrator.errors import BadRequest, NotFit
-from orchestrator.train import storage
+from orchestrator.train import run_dir, storage
 from orchestrator.train.run_dir import claim_run_dir
 
 ROOT = Path(__file__).parents[3]
@@ -86,6 +90,45 @@ def test_an_object_store_directory_is_held_and_taken_over_from_the_dead(tmp_path
     storage.write_bytes(lock, json.dumps(held | {"host": "elsewhere", "since": 0}).encode())
     with claim_run_dir(config_for(url)) as claim:
         assert claim.attempt == 3
+
+
+@pytest.mark.parametrize("url", [False, True], ids=["a folder that machines share", "an object store"])
+@pytest.mark.parametrize("end", ["silent", "at work", "ends"])
+def test_a_holder_on_another_machine_is_waited_for_until_it_is_known_to_live_or_not(tmp_path, monkeypatch, url, end):
+    """Its machine may be lost. The next start comes before anybody knows, and is not to be the end of the run."""
+    now, run = [0.0], f"memory://{tmp_path.name}/run" if url else str(tmp_path)
+    lock, status = storage.join(run, "lock.json"), storage.join(run, "status.json")
+    storage.write_bytes(lock, json.dumps({"host": "elsewhere", "pid": 7, "since": time.time()}).encode())
+    storage.write_bytes(status, json.dumps({"time": time.time()}).encode())
+    holder = None if url else open(tmp_path / "lock.json", "a+")
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if end == "at work":
+            storage.write_bytes(status, json.dumps({"time": time.time() + now[0]}).encode())
+        elif now[0] > 60 and end == "ends" or now[0] > 100 and holder is not None:  # the file server has noticed
+            storage.remove(lock) if url else holder.close()
+
+    monkeypatch.setattr(run_dir, "time", SimpleNamespace(time=time.time, sleep=sleep, monotonic=lambda: now[0]))
+    if holder is not None:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+    if end == "at work":
+        with pytest.raises(BadRequest, match=r"in use by a live run \(process 7 on elsewhere\)"), claim_run_dir(
+                config_for(run)):
+            pass
+        assert now[0] < 10
+        return
+    with claim_run_dir(config_for(run)) as claim:
+        assert claim.attempt == 1 and 60 <= now[0] <= run_dir.STALE_S + run_dir.LOOK_S
+
+
+def test_a_place_without_locks_is_named(tmp_path, monkeypatch):
+    def unsupported(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(NotFit, match=r"run\.dir=.*its file system takes no locks"), claim_run_dir(config_for(tmp_path)):
+        pass
 
 
 def test_a_bad_name_and_an_unwritable_place_are_refused(tmp_path):
