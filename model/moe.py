@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, ScoreFunc
-from model.ops import gather_rows, swiglu
+from model.ops import gather_rows, grouped_mm, swiglu
 
 
 class Routing(NamedTuple):
@@ -185,8 +185,8 @@ class GroupedExperts(nn.Module):
         """x [R, D] sorted by expert, counts [E] rows of each -> [R, D]."""
         offsets = counts.cumsum(0).to(torch.int32)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        hidden = F.grouped_mm(x.to(dtype), self._cast("w13", dtype).transpose(1, 2), offs=offsets)
-        return F.grouped_mm(swiglu(hidden), self._cast("w2", dtype).transpose(1, 2), offs=offsets)
+        hidden = grouped_mm(x.to(dtype), self._cast("w13", dtype).transpose(1, 2), offsets)
+        return grouped_mm(swiglu(hidden), self._cast("w2", dtype).transpose(1, 2), offsets)
 
     @contextlib.contextmanager
     def casting_once(self) -> Iterator[None]:
