@@ -19,11 +19,10 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Permutation, Routing, permute, unpermute
-from model.ops import swiglu, swiglu_backward
+from model.ops import grouped_mm, swiglu, swiglu_backward
 from model.quantize import (
     AMAX_FLOOR,
     GRAD_AMAX_FLOOR,
@@ -250,7 +249,7 @@ def _grouped(a: Tensor, b: Tensor, counts: Tensor | None, *, exact: bool) -> Ten
     with torch.autocast(a.device.type, enabled=False):
         if counts is None:
             return a.to(dtype) @ b.to(dtype)
-        return F.grouped_mm(a.to(dtype), b.to(dtype), offs=counts.cumsum(0).to(torch.int32))
+        return grouped_mm(a.to(dtype), b.to(dtype), counts.cumsum(0).to(torch.int32))
 
 
 def _out_dtype(x: Tensor) -> torch.dtype:

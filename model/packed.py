@@ -38,7 +38,8 @@ def unpack(data: Tensor, rows: int, columns: int, form: str, dtype: torch.dtype)
     parts, at = [], 0
     for shape, kind in _layout(rows, columns, form):
         size = math.prod(shape) * kind.itemsize
-        parts.append(data[at : at + size].view(kind).view(shape))
+        part = data[at : at + size]
+        parts.append((part.clone() if at % kind.itemsize else part).view(kind).view(shape))
         at += size
     if form == "fp8":
         return weight_dequant(Quantized(*parts)).to(dtype)

@@ -106,13 +106,21 @@ def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = t
         return finish_loading(weights, model, weights.tensors.items(), text, device=device, dtype=dtype)
 
 
-def load(path: str, memory: dict[str, float | str] | None, **how) -> Loaded:
-    """Into memory or, by what `memory_limit` read, with experts on disk; `how` as `load_for_inference` takes it."""
-    if memory is None:
-        return load_for_inference(path, **how)
-    from orchestrator.cold_weights import load_within
+def uses_gpu(memory: dict[str, float | str] | None) -> bool:
+    """Whether `load` puts a model on a GPU: experts on disk are computed by the CPU."""
+    return torch.cuda.is_available() and memory is None
 
-    return load_within(path, **memory, **how)
+
+def load(path: str, memory: dict[str, float | str] | None, *, dtype: torch.dtype | None = None, **how) -> Loaded:
+    """Onto the GPU where there is one, into the machine's memory or, by what `memory_limit` read, with experts on disk;
+    `how` as `load_for_inference` takes it. dtype: by default bf16 on a GPU, fp32 elsewhere."""
+    if memory is not None:
+        from orchestrator.cold_weights import load_within
+
+        return load_within(path, **memory, dtype=dtype or torch.float32, **how)
+    gpu = uses_gpu(memory)
+    return load_for_inference(path, device="cuda" if gpu else "cpu",
+                              dtype=dtype or (torch.bfloat16 if gpu else torch.float32), **how)
 
 
 def finish_loading(weights: Weights, model: Transformer, items: Iterable[tuple[str, Tensor]], text: Tokenizer, *,

@@ -53,14 +53,13 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from orchestrator.config import HardwareConfig
-    from orchestrator.inference import beyond_training, load, look
+    from orchestrator.inference import beyond_training, load, look, uses_gpu
     from orchestrator.plan.hardware import hardware_named, resolve_hardware
 
     memory = memory_limit(named)
-    gpu = torch.cuda.is_available() and memory is None  # experts on disk are computed by the CPU
-    asked = named.get("hardware", "auto")
+    asked, device = named.get("hardware", "auto"), torch.cuda.get_device_name() if uses_gpu(memory) else None
     hardware = (hardware_named(asked) if asked != "auto" else
-                resolve_hardware(HardwareConfig(name="auto"), torch.cuda.get_device_name() if gpu else None))
+                resolve_hardware(HardwareConfig(name="auto"), device))
     weights, _ = look(path, tokenizer=named.get("tokenizer", ""))
     window = weights.config.max_seq_len
     if speculative and not weights.config.n_mtp_layers:
@@ -68,8 +67,7 @@ def run(arguments: list[str]) -> int:
     capacity = int(number(named, "context", min(4096, window), 2, window))
     if notice := beyond_training(weights.trained_len, capacity):
         print(notice, file=sys.stderr, flush=True)
-    loaded = load(path, memory, tokenizer=named.get("tokenizer", ""), device="cuda" if gpu else "cpu",
-                  dtype=torch.bfloat16 if gpu else torch.float32, cache_tokens=slots * (capacity + 1))
+    loaded = load(path, memory, tokenizer=named.get("tokenizer", ""), cache_tokens=slots * (capacity + 1))
     engine = Engine(loaded, slots=slots, capacity=capacity, max_waiting=waiting, speculative=speculative)
     name = named.get("name") or os.path.basename(os.path.normpath(path))
     app = build_app(engine, name=name, limits=Limits(most, timeout_s), token=token, usd_per_h=hardware.usd_per_h)

@@ -64,6 +64,11 @@ def test_a_packed_matrix_comes_back_within_its_format(experts, form):
         assert torch.equal(back, weight.bfloat16().float())
 
 
+def test_a_matrix_of_any_size_comes_back_from_eight_bits():
+    weight = torch.arange(15.0).view(3, 5)
+    torch.testing.assert_close(unpack(pack(weight, "fp8"), 3, 5, "fp8", torch.float32), weight, rtol=2**-4, atol=0.01)
+
+
 def test_four_bits_are_those_of_torchao(experts):
     pytest.importorskip("torchao")
     ao, weight, block = _torchao(), experts.w2[1].detach(), (1, 64)

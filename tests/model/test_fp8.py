@@ -132,10 +132,11 @@ def test_the_three_products_of_a_linear_layer_are_those_of_its_quantised_operand
     torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)))
 
 
-def test_experts_are_as_many_feed_forwards_whose_tiles_end_with_their_tokens():
+@pytest.mark.parametrize("dim, inner", [(96, 40), (90, 37)])
+def test_experts_are_as_many_feed_forwards_whose_tiles_end_with_their_tokens(dim, inner):
     counts = [130, 0, 1, 256]
-    x, grad = random(387, 96, spread=2), random(387, 96, seed=3, spread=2) * 1e-7
-    experts = GroupedExperts(96, 40, 4)
+    x, grad = random(387, dim, spread=2), random(387, dim, seed=3, spread=2) * 1e-7
+    experts = GroupedExperts(dim, inner, 4)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
     experts.__class__, experts.power_of_two = Fp8GroupedExperts, True
@@ -144,7 +145,7 @@ def test_experts_are_as_many_feed_forwards_whose_tiles_end_with_their_tokens():
     out.backward(grad)
     found = [out.split(counts), rows.grad.split(counts), experts.w13.grad, experts.w2.grad]
     for e, (mine, part) in enumerate(zip(x.split(counts), grad.split(counts), strict=True)):
-        single, mine = FeedForward(96, 40), mine.clone().requires_grad_()
+        single, mine = FeedForward(dim, inner), mine.clone().requires_grad_()
         single.w13.weight, single.w2.weight = (nn.Parameter(w[e].detach().clone()) for w in experts.parameters())
         single.__class__, single.w13.__class__ = Fp8FeedForward, Fp8Linear
         single.power_of_two = single.w13.power_of_two = True

@@ -103,13 +103,14 @@ def test_counts_are_taken_in_training_only_and_once_under_recompute():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("dim, inner", [(8, 12), (9, 5), (8, 7), (6, 8)])
 @pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 8, 0], [0, 0, 0, 0]])
-def test_grouped_experts_equal_a_loop_over_experts(counts):
+def test_grouped_experts_equal_a_loop_over_experts(counts, dim, inner):
     generator = torch.Generator().manual_seed(0)
-    experts = GroupedExperts(8, 12, 4)
+    experts = GroupedExperts(dim, inner, 4)
     for parameter in experts.parameters():
         parameter.data.normal_(generator=generator)
-    x = torch.randn(sum(counts), 8, generator=generator, requires_grad=True)
+    x = torch.randn(sum(counts), dim, generator=generator, requires_grad=True)
     out = experts(x, torch.tensor(counts))
     parts = [swiglu(rows @ w13.T) @ w2.T for rows, w13, w2 in
              zip(x.split(counts), experts.w13, experts.w2, strict=True)]

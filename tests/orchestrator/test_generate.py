@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from orchestrator.__main__ import main
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest
-from orchestrator.inference import TextStream, load_for_inference, look
+from orchestrator.inference import TextStream, load, load_for_inference, look
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control
 from orchestrator.train.export import export_checkpoint, import_hf
@@ -54,6 +54,20 @@ def test_a_run_a_checkpoint_and_a_hugging_face_directory_say_the_same(checkpoint
     texts = {generate(capsys, where, "prompt=def ", "max_tokens=20", *more)[0]
              for where, more in [(checkpoint, ()), (path, ()), (tmp_path / "hf", ()), (path, ("tokenizer=byte",))]}
     assert len(texts) == 1 and len(texts.pop()) == 21, "20 letters and the line's end"
+
+
+@pytest.mark.parametrize("gpu, memory, expected", [
+    (True, None, ("cuda", torch.bfloat16)), (False, None, ("cpu", torch.float32)),
+    (True, {"max_gib": 1.0}, (None, torch.float32))])
+def test_a_model_goes_to_the_gpu_unless_its_experts_stay_on_disk(monkeypatch, gpu, memory, expected):
+    def asked(path, **how):
+        return how.get("device"), how["dtype"]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("orchestrator.inference.load_for_inference", asked)
+    monkeypatch.setattr("orchestrator.cold_weights.load_within", asked)
+    assert load("x", memory) == expected
+    assert load("x", memory, dtype=torch.float32) == (expected[0], torch.float32)
 
 
 def test_prompts_come_from_stdin_and_from_files_in_their_order(checkpoint, tmp_path, capsys, monkeypatch):

@@ -5,20 +5,40 @@ import torch
 
 from model import ops
 from model.transformer import Transformer, moe_layers
+from orchestrator.config import Config
 from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import layout_of
-from tests.orchestrator.parallel.test_grid import SEQ_LEN, SEQUENCES, VOCAB, make_config
+from tests.orchestrator.parallel.test_grid import SEQ_LEN, SEQUENCES, TOLERANCE, VOCAB, make_config
 
 TOKENS = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 2), generator=torch.Generator().manual_seed(0))
+
+
+def build(config: Config, info: RankInfo = RankInfo()) -> Pipeline:
+    mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
+    return build_pipeline(config, mesh, torch.bfloat16)
 
 
 def alone(microbatches: int) -> Pipeline:
     config = make_config(1, 1, 1, "1f1b")
     config.layout.microbatches = microbatches
-    mesh = connect(layout_of(config), RankInfo(), torch.device("cpu"), timeout_s=60)
-    return build_pipeline(config, mesh, torch.bfloat16)
+    return build(config)
+
+
+def gradients(info: RankInfo, config: Config) -> list[tuple]:
+    pipeline = build(config, info)
+    pipeline.train_step(TOKENS, step_sequences=SEQUENCES)
+    pipeline.finish_grads()
+    return [(shard.name, shard.grad().clone().numpy()) for shard in pipeline.shards]
+
+
+def test_a_split_backward_in_bf16_equals_the_one_process_run(ranks):
+    """Its graphs, too, share the casts of all microbatches."""
+    whole = {name: torch.from_numpy(grad) for name, grad in gradients(RankInfo(), make_config(1, 1, 1, "1f1b"))}
+    for found in ranks.run(gradients, make_config(2, 1, 1, "zbv"), world=2):
+        for name, grad in found:
+            assert (torch.from_numpy(grad) - whole[name]).norm() <= TOLERANCE * whole[name].norm(), name
 
 
 def test_gradients_are_those_of_a_backward_outside_autocast():
