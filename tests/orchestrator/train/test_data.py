@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from orchestrator.config import DataConfig, DataKind, TrainConfig
-from orchestrator.errors import BadRequest, NotTrustworthy, PeerLost
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, PeerLost
 from orchestrator.train import data, storage, tokens
 from orchestrator.train.control import Control
 from orchestrator.train.tokenizer import BYTE_EOS
@@ -209,6 +209,11 @@ def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, me
         (tmp_path / name).write_text(content)
     with pytest.raises(BadRequest, match=message):
         prepare(config_for(tmp_path, name))
+
+
+def test_a_cache_that_cannot_be_is_named(folder):
+    with pytest.raises(NotFit, match=r"data\.cache_dir=.*000\.txt/x: cannot be made \(Not a directory\); choose"):
+        prepare(config_for(folder, cache_dir=str(folder / "000.txt" / "x")))
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path):
