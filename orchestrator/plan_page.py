@@ -13,7 +13,7 @@ from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
 from orchestrator.plan_table import band_words, days, dollars, layout_words, price_words
-from orchestrator.report_plots import format_number, stacked_bar
+from orchestrator.report_plots import WIDTH, format_number, stacked_bar
 from orchestrator.report_style import STYLE, details, figure, table
 
 SHOWN, ZOOM_SLOTS = 12, 45
@@ -81,7 +81,7 @@ def _memory(data: dict) -> str:
     free = max(0.0, have - sizes["total"])
     rows = [[f'<i class="key box {css}"></i>{escape(name)}', f"{size:.1f}", f"{size / have:.0%}"]
             for name, size, css in [*parts, ("free", free, "b7")]]
-    bar = stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory")
+    bar = stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory", width=WIDTH)
     return figure("Memory of the fullest rank", f"{sizes['total']:.1f} of {have:.1f} GiB",
                   bar + table(["", "GiB", "of the device"], rows))
 

@@ -10,7 +10,7 @@ from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import OWN, on_cores
 from orchestrator.plan.hardware import at_market
-from orchestrator.plan.layout import check_ramp
+from orchestrator.plan.layout import check_hardware, check_ramp, require
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
@@ -35,6 +35,10 @@ def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
 
 def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:
     """What the words ask for. sized: the number of GPUs was asked for, rather than being what a question looks for."""
+    check_hardware(config.hardware)
+    for key in ("train.batch_size", "train.seq_len"):
+        value = getattr(config.train, key.split(".")[1])
+        require(value >= 1, key, value, "must be at least 1", "use 1 or more")
     calibration = read_calibration(options.get("calibrate"), "calibrate")
     if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "

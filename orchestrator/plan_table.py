@@ -14,6 +14,8 @@ BUDGETS_SHOWN = ("GPT-4", "Llama 3.1 405B", "DeepSeek-V3")
 BAR = 36
 WIDTH = 150
 OLD_DAYS = 365
+SEEN_S = 0.005
+"""A difference of steps that two digits show."""
 
 
 def print_plan(plan: Plan, data: dict) -> None:
@@ -26,7 +28,8 @@ def print_plan(plan: Plan, data: dict) -> None:
                   f"{format_number(request.tokens)} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a "
                   f"step, {request.dtype}, stack {request.stack.name}{_routed(request)}. "
                   "[bold]All figures are predicted.[/bold]")
-    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} fit\n")
+    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} kept; the rest is refused at the "
+                  "end\n")
     if plan.candidates:
         table = grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
         for row in data["candidates"][:SHOWN]:
@@ -58,11 +61,13 @@ def reasons(rows: list[dict]) -> list[str]:
         won = ["fastest"] * (row is best) + [name for name, winner in wins if winner is row]
         if row is not best:
             part = max(row["parts_s"], key=lambda name: row["parts_s"][name] - best["parts_s"].get(name, 0.0))
-            won.append(f"{row['parts_s'][part] - best['parts_s'].get(part, 0.0):+.2f} s {part}")
+            loss = row["parts_s"][part] - best["parts_s"].get(part, 0.0)
+            won.append(f"{loss:+.2f} s {part}" if loss >= SEEN_S else "as fast to 0.01 s")
         elif len(rows) > 1:
             second = rows[1]["parts_s"]
             part = max(second, key=lambda name: second[name] - row["parts_s"].get(name, 0.0))
-            won.append(f"{second[part] - row['parts_s'].get(part, 0.0):.2f} s less {part} than the next")
+            gain = second[part] - row["parts_s"].get(part, 0.0)
+            won += [f"{gain:.2f} s less {part} than the next"] * (gain >= SEEN_S)
         found.append(", ".join(won))
     return found
 

@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 MAX_POINTS, MAX_TITLES = 800, 50
 AXIS_TITLE, TICK_CHARACTER = 26, 6.6
 """Width of the upright title of an axis with its gaps, and of a character in a tick's label (11 px)."""
+LABEL_HEIGHT = 13
 IN_BAR_CHARACTER = 7.5
 """Width of a character in a bar's label (13 px, bold), so that a part too narrow for its label has none."""
 LOAD_EDGES = (0.25, 0.5, 0.7, 0.9, 1.1, 1.4, 2.0, 4.0)
@@ -51,7 +52,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, levels: 
     y_scale = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{y_label} over {x_label}")}">',
              _axes(left, x_ticks, y_ticks, x_scale, y_scale, x_label, y_label, y_format)]
-    parts += [_level(label, y, y_scale, y_format) for label, y in levels]
+    parts += _levels(levels, left, y_scale, y_format)
     parts += [*(_draw(s, x_scale, y_scale) for s in drawn),
               *(_titles(s, x_scale, y_scale, x_label, y_format) for s in drawn if s.style != "faint"), "</svg>"]
     return "".join(parts) + legend([(s.label, f"c{s.colour}", s.style) for s in drawn if s.in_legend])
@@ -89,10 +90,10 @@ def load_heatmap(loads: Sequence[Sequence[float]], row_labels: Sequence[str]) ->
     return "".join(parts) + legend([(name, f"h{i}", "box") for i, name in enumerate(names)])
 
 
-def stacked_bar(parts: Sequence[tuple[str, float, str]], what: str) -> str:
-    """Shares of a whole as one bar. parts: (label, value, css class)."""
+def stacked_bar(parts: Sequence[tuple[str, float, str]], what: str, *, width: float = WIDTH * 2 - 40) -> str:
+    """Shares of a whole as one bar. parts: (label, value, css class). width: of the figure that it is to fill."""
     total = math.fsum(value for _, value, _ in parts) or 1.0
-    width, height, x = WIDTH * 2 - 40, 34, 0.0
+    height, x = 34, 0.0
     drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(what)}">']
     for label, value, css in parts:
         span = value / total * width
@@ -181,10 +182,15 @@ def _axes(left: float, x_ticks, y_ticks, x_scale, y_scale, x_label: str, y_label
     return "".join(parts)
 
 
-def _level(label: str, y: float, y_scale, y_format) -> str:
-    at = y_scale(y)
-    return (_line("level", LEFT, WIDTH - RIGHT, at, at)
-            + _text("level-label", WIDTH - RIGHT - 2, at - 5, f"{label} {y_format(y)}", anchor="end"))
+def _levels(levels: Sequence[tuple[str, float]], left: float, y_scale, y_format) -> list[str]:
+    """Labelled lines from the top down; the label of one that is close to the one before goes below it."""
+    parts, lowest = [], -math.inf
+    for label, y in sorted(levels, key=lambda level: -level[1]):
+        at = y_scale(y)
+        lowest = max(at - 5, lowest + LABEL_HEIGHT)
+        parts += [_line("level", left, WIDTH - RIGHT, at, at),
+                  _text("level-label", WIDTH - RIGHT - 2, lowest, f"{label} {y_format(y)}", anchor="end")]
+    return parts
 
 
 def _line(css: str, x1: float, x2: float, y1: float, y2: float) -> str:

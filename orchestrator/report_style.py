@@ -71,7 +71,8 @@ code { font: 0.93em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .none { color: var(--soft); padding: 24px 0; } footer { color: var(--soft); font-size: 13px; margin-top: 24px; }
 footer p { margin-bottom: 4px; }
 @media (max-width: 800px) { .grid { grid-template-columns: minmax(0, 1fr); }
-  .tiles { grid-template-columns: 1fr 1fr; } }
+  .tiles { grid-template-columns: 1fr 1fr; }
+  figure.wide { overflow-x: auto; } figure.wide > svg { min-width: 760px; } }
 @media print { main { max-width: none; padding: 0; } figure, details { break-inside: avoid; } }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); --k: var(--c{i}); }} .dot.c{i}, .hit.c{i} {{ fill: var(--c{i}); }} "
               f".b{i} {{ fill: var(--b{i}); --k: var(--b{i}); }}\n" for i in range(9)) + "".join(

@@ -8,6 +8,7 @@ import sys
 
 from orchestrator.arguments import choice, memory_limit, number, options, positional
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.train.finish import format_usd
 
 HELP = """\
 usage: sparing serve CHECKPOINT [KEY=VALUE ...]
@@ -93,10 +94,10 @@ def summary(usage: dict, device: str) -> str:
             f"up {usage['up_s']:,.0f} s")
     if usage["charged_usd"] is None:
         return f"{line}; no price is known for {device}"
-    prices = ", ".join(f"${usage[key]:.4f} per million {kind} tokens" for key, kind in
+    prices = ", ".join(f"{format_usd(usage[key])} per million {kind} tokens" for key, kind in
                        (("usd_per_million_input", "input"), ("usd_per_million_output", "output"))
                        if usage[key] is not None)
-    return f"{line}, ${usage['charged_usd']:.4f} at ${usage['usd_per_h']:g} an hour ({device})" + (
+    return f"{line}, {format_usd(usage['charged_usd'])} at ${usage['usd_per_h']:g} an hour ({device})" + (
         f"; at work {prices}" if prices else "")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from model.config import ModelConfig, divisors
-from orchestrator.config import Config, Schedule, TrainConfig
+from orchestrator.config import Config, HardwareConfig, Schedule, TrainConfig
 from orchestrator.errors import BadRequest
 
 V_SCHEDULES = (Schedule.zbv, Schedule.dualpipev)
@@ -189,13 +189,24 @@ def _check_numbers(config: Config) -> None:
             "must name text for data.kind=text", "use data.path='/corpus/*.txt', or data=stdlib")
     budget = config.budget.max_usd
     require(budget is None or budget > 0, "budget.max_usd", budget, "must be positive", "give dollars, or leave it out")
+    check_hardware(config.hardware)
     price = config.hardware.usd_per_h
-    require(price is None or 0 <= price < math.inf, "hardware.usd_per_h", price, "must be finite and not negative",
-            "give dollars per hour")
-    require(config.hardware.device in ("cpu", "cuda"), "hardware.device", config.hardware.device,
-            "must be cpu or cuda", "use cuda for a GPU")
     require(budget is None or price is not None or config.hardware.name == "auto", "budget.max_usd", budget,
             f"needs a price, and hardware {config.hardware.name} has none", "set hardware.usd_per_h")
+
+
+def check_hardware(hardware: HardwareConfig) -> None:
+    """What is known of a device is a positive number; it may cost nothing."""
+    require(hardware.device in ("cpu", "cuda"), "hardware.device", hardware.device, "must be cpu or cuda",
+            "use cuda for a GPU")
+    prices = {"usd_per_h": hardware.usd_per_h, "reserved.usd_per_h": hardware.reserved.usd_per_h,
+              "spot.usd_per_h": hardware.spot.usd_per_h}
+    for name, value in (vars(hardware) | prices).items():
+        if type(value) in (int, float):
+            free = name in prices
+            require((value >= 0 if free else value > 0) and value < math.inf, f"hardware.{name}", value,
+                    "must be finite and not negative" if free else "must be positive and finite",
+                    "give dollars per hour" if free else "take it from the data sheet, or leave it out")
 
 
 def _check_degrees(config: Config) -> None:

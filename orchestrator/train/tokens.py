@@ -47,7 +47,10 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
     target = cache / _key(sizes, tokenizer, config)
     if (target / "index.json").exists():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotFit(f"data.cache_dir={cache}: cannot be made ({error.strerror}); choose another directory") from error
     on_progress = on_progress or (lambda done, total: None)
     with _locked(cache, target.name, on_wait=lambda: on_progress(0, sum(sizes.values()))):
         if not (target / "index.json").exists():
@@ -308,7 +311,11 @@ def _key(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig) -> str
 def _locked(cache: Path, name: str, on_wait: Callable[[], None]) -> Iterator[None]:
     """An advisory lock that the kernel drops with its holder; others wait while it gets on."""
     path, written, deadline = cache / f"{name}.lock", None, 0.0
-    with open(path, "w") as file:
+    try:
+        lock = open(path, "w")
+    except OSError as error:
+        raise NotFit(f"data.cache_dir={cache}: cannot be written ({error.strerror}); choose another directory") from error
+    with lock as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -181,6 +181,10 @@ def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys,
     (["model=olmoe_1b_7b", "hardware=h100", "gpus=8", "tokens=1e9", "multiplier_from=none.json"], "no readable JSON"),
     (["model=olmoe_1b_7b", "hardware=h100", "gpus=2", "tokens=1e9", "train.batch_size=4", "out=no/where.json"],
      "out=no/where.json: cannot be written"),
+    (["hardware=h100", "gpus=2", "tokens=1e9", "train.batch_size=0"], "train.batch_size=0: must be at least 1"),
+    (["hardware=h100", "gpus=2", "tokens=1e9", "train.seq_len=0"], "train.seq_len=0: must be at least 1"),
+    (["hardware=h100", "gpus=2", "tokens=1e9", "hardware.bf16_tflops=-5"], "must be positive and finite; take it from"),
+    (["hardware=h100", "gpus=2", "tokens=1e9", "hardware.usd_per_h=-1"], "usd_per_h=-1.0: must be finite and not neg"),
     (["model=olmoe_1b_7b", "hardware=v100", "gpus=8", "tokens=1e9", "market=spot"], "market=spot: no such price")])
 def test_what_cannot_be_is_answered_in_one_line(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
