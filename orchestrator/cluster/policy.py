@@ -188,7 +188,6 @@ def reshape(decision: Decision, *, size: int, there: int, sizes: Sequence[int]) 
 
 def _hung(state: RankState) -> Decision:
     limit = state.phase.name if state.phase in (Phase.start, Phase.save) else Phase.step.name
-    cause = f"no progress for {state.silent_s:.0f} s in phase {state.phase.name} (cluster.{limit}_timeout_s)"
-    if not state.answers:
-        cause += ", and its process does not answer"
+    cause = f"no progress for {state.silent_s:.0f} s in phase {state.phase.name}" + (
+        f" (cluster.{limit}_timeout_s)" if state.answers else ", and its process does not answer")
     return Decision(Action.blame, cause, state.rank, state.node, TRANSIENT, is_lost=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster_harness import wait_until
 from tests.harness import free_port, write_corpus
-from tests.orchestrator.cluster.runs import PLANTED, environment
+from tests.orchestrator.cluster.runs import PLANTED, ask, environment
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,15 @@ def cluster():
     while "Ray runtime started" not in log.read_text():
         assert head.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
-    there = environment(RAY_AUTH_MODE="token", PYTHONPATH="", **PLANTED)
-    while subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address",
-                          f"http://127.0.0.1:{dashboard}", "--", "true"], capture_output=True, env=there).returncode:
+    address = f"http://127.0.0.1:{dashboard}"
+    while True:
+        with contextlib.suppress(OSError):
+            job = ask(f"{address}/api/jobs/", entrypoint="true")["submission_id"]
+            break
         assert time.monotonic() < deadline, "no agent takes a job"
-    yield ({"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", **PLANTED}, f"http://127.0.0.1:{dashboard}",
-           Path(folder))
+        time.sleep(0.2)
+    wait_until(lambda: ask(f"{address}/api/jobs/{job}")["status"] == "SUCCEEDED", 180, "no job ends", every_s=0.2)
+    yield {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", **PLANTED}, address, Path(folder)
     head.terminate()  # not `ray stop`, which ends every Ray of the machine
     head.wait(60)
     for process in Path("/proc").glob("[0-9]*"):

@@ -5,15 +5,17 @@ import os
 import secrets
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 from tests.cluster_harness import wait_until
 
 ROOT = Path(__file__).parents[3]
+# With a peak that is given: measuring it would take a good part of so short a run.
 FOUR = ["experiment=tiny", "model.dim=48", "model.inter_dim=96", "model.moe_inter_dim=32", "train.seq_len=32",
         "train.steps=8", "train.validate_every=4", "train.validate_sequences=16", "checkpoint.every=2",
         "checkpoint.keep=0", "data.validation_fraction=0.2", "optim.warmup_steps=2", "cluster.threads_per_rank=1",
-        "tracker=off"]
+        "tracker=off", "hardware.fp32_tflops=0.1"]
 TWO = "layout.pp=1"
 """Two of the ranks: less to start, and as much to lose."""
 LONG = [TWO, "train.steps=20", "checkpoint.every=5", "checkpoint.memory_every=5", "train.validate_every=0"]
@@ -48,6 +50,22 @@ def sparing(*arguments: str, timeout: float = 240, **variables: str) -> subproce
 def start(*arguments: str, under: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
     return subprocess.Popen([*under, sys.executable, *arguments], cwd=ROOT, env=environment(**variables), text=True,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ask(url: str, **values: str):
+    """What Ray's job server says, with the token of the environment above; `values` are posted."""
+    request = urllib.request.Request(url, data=json.dumps(values).encode() if values else None, headers={
+        "Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}", "Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def start_here(ranks: int, run: list[str], run_dir: Path, **variables: str) -> subprocess.Popen:
+    """The same run on this machine, to compare with: under torchrun, which needs no Ray to start."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
+                             "-m", "orchestrator", "train", *run, f"run.dir={run_dir}"], cwd=ROOT, text=True,
+                            env=environment(OMP_NUM_THREADS="1", **variables), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -95,6 +95,12 @@ def test_what_nobody_can_help_ends_the_run_with_its_exit_code(tmp_path, script, 
     assert failed["kind"] == "run_failed" and failed["rank"] is not None and failed["cause"]
 
 
+def test_a_run_that_fails_tells_of_no_decision_that_its_ranks_have_told(tmp_path):
+    play(tmp_path, FailAt(1, 5, "killed"), FailAt(1, 9, "no_disk"))
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert kinds == ["run_failed"]
+
+
 def test_ranks_that_lost_only_a_connection_are_formed_again_once_then_one_is_replaced(tmp_path):
     ranks, end, _ = play(tmp_path, FailAt(1, 5, "connection_lost"), FailAt(1, 6, "connection_lost"))
     assert end["status"] == "completed" and decisions(ranks) == ["retry", "retry"]

@@ -29,7 +29,6 @@ from tests.orchestrator.cluster.runs import (
     overrides,
     reached,
     rows,
-    sparing,
     start,
     wait_for_step,
     wait_until_gone,
@@ -182,8 +181,7 @@ def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(te
     process.communicate()
     (tmp_path / "lingers").unlink()
     charged = rows(tmp_path)[-1]["cost/usd_total"]
-    done = sparing("-m", "orchestrator", "train", f"run.dir={tmp_path}", "resume=auto")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["train", f"run.dir={tmp_path}", "resume=auto"]) == 0
     assert losses(tmp_path) == clean
     bill = [row["cost/usd_total"] for row in rows(tmp_path)]
     first = events(tmp_path, "resumed")[-1]["step"]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster_harness import ROOT, hosts, wait_until, why_no_hosts
 from tests.harness import write_corpus
-from tests.orchestrator.cluster.runs import FOUR, losses
+from tests.orchestrator.cluster.runs import FOUR, losses, start_here
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))]
 QUICK = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "1000",
@@ -42,12 +42,6 @@ def run(tmp_path):
     return [*FOUR, f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache"]
 
 
-def start_here(run: list[str], tmp_path: Path) -> subprocess.Popen:
-    here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return subprocess.Popen([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
-                            cwd=ROOT, env=here, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def launched(cluster, tmp_path: Path, run: list[str]) -> dict:
     command = [sys.executable, "-m", "orchestrator", "launch", "launch=ray_job", *run, f"run.dir={tmp_path}/hosts"]
     return {"args": command, "cwd": tmp_path, "text": True,
@@ -55,7 +49,7 @@ def launched(cluster, tmp_path: Path, run: list[str]) -> dict:
 
 
 def test_a_job_from_outside_runs_across_the_nodes_with_the_local_losses(cluster, run, tmp_path):
-    local = start_here(run, tmp_path)
+    local = start_here(4, run, tmp_path / "local")
     job = subprocess.run(**launched(cluster, tmp_path, run), capture_output=True, timeout=240)
     assert job.returncode == 0 and "completed: 8 steps" in job.stdout, job.stdout + job.stderr
     assert local.wait(240) == 0, local.stdout.read()
@@ -71,7 +65,7 @@ def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, r
     run = [*run, "train.validate_every=0", "checkpoint.every=1000", "checkpoint.memory_every=2", "optim.lr=1e-5",
            "optim.decay_fraction=0", "layout.pp=1"]
     alone = ["layout.dp=1", "layout.ep=1", f"train.steps={COMPARED}", "checkpoint.memory_every=0"]
-    local = start_here([*run, *alone], tmp_path)
+    local = start_here(1, [*run, *alone], tmp_path / "local")
     elastic = launched(cluster, tmp_path, [*run, "layout.dp=4", "train.steps=1000000", "cluster.min_ranks=2"])
     with subprocess.Popen(**elastic, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0) as job:
         try:

@@ -12,7 +12,7 @@ from orchestrator.compose import compose_config
 from orchestrator.launch import fill
 from tests.cluster_harness import ROOT, wait_until
 from tests.harness import write_corpus
-from tests.orchestrator.cluster.runs import FOUR, losses
+from tests.orchestrator.cluster.runs import FOUR, losses, start_here
 from tests.slurm_harness import slurm, why_no_slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))]
@@ -49,15 +49,14 @@ def test_a_batch_job_is_preempted_queued_again_and_ends_with_the_local_losses(en
     metrics = tmp_path / "slurm" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 480, log, every_s=0.05)
     control("scancel", "--batch", "--signal=TERM", "1")  # what --signal=B:TERM@300 sends before the time limit
+    local = start_here(2, run, tmp_path / "local")
     wait_until(lambda: job().get("Restarts") == "1" and job().get("JobState") == "PENDING", 120, log, every_s=0.2)
     saved = len(losses(tmp_path / "slurm"))
     assert 3 <= saved < 16
     control("scontrol", "update", "JobId=1", SOON)
     out, _ = launch.communicate(timeout=480)
     assert launch.returncode == 0 and "completed: 16 steps" in out and "[running, restart 1]" in out, out
-    local = subprocess.run([sys.executable, "-m", "orchestrator", "train", *run, f"run.dir={tmp_path}/local"],
-                           cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=240)
-    assert local.returncode == 0, local.stderr
+    assert local.wait(240) == 0, local.stdout.read()
     assert trained(tmp_path / "slurm") == trained(tmp_path / "local")
     ranks = json.loads((tmp_path / "slurm" / "status.json").read_text())["ranks"]
     assert [rank["node_rank"] for rank in ranks] == [0, 1]

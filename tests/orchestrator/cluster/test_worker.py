@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from torch.distributed import DistNetworkError, TCPStore
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, TCPStore
 
 from orchestrator.cluster import ranks
 from orchestrator.cluster.group import Group
-from orchestrator.cluster.worker import Worker, device_index, hang_up
+from orchestrator.cluster.worker import Worker, _is_lost_connection, device_index, hang_up
 from orchestrator.train.control import Control
 
 
@@ -64,3 +64,12 @@ def test_a_rank_that_ray_ended_for_want_of_memory_says_so(monkeypatch):
     group = Group(["run"], [], {}, [{}], {}, 0.0)
     ranks.Ranks._collect(None, group, 0.0)
     assert group.ended[0]["dead"] and group.ended[0]["error"].startswith("out of memory")
+
+
+@pytest.mark.parametrize("error, is_lost", [
+    (DistNetworkError("x"), True), (DistBackendError("NCCL communicator was aborted"), True),
+    (DistStoreError("timeout"), True), (ConnectionResetError("x"), True),
+    (RuntimeError("Connection closed by peer"), True), (RuntimeError("shape mismatch"), False),
+    (ValueError("Connection closed by peer"), False)])
+def test_an_error_of_a_lost_connection_is_anothers_fault(error, is_lost):
+    assert _is_lost_connection(error) == is_lost

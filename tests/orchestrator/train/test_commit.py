@@ -65,6 +65,17 @@ def test_a_write_that_lies_is_found_before_it_is_committed(tmp_path, tensors, mo
     assert checkpoint.find_latest(str(tmp_path)) is None
 
 
+def test_a_manifest_that_reads_back_as_another_is_no_success(tmp_path, tensors, monkeypatch):
+    create = storage.create_exclusive
+
+    def lying(path, data, **kwargs):
+        create(path, data[:-1] + b" " if path.endswith(manifest.MANIFEST) else data, **kwargs)
+
+    monkeypatch.setattr(storage, "create_exclusive", lying)
+    result = Team(str(tmp_path), 1).save(1, lambda rank, world: pieces_of(tensors, rank, world))
+    assert not result.ok and "reads back as something else" in result.error
+
+
 @pytest.mark.parametrize("moment", ("before", "after"))
 def test_death_at_the_commit_leaves_nothing_or_the_whole(tmp_path, tensors, moment, monkeypatch):
     create = storage.create_exclusive
@@ -118,6 +129,7 @@ def test_of_two_attempts_only_the_later_commits(root, tensors):
     late = old.save(2, lambda rank, world: pieces_of(tensors, rank, world))
     assert not late.ok and "attempt 2 has taken over" in late.error
     assert [path.rsplit("/", 1)[1] for path in checkpoint.list_checkpoints(root)] == ["step-00000001.0002-1"]
+    assert [name for name in storage.list_dir(root) if name.startswith("attempt")] == ["attempt-0002.json"]
 
 
 def test_attempts_that_start_together_have_different_claims(root):

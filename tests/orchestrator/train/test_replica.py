@@ -48,7 +48,7 @@ def test_a_copy_whose_memory_was_damaged_is_refused(at):
     data[at] ^= 16
     with pytest.raises(NotTrustworthy, match="rank 3's state after step 7 is damaged"):
         replica.check()
-    with pytest.raises(NotTrustworthy):
+    with pytest.raises(NotTrustworthy, match="is damaged"):
         MemoryLoader(replica)
 
 
