@@ -72,11 +72,12 @@ def rope_table(config: ModelConfig, seq_len: int, device: torch.device) -> tuple
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Rotate the pairs of the last axis of x [B, S, H, R] by cosines and sines [S, R/2], or [B, S, R/2] by row.
 
-    Interleaved input pairs come out de-interleaved: queries and keys alike, so their products do not change.
+    In fp32, as in DeepSeek's code: a cosine in bf16 is off by up to 2^-9. Interleaved input pairs come out
+    de-interleaved: queries and keys alike, so their products do not change.
     """
-    cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in rope)
+    cos, sin = (t.unsqueeze(-2) for t in rope)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class LatentAttention(nn.Module):

@@ -49,8 +49,10 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        (cache / f"{target.name}.lock").touch()
     except OSError as error:
-        raise NotFit(f"data.cache_dir={cache}: cannot be made ({error.strerror}); choose another directory") from error
+        raise NotFit(f"data.cache_dir={cache}: cannot be made or written ({error.strerror}); choose another directory"
+                     ) from error
     on_progress = on_progress or (lambda done, total: None)
     with _locked(cache, target.name, on_wait=lambda: on_progress(0, sum(sizes.values()))):
         if not (target / "index.json").exists():
@@ -311,11 +313,7 @@ def _key(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig) -> str
 def _locked(cache: Path, name: str, on_wait: Callable[[], None]) -> Iterator[None]:
     """An advisory lock that the kernel drops with its holder; others wait while it gets on."""
     path, written, deadline = cache / f"{name}.lock", None, 0.0
-    try:
-        lock = open(path, "w")
-    except OSError as error:
-        raise NotFit(f"data.cache_dir={cache}: cannot be written ({error.strerror}); choose another directory") from error
-    with lock as file:
+    with open(path, "w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
