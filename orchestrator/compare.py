@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from orchestrator.arguments import taken
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, to_dict
-from orchestrator.errors import BadRequest, SparingError
+from orchestrator.errors import BadRequest, Preempted, SparingError
 from orchestrator.plan.cost import model_flops
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.money import TWINS, equal_loss_of
@@ -211,6 +211,8 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
             if (read_summary(path) or {}).get("status") != "completed":  # those that failed have a summary, too
                 print(f"\nrun {done} of {total}: {name}, seed {seed}", flush=True)
                 code = _train([*words, f"seed={seed}", f"run.dir={quoted(path)}", "resume=auto"])
+                if code == Preempted.exit_code:
+                    raise Preempted(f"compare: {path} was stopped; the same command with out={out} goes on from there")
                 if code:
                     raise SparingError(f"compare: {path} ended with exit code {code}; its message stands above, and "
                                        f"the same command with out={out} goes on from there")
@@ -223,8 +225,13 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
 
 
 def _train(words: list[str]) -> int:
-    """A process of its own, so that nothing of one run is left in the next."""
-    return subprocess.run([sys.executable, "-m", "orchestrator", "train", *words], check=False).returncode
+    """A process of its own, so that nothing of one run is left in the next. A run that hears Ctrl-C, as we do, has time
+    for its checkpoint."""
+    with subprocess.Popen([sys.executable, "-m", "orchestrator", "train", *words]) as run:
+        try:
+            return run.wait()
+        except KeyboardInterrupt:
+            return run.wait() or Preempted.exit_code
 
 
 def _changes(model: ModelConfig, twin: ModelConfig) -> list[str]:

@@ -36,7 +36,7 @@ def compose_config(overrides: list[str]) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = expanded(overrides)
+    overrides = _without_plus(expanded(overrides))
     check_overrides(overrides)
     register()
     GlobalHydra.instance().clear()
@@ -46,6 +46,11 @@ def compose_config(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise BadRequest(_first_lines(error)) from error
     return _over_saved(config, overrides)
+
+
+def _without_plus(overrides: list[str]) -> list[str]:
+    """`+experiment=tiny`, as Hydra's manual has it for a group that is not in the defaults; here all of them are."""
+    return [text.lstrip("+") if text.lstrip("+").split("=", 1)[0] in _groups() else text for text in overrides]
 
 
 def _opened(overrides: list[str]) -> list[str]:
@@ -299,7 +304,7 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
             codes.append(error.exit_code)
 
-    before, sys.argv = sys.argv, ["sparing train", *_opened(arguments)]
+    before, sys.argv = sys.argv, ["sparing train", *_opened(_without_plus(arguments))]
     try:
         hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(conf_dir()), config_name="config")(job)()
     except SystemExit as stop:

@@ -12,7 +12,7 @@ from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
-from orchestrator.plan_table import band_words, days, dollars, layout_words, price_words
+from orchestrator.plan_table import band_words, days, dollars, layout_words, mfu_words, price_words
 from orchestrator.report_plots import WIDTH, format_number, stacked_bar
 from orchestrator.report_style import STYLE, details, figure, table
 
@@ -132,7 +132,8 @@ def dense_rows(data: dict) -> list[tuple[str, list[dict], str]]:
     for key in ("equal_active", "equal_total") if dense["equal_active"]["how"] != ITSELF else ():
         twin = dense[key]
         rows.append((f"dense, {key.replace('_', ' ')} parameters ({format_number(twin['parameters'])})", [twin],
-                     f"{twin['how']}, {twin['mfu']:.1%} MFU" + (f"; {twin['refused']}" if "refused" in twin else "")))
+                     "; ".join([f"{twin['how']}, {mfu_words(twin['mfu'], data)}",
+                                *([twin["refused"]] if "refused" in twin else [])])))
     loss = dense.get("equal_loss")
     if loss:
         for law in loss["laws"]:

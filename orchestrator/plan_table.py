@@ -101,6 +101,11 @@ def band_words(bill: dict) -> str:
     return f"{bill['made']}{usd}"
 
 
+def mfu_words(mfu: float, data: dict) -> str:
+    """MFU is over the bf16 peak, which products in FP8 may pass."""
+    return f"{mfu:.1%} MFU" + " of the bf16 peak" * (data["best"]["layout"].get("dtype", "bf16") != "bf16")
+
+
 def _print_step(console, data: dict) -> None:
     best, have = data["best"], data["hardware"]["memory_gib"]
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in best["parts_s"].items())
@@ -157,7 +162,7 @@ def _print_dense(console, data: dict) -> None:
     for key in ("equal_active", "equal_total") if data["dense"]["equal_active"]["how"] != ITSELF else ():
         twin = data["dense"][key]
         why = f" (an upper bound; {twin['refused']})" if "refused" in twin else ""
-        how = f"{twin['how']}, {twin['mfu']:.1%}{why}" if why else f"{twin['how']}, {twin['mfu']:.1%} MFU"
+        how = f"{twin['how']}, {twin['mfu']:.1%}{why}" if why else f"{twin['how']}, {mfu_words(twin['mfu'], data)}"
         line(f"dense, {key.replace('_', ' ')}", twin, twin, how, format_number(twin["parameters"]))
     loss = data["dense"].get("equal_loss")
     if loss:

@@ -52,14 +52,6 @@ class FutureFormat(BadRequest):
     """Written by a newer version of the program."""
 
 
-class OtherModel(BadRequest):
-    """A whole checkpoint of another model. `differing` maps each key to (saved, expected)."""
-
-    def __init__(self, message: str, differing: dict):
-        super().__init__(message)
-        self.differing = differing
-
-
 class MissingTensor(BadRequest):
     """A whole checkpoint that does not hold the rows asked for (more experts, no optimizer state, ...)."""
 
@@ -150,15 +142,6 @@ def read_manifest(path: str, *, retry_s: float = storage.RETRY_S) -> Manifest:
         raise FutureFormat(f"{file}: {error}") from None
     except ValueError as error:
         raise CorruptManifest(f"{file}: {error}; use an older checkpoint") from None
-
-
-def check_model(manifest: Manifest, expected: Mapping) -> None:
-    """Refuse a checkpoint whose `state["model"]` differs from `expected` in any key of `expected`."""
-    saved = manifest.state.get("model") or {}
-    differing = {key: (saved.get(key), value) for key, value in expected.items() if saved.get(key) != value}
-    if differing:
-        words = ", ".join(f"{key}={here} (saved with {there})" for key, (there, here) in list(differing.items())[:5])
-        raise OtherModel(f"checkpoint of another model: {words}; use the model it was saved with", differing)
 
 
 def dump(manifest: Manifest) -> bytes:

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -12,7 +14,7 @@ from orchestrator import compare
 from orchestrator.__main__ import main
 from orchestrator.compare import curve_of, extrapolate, extrapolated, page, plan_at, run, variants
 from orchestrator.compose import compose_config
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, Preempted
 from orchestrator.plan.cost import model_flops
 from orchestrator.report_run import read_run
 
@@ -61,6 +63,24 @@ def test_a_models_name_is_text_on_the_page():
     text = page({"model": "<b>&mine", "multiplier": {},
                  "variants": {"moe": {"curves": {cost: [curve] for cost in compare.COSTS}}}})
     assert "&lt;b&gt;&amp;mine and its dense twins" in text and "<b>&mine" not in text
+
+
+def test_a_run_that_is_interrupted_has_time_for_its_checkpoint(tmp_path, monkeypatch):
+    """The child is slow to end after Ctrl-C, which the whole terminal hears."""
+    waited = []
+
+    class Run(subprocess.Popen):
+        def wait(self, timeout=None):
+            waited.append(timeout)
+            if len(waited) == 1:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    program = f"import time, sys; time.sleep(1); open('{tmp_path}/saved', 'w'); sys.exit(34)"
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda words: Run([sys.executable, "-c", program]))
+    with pytest.raises(Preempted, match=f"was stopped; the same command with out={tmp_path}/c goes on from there"):
+        run(["model=tiny", f"out={tmp_path}/c", "tracker=off"])
+    assert (tmp_path / "saved").exists()
 
 
 def _train_as_one_rank(words: list[str]) -> int:

@@ -74,6 +74,12 @@ def test_what_the_documents_name_is_no_secret_and_no_unknown_key():
     assert config.data.text_key == "body" and config.cluster.resources == {"rack1": 1.0}
 
 
+def test_a_group_may_be_asked_for_as_hydras_manual_has_it(tmp_path):
+    assert compose_config(["+experiment=tiny"]) == compose_config(FOUR)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(compose_config(["model=mini"]))))
+    assert compose_config(["+experiment=tiny", f"run.dir={tmp_path}", "resume=auto"]).model.name == "tiny"
+
+
 @pytest.mark.parametrize("key", ["tracker.wandb_api_key", "tracker.token", "data.s3_secret", "+password"])
 def test_a_secret_is_refused_and_not_repeated(key):
     with pytest.raises(BadRequest, match="environment") as caught:
