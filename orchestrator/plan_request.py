@@ -57,7 +57,9 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
         config.model.check()
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    hardware, assumptions = at_market(config.hardware, options.get("market", config.hardware.market)), Assumptions()
+    hardware = at_market(config.hardware, options.get("market", config.hardware.market),
+                         given="hardware.usd_per_h" in given)
+    assumptions = Assumptions()
     stack, routing = stack_named(options.get("stack", "default")), _routing(options.get("routing"), config.model)
     if hardware.device != "cuda":
         hardware, assumptions = on_cores(hardware, devices, calibration)

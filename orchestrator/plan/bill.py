@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from orchestrator.plan.interval import expected_losses, optimal_interval
+from orchestrator.plan.layout import ramp_fault
 
 LLAMA_3 = "Llama 3 report: 419 unexpected interruptions of 2,048 nodes in 54 days"
 NODE = 8
@@ -71,7 +72,9 @@ def make_bill(*, devices: int, tokens: float, batch_tokens: int, step_time_s: fl
     if tokens < batch_tokens:
         raise ValueError(f"tokens={tokens:.4g}: must be at least one step, {batch_tokens:,} tokens; raise tokens, or "
                          "lower train.batch_size or train.seq_len")
-    _check_ramp(terms.batch_start, batch_size, replicas)
+    fault = ramp_fault(terms.batch_start, batch_size, replicas, f"the layout's dp={replicas}")
+    if fault:
+        raise ValueError(f"train.batch_start={terms.batch_start}: {fault[0]}; {fault[1]}")
     nodes = math.ceil(devices / NODE)
     steady = _steady(devices, tokens, batch_tokens, step_time_s, terms, step_at, extension_s, batch_size)
     base = sum(term.gpu_hours for term in steady)
@@ -107,17 +110,6 @@ def make_bill(*, devices: int, tokens: float, batch_tokens: int, step_time_s: fl
         "energy_equation": "devices x data-sheet watts x server_factor x power_share x pue x hours (Epoch AI's method)",
         "terms": asdict(terms),
     }
-
-
-def _check_ramp(start: int, batch_size: int, replicas: int) -> None:
-    """A replica has whole sequences from the first step on; over the ramp it has fewer microbatches of them."""
-    if start > batch_size:
-        raise ValueError(f"train.batch_start={start}: must not exceed train.batch_size={batch_size}; start smaller")
-    if start % replicas:
-        below = start // replicas * replicas
-        raise ValueError(f"train.batch_start={start}: must be a multiple of the layout's dp={replicas}, so that every "
-                         f"replica has whole sequences; use {max(below, replicas)} or {below + replicas}, or set "
-                         "layout.dp")
 
 
 def _losses(terms: Terms, mtbf: float) -> tuple[float | None, dict[str, float]]:

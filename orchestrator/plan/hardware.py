@@ -56,22 +56,24 @@ def hardware_named(name: str) -> HardwareConfig:
     return known[name]
 
 
-def at_market(hardware: HardwareConfig, market: str) -> HardwareConfig:
+def at_market(hardware: HardwareConfig, market: str, *, given: bool = False) -> HardwareConfig:
     """The same device with the price of `market` as its `usd_per_h`; `BadRequest` where that price is not known.
 
     A price that is not the entry's own was given: it holds for any market, and has neither its source nor its day.
+    given: so was this one, even if it is the entry's own.
     """
     if market not in MARKETS:
         raise BadRequest(f"market={market}: must be one of {', '.join(MARKETS)}; use market=on_demand")
     entry = catalogue().get(hardware.name, HardwareConfig())
-    price, own = hardware, entry
-    if market != entry.market and hardware.usd_per_h in (None, entry.usd_per_h):
+    price, own, other = hardware, entry, market != entry.market
+    given = given and other and hardware.usd_per_h is not None
+    if other and not given and hardware.usd_per_h in (None, entry.usd_per_h):
         price, own = (getattr(each, market, PriceConfig()) for each in (hardware, entry))
         if price.usd_per_h is None:
             raise BadRequest(f"market={market}: no such price is known for hardware={hardware.name}; set "
                              f"hardware.usd_per_h, or use market={entry.market}")
     source, day = price.source, price.date
-    if price.usd_per_h != own.usd_per_h:
+    if given or price.usd_per_h != own.usd_per_h:
         source, day = (GIVEN if source == own.source else source), ("" if day == own.date else day)
     return replace(hardware, usd_per_h=price.usd_per_h, market=market, source=source, date=day)
 

@@ -261,13 +261,12 @@ def _check_schedule(config: Config) -> None:
 def _check_batch(config: Config) -> None:
     train, layout = config.train, config.layout
     quantum = layout.dp * layout.microbatches
-    for key, value in [("train.batch_size", train.batch_size), ("train.batch_start", train.batch_start)]:
-        require(value % quantum == 0, key, value,
-                f"must be a multiple of layout.dp x layout.microbatches = {layout.dp} x {layout.microbatches}",
-                f"use {max(quantum, value // quantum * quantum)} or {(value // quantum + 1) * quantum}")
+    product = f"layout.dp x layout.microbatches = {layout.dp} x {layout.microbatches}"
+    require(train.batch_size % quantum == 0, "train.batch_size", train.batch_size, f"must be a multiple of {product}",
+            f"use {_multiples(train.batch_size, quantum)}")
     check_ramp(train)
-    require(train.batch_start <= train.batch_size, "train.batch_start", train.batch_start,
-            f"must not exceed train.batch_size={train.batch_size}", "start smaller")
+    wrong = ramp_fault(train.batch_start, train.batch_size, quantum, product)
+    require(wrong is None, "train.batch_start", train.batch_start, *(wrong or ("", "")))
     require(train.validate_sequences % quantum == 0, "train.validate_sequences", train.validate_sequences,
             f"must be a multiple of layout.dp x layout.microbatches = {quantum}",
             f"use {(train.validate_sequences // quantum + 1) * quantum}")
@@ -280,6 +279,24 @@ def check_ramp(train: TrainConfig) -> None:
         ("train.batch_ramp_steps", train.batch_ramp_steps, "train.batch_start", train.batch_start),
     ]:
         require(not value or given > 0, key, value, f"makes a ramp only with {other}", "give both, or neither")
+
+
+def ramp_fault(start: int, batch_size: int, quantum: int, product: str) -> tuple[str, str] | None:
+    """The rule that a ramp from `start` sequences a step breaks, and a remedy; None if it breaks none, or is none.
+
+    quantum: what a step's sequences are cut into, by `product`. `train` has all its microbatches from the first step
+    on; a plan also prices a ramp over which a replica has fewer of them.
+    """
+    if start > batch_size:
+        return f"must not exceed train.batch_size={batch_size}", "start smaller"
+    if start % quantum:
+        return f"must be a multiple of {product}", f"use {_multiples(start, quantum)}"
+    return None
+
+
+def _multiples(value: int, quantum: int) -> str:
+    """The nearest ones."""
+    return f"{max(quantum, value // quantum * quantum)} or {(value // quantum + 1) * quantum}"
 
 
 def batch_size_at(step: int, train: TrainConfig) -> int:

@@ -26,7 +26,7 @@ def head_bytes(work: Workload) -> float:
 def exchange_bytes(work: Workload) -> float:
     """What one MoE layer's dispatch and combine send and receive in forward."""
     dim, element = work.model.dim, work.keeping.element
-    there, back = (_fp8(dim), 2 * dim) if work.dtype == "fp8" else (FP32 * dim, element * dim)
+    there, back = (_fp8(dim), 2 * dim) if work.dtype == "fp8" else (element * dim, element * dim)
     return work.microbatch_tokens * 2 * work.model.n_activated_experts * work.imbalance * (there + back)
 
 

@@ -10,7 +10,7 @@ import yaml
 from model.config import ModelConfig
 from orchestrator.config import Recompute, Schedule, TrainConfig, conf_dir, from_dict
 from orchestrator.plan.keeping import own
-from orchestrator.plan.layout import LOOPED_SCHEDULES, batch_size_at
+from orchestrator.plan.layout import LOOPED_SCHEDULES, batch_size_at, ramp_fault
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.workload import Workload
 from orchestrator.words import word
@@ -43,10 +43,8 @@ def cannot_run(work: Workload) -> str | None:
 def cannot_grow(work: Workload, batch_start: int) -> str | None:
     """Why `train` cannot begin this layout with so few sequences a step, or None; 0 is no ramp."""
     quantum = work.dp * work.microbatches
-    if batch_start % quantum or batch_start > work.batch_size:
-        return (f"train.batch_start={batch_start} is no multiple of dp x microbatches = {quantum} up to the batch of "
-                f"{work.batch_size}")
-    return None
+    fault = ramp_fault(batch_start, work.batch_size, quantum, f"dp x microbatches = {quantum}")
+    return f"train.batch_start={batch_start}: {fault[0]}" if fault else None
 
 
 def steps_for(tokens: float, train: TrainConfig) -> int:

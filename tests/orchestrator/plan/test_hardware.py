@@ -77,6 +77,9 @@ def test_a_given_price_holds_for_any_market_and_says_that_it_was_given():
     own = at_market(replace(asked, source="our contract", date="2026-10-01"), "reserved")
     assert (own.usd_per_h, own.source, own.date) == (1.5, "our contract", "2026-10-01")
     assert at_market(replace(KNOWN["a100"], usd_per_h=0.9), "spot").usd_per_h == 0.9
+    same = at_market(KNOWN["h100"], "spot", given=True)
+    assert (same.usd_per_h, same.market, same.source, same.date) == (2.99, "spot", "given", "")
+    assert at_market(KNOWN["h100"], "on_demand", given=True) == KNOWN["h100"]
     trained = resolve_hardware(HardwareConfig(usd_per_h=1.5), "NVIDIA H200")
     assert (trained.name, trained.source, trained.date) == ("h200", "given", "")
     assert price_age_days(trained, date(2026, 3, 1)) is None
