@@ -1,4 +1,5 @@
-"""The planner's efficiency parameters from published runs with set=fit: two shares per GPU type, one scalar per stack.
+"""The planner's efficiency parameters from published runs with set=fit: a share or two per GPU type, one scalar per
+stack.
 
     python benchmarks/fit_planner.py      # prints what to write into conf/hardware/*.yaml and conf/stacks.yaml
 
@@ -18,6 +19,8 @@ from orchestrator.plan.workload import Workload
 
 GEMM = [0.5 + 0.025 * i for i in range(25)]
 ATTENTION = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8]
+MEASURED = ("h100", "b200", "b300", "gb200", "gb300")
+"""Devices whose attention core was measured alone (conf/hardware): its share is not fitted."""
 STUDENT = [3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372, 1.363, 1.356, 1.350, 1.345, 1.341]
 """Student's t at 90% by degrees of freedom, from 1 on."""
 OVERHEAD = [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, 5, 6, 7, 8]
@@ -107,7 +110,8 @@ def _shares(runs: list[Run], gpu: dict, stack: dict) -> tuple[float, float]:
     gemm, attention = gpu[name]
     for _ in range(2):
         gemm = min(GEMM, key=lambda x: _mean(runs, gpu | {name: (x, attention)}, stack))
-        attention = min(ATTENTION, key=lambda x: _mean(runs, gpu | {name: (gemm, x)}, stack))
+        if name not in MEASURED:
+            attention = min(ATTENTION, key=lambda x: _mean(runs, gpu | {name: (gemm, x)}, stack))
     return gemm, attention
 
 

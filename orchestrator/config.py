@@ -187,11 +187,12 @@ class HardwareConfig:
     bf16_best_tflops: float | None = None
     """Best matrix product that anyone measured."""
     fp8_best_tflops: float | None = None
+    fp4_best_tflops: float | None = None
     gemm_share: float | None = None
     """Share of the best product that a model's large ones reach, fitted to published runs; none takes the planner's
     assumption."""
     attention_share: float | None = None
-    """Share of the bf16 peak that the attention core's forward reaches, fitted likewise."""
+    """Share of the bf16 peak that the attention core's forward reaches, measured or fitted likewise."""
     multiprocessors: int | None = None
     """SMs or compute units; a product's last wave fills only some of them."""
     watts: float | None = None

@@ -7,7 +7,7 @@ The expert all-to-all is only counted here (bytes); the schedule decides what of
 from dataclasses import dataclass
 
 from model import count
-from model.config import Attention, ModelConfig
+from model.config import Attention
 from orchestrator.config import Recompute
 from orchestrator.plan.comm import context_s, tensor_s
 from orchestrator.plan.exchange import dispatch_bytes
@@ -41,20 +41,25 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     rates = rates_of(work.hardware, work.dtype, work.assumptions, work.stack.attention)
     forward, inputs, weights = _products(work, rates, moe)
     core = _core(work, rates, tokens)
-    hidden, heads, routed = _light_bytes(model, moe, low=work.dtype != "bf16")
+    hidden, heads, routed, once = _light_bytes(work, moe)
     split = work.tp if work.stack.sequence_parallel else 1
     overhead, gap = work.stack.overhead, work.assumptions.gap_s
     launches = work.assumptions.operators + (work.assumptions.operators_moe if moe else 0)
-    moved = hidden / split + (heads + work.assumptions.moe_light * routed) / work.tp
+    moved = hidden / split + (heads + work.assumptions.moe_light * routed + once) / work.tp
     light = overhead * (tokens * moved / rates.bytes_per_s + launches * gap)
     tensor, context = tensor_s(work) * (1 - work.stack.tensor_hidden), context_s(work, core)
-    host = 0.0 if work.stack.graphs else overhead * launches * work.assumptions.host_s
+    if moe:
+        each = work.stack.expert_launches * (1 if work.dtype == "bf16" else 4)
+        launches += each * work.model.n_routed_experts / work.ep
+    host = overhead * launches * work.assumptions.host_s * (1 - work.stack.graphs)
     ahead = max(forward + core + light, host)
     weights += WEIGHT_LIGHT * light
     behind = inputs + 2.5 * core / work.assumptions.attention_backward + (BACKWARD_LIGHT - WEIGHT_LIGHT) * light
     again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: ahead + tensor}[work.recompute]
     if work.recompute is Recompute.selective and model.attention is Attention.mla:
         again = _cheap_again(work, rates, tokens / work.tp)
+    if work.recompute is Recompute.selective and work.stack.recomputed:
+        again = work.stack.recomputed * forward + light
     behind = max(behind, 2 * host - weights)
     sent, up = dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
     return LayerTime(ahead + tensor + context, behind + again + tensor + context, weights, sent, up,
@@ -64,10 +69,11 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
 def _products(work: Workload, rates: Rates, moe: bool) -> tuple[float, float, float]:
     """Forward, input gradients, weight gradients of a block's matrix products."""
     found = [0.0, 0.0, 0.0]
+    summed = work.stack.gradient_bytes * (2 if work.microbatches > 1 and work.zero < 2 else 1)  # read and written
     for rows, columns, inner, groups, low in shapes(work, moe):
         found[0] += product_s(rates, rows, columns, inner, groups=groups, low=low)
         found[1] += product_s(rates, rows, inner, columns, groups=groups, low=low)
-        found[2] += product_s(rates, columns, inner, rows, groups=groups, low=low)
+        found[2] += product_s(rates, columns, inner, rows, groups=groups, low=low, out=summed)
     return tuple(found)
 
 
@@ -110,7 +116,8 @@ def _core(work: Workload, rates: Rates, tokens: float) -> float:
     width = (model.qk_head_dim + count.v_head_dim(model)) // 2
     if work.stack.attention == "unfused":
         return unfused_core_s(rates, tokens, work.seq_len, heads, width)
-    return core_s(rates, tokens * count.attention_flops(model, work.seq_len) / work.tp, work.seq_len, width)
+    flops = tokens * count.attention_flops(model, work.seq_len) * work.attended / work.tp
+    return core_s(rates, flops, work.seq_len, width)
 
 
 def _cheap_again(work: Workload, rates: Rates, tokens: float) -> float:
@@ -138,17 +145,20 @@ def head_time(work: Workload) -> LayerTime:
     return total
 
 
-def _light_bytes(model: ModelConfig, moe: bool, *, low: bool) -> tuple[float, float, float]:
+def _light_bytes(work: Workload, moe: bool) -> tuple[float, float, float, float]:
     """Bytes per token that memory-bound operators of one block move in forward: norms and residuals; rotary and the
-    feed-forward's activation; what routing adds (permutation there and back, experts' activations). About so many reads
-    and writes of each tensor in bf16, and of products' inputs once more where they are quantised."""
+    feed-forward's activation; what routing adds (permutation there and back, twice where every expert is sent a copy,
+    and experts' activations); what the stack adds to that. About so many reads and writes of each tensor in bf16, and
+    of products' inputs once more where they are quantised."""
+    model = work.model
     heads = model.n_heads * (2 * model.qk_head_dim + 2 * count.v_head_dim(model))
     if model.attention is not Attention.mla:
         heads = (model.n_heads + model.n_kv_heads) * 2 * model.head_dim
-    cast = 3.0 if low else 0.0
+    cast = 3.0 if work.dtype != "bf16" else 0.0
     hidden, wide = (16 + 2 * cast) * model.dim, (8 + cast / 4) * heads
     if not moe:
-        return hidden, wide + (12 + cast) * model.inter_dim, 0.0
+        return hidden, wide + (12 + cast) * model.inter_dim, 0.0, 0.0
     wide += (12 + cast) * model.moe_inter_dim * model.n_shared_experts
-    routed = model.n_activated_experts * ((6 + cast) * model.dim + (12 + cast) * model.moe_inter_dim)
-    return hidden, wide, routed
+    permuted, active = 10 if work.stack.copies else 6, model.n_activated_experts
+    routed = active * ((permuted + cast) * model.dim + (12 + cast) * model.moe_inter_dim)
+    return hidden, wide, routed, active * work.stack.routed_bytes * model.dim

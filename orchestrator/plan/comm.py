@@ -64,8 +64,10 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
 def _link(work: Workload, ranks: int) -> float:
     """Bytes/s that one of so many neighbouring ranks reaches alone."""
     hardware = work.hardware
-    inside = ranks <= hardware.scale_up_devices
-    return (hardware.scale_up_gb_per_s if inside else hardware.scale_out_gb_per_s) * 1e9 * work.assumptions.network
+    if ranks > hardware.scale_up_devices:
+        return hardware.scale_out_gb_per_s * 1e9 * work.assumptions.network
+    few = 1 - work.assumptions.few_ranks / ranks**2
+    return hardware.scale_up_gb_per_s * 1e9 * work.assumptions.network * few
 
 
 def _ring(work: Workload, ranks: int) -> float:

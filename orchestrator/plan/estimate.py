@@ -3,7 +3,7 @@
 Compute: every layer's products at the achievable share of the peak of their dtype, its attention core apart, its
 memory-bound operators by bytes. Communication: expert all-to-all by the nodes a token reaches, pipeline sends, and the
 collectives of `comm`. These become stage times, `simulate` runs the schedule's own table over them, and what is left
-(reduction, optimizer) is added. An assumption names what it was read from; two shares of some GPUs are fitted to
+(reduction, optimizer) is added. An assumption names what it was read from; a share or two of some GPUs are fitted to
 published runs (`conf/hardware`, `benchmarks/validate_planner.py --fit`).
 """
 
@@ -16,7 +16,7 @@ from orchestrator.plan.comm import reduce_s
 from orchestrator.plan.exchange import all_to_all_s
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.simulate import StageTime, Timeline, simulate
-from orchestrator.plan.workload import Workload, is_last, pipeline_of, rank_parameters
+from orchestrator.plan.workload import Workload, is_last, pipeline_of, rank_parameters, stage_layers
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ def stage_times(work: Workload, ranges: list[range]) -> list[StageTime]:
 
 def busiest_s(work: Workload) -> float:
     """Seconds at work of the busiest rank, without a clock; a schedule that overlaps nothing."""
-    ranges, _, _ = pipeline_of(work)
-    times = stage_times(work, ranges)
+    times = stage_times(work, stage_layers(work))
     ranks: dict[int, float] = {}
     for stage, time in enumerate(times):
         rank = stage % work.pp

@@ -56,10 +56,13 @@ def dispatch_bytes(work: Workload) -> tuple[float, float]:
     group that is larger than a domain lies evenly on as few of them as hold it; a smaller one lies within one.
     """
     model, domain = work.model, work.hardware.scale_up_devices
-    element = (2 if work.dtype == "bf16" else 1) + 2
+    element = (1 if work.dtype != "bf16" and work.stack.low_dispatch else 2) + 2
     payload = work.microbatch_tokens / work.tp * model.dim * element * work.imbalance
     nodes = math.ceil(work.ep * work.etp / domain)
     ranks = work.ep * work.etp / nodes
+    if work.stack.copies:
+        copies, total = payload * model.n_activated_experts, nodes * ranks
+        return copies * (nodes - 1) / nodes, copies * (ranks - 1) / total
     reached = nodes_reached(model, nodes)
     targets = _distinct(ranks, model.n_activated_experts / max(1.0, reached))
     return payload * reached * (nodes - 1) / nodes, payload * max(1.0, reached) * targets * (ranks - 1) / ranks

@@ -39,8 +39,10 @@ def rates_of(hardware: HardwareConfig, dtype: str, assumptions: Assumptions, att
     """Shares fitted to published runs (conf/hardware) where there are any, else the assumptions."""
     share = hardware.gemm_share or assumptions.gemm
     bf16 = 1e12 * share * (hardware.bf16_best_tflops or hardware.bf16_tflops * assumptions.best_bf16)
-    fp8 = 1e12 * share * (hardware.fp8_best_tflops or (hardware.fp8_tflops or 0) * assumptions.best_fp8)
-    low, size = {"bf16": (bf16, 2.0), "fp8": (fp8, 1.0), "fp4": (fp8 * assumptions.fp4_gain, 0.5)}[dtype]
+    reached = (hardware.bf16_best_tflops or 0) / hardware.bf16_tflops / assumptions.best_bf16 or 1.0
+    fp8 = 1e12 * share * (hardware.fp8_best_tflops or (hardware.fp8_tflops or 0) * assumptions.best_fp8 * reached)
+    fp4 = 1e12 * share * (hardware.fp4_best_tflops or 0) or fp8 * assumptions.fp4_gain
+    low, size = {"bf16": (bf16, 2.0), "fp8": (fp8, 1.0), "fp4": (fp4, 0.5)}[dtype]
     core = hardware.bf16_tflops * 1e12 * (hardware.attention_share or assumptions.attention_forward)
     if hardware.fp8_tflops:
         core *= {"flash2": assumptions.flash2, "triton": assumptions.triton}.get(attention, 1.0)
@@ -51,8 +53,8 @@ def rates_of(hardware: HardwareConfig, dtype: str, assumptions: Assumptions, att
 
 @lru_cache(maxsize=65536)
 def product_s(rates: Rates, rows: float, columns: float, inner: float, *, groups: float = 1.0,
-              low: bool = False) -> float:
-    """`groups` equal products in one launch: rows x inner times inner x columns."""
+              low: bool = False, out: float = 2.0) -> float:
+    """`groups` equal products in one launch: rows x inner times inner x columns. out: bytes moved for each result."""
     if rows <= 0:
         return 0.0
     peak = rates.low if low else rates.bf16
@@ -60,7 +62,7 @@ def product_s(rates: Rates, rows: float, columns: float, inner: float, *, groups
     arithmetic = 2 * rows * columns * inner * groups / (peak * inner / (inner + ramp))
     arithmetic /= fill(rates.multiprocessors, rows, columns, groups)
     size = rates.low_bytes if low else 2.0
-    moved = groups * (size * (rows * inner + inner * columns) + 2 * rows * columns)
+    moved = groups * (size * (rows * inner + inner * columns) + out * rows * columns)
     return max(arithmetic, moved / rates.bytes_per_s)
 
 

@@ -30,10 +30,22 @@ class Stack:
     """Share of tensor-parallel communication that runs behind products (user buffers, asynchronous TP)."""
     reduce_hidden: float = 0.0
     """Share of gradient reduction and weight gathering that runs behind the pipeline."""
+    recomputed: float = 0.0
+    """Share of its products that a block does again in selective recompute, beside all memory-bound operators
+    (torchtitan's saves every second product and attention); 0: the attention core, as Megatron's."""
     gradient_bytes: float = 4.0
     """Of a gradient on the wire."""
-    graphs: bool = False
-    """CUDA graphs: the host launches a whole layer at once."""
+    graphs: float = 0.0
+    """Share of a block's launches that CUDA graphs take from the host."""
+    expert_launches: float = 0.0
+    """Products that a forward launches for each expert on the rank, where they are launched one by one; a quantised
+    one takes four launches, with its input's cast and two layouts of scales."""
+    low_dispatch: bool = True
+    """Tokens go to experts in the layers' dtype, else in bf16."""
+    routed_bytes: float = 0.0
+    """Bytes that a forward moves for each routed token's hidden element beyond the usual (biases of experts)."""
+    copies: bool = False
+    """Tokens are sent once for each of their experts (NCCL's all-to-all), not once for each rank or node."""
     rows: int = 0
     """Published rows that `overhead` was fitted to; 0: it is the nearest relative's, or assumed."""
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 from model import count
 from model.config import ModelConfig
@@ -24,6 +25,7 @@ class Assumptions:
     best_bf16: float = 0.80
     """Best product against the bf16 peak where nobody measured it: as on H100 (stas00/ml-engineering)."""
     best_fp8: float = 0.71
+    """Likewise, and less or more as the best bf16 product is; within 10% of what was measured on four devices."""
     fp4_gain: float = 1.7
     """FP4 products against FP8 ones, on devices whose peak doubles."""
     attention_forward: float = 0.65
@@ -49,12 +51,16 @@ class Assumptions:
     """Bytes that permutation and expert activations move against the least possible: padding, indices, weights."""
     gap_s: float = 1.5e-6
     """Device idle between two operators."""
-    host_s: float = 5e-6
-    """Host time to launch one operator; the device waits where its operators are shorter."""
+    host_s: float = 15e-6
+    """Host time of one operator's launch, its Python included; the device waits where its operators are shorter. Of
+    rows with set=fit: of 5, 10, 12, 15 and 20, the one whose left-out models are met best."""
     communication_sms: float = 20.0
     """Multiprocessors that an overlapped all-to-all takes from computation (V3 report, section 3.2.2)."""
     network: float = 0.80
     """Of link bandwidth, alone: 160 of 200 and 40 of 50 GB/s (V3 report, section 3.2)."""
+    few_ranks: float = 1.06
+    """What so many ranks lose of a scale-up link, over their number squared: 0.73 of eight ranks' rate with two, 0.93
+    with four, on A100, H100 and B200 alike (aiconfigurator's NCCL tables, all-gather of 128 and 256 MiB)."""
     network_overlapped: float = 0.45
     """Of link bandwidth while computing on the same device (dispatch and combine of PROFILE)."""
     overlap_cost: float = 1.09
@@ -116,9 +122,11 @@ class Workload:
     etp: int = 1
     """Tensor parallelism inside an expert."""
     even_stages: bool = False
-    """Stages have equally many layers, as others' runs do, rather than balanced costs."""
+    """Stages have equally many layers where these go into them, as others' runs do, rather than balanced costs."""
     imbalance: float = 1.0
     """Load of the fullest expert-parallel rank over the mean (`exchange.imbalance_of`); 1 is forced balance."""
+    attended: float = 1.0
+    """Of a causal attention's work: sliding windows in some layers leave less."""
     stack: Stack = Stack()
     """The software that trains."""
     keeping: Keeping = PLANNED
@@ -198,10 +206,19 @@ def stage_layers(work: Workload) -> list[range]:
         copies = 2
     elif work.pp > 1:
         stages *= stages_per_rank(Schedule[work.schedule], work.stages_per_rank)
-    if work.even_stages:
-        each = work.model.n_layers / stages
-        return [range(round(each * stage), round(each * (stage + 1))) for stage in range(stages)] * copies
-    return split_stages(work.model, stages, work.seq_len) * copies
+    return (work.even_stages and _even(work.model.n_layers, stages)
+            or split_stages(work.model, stages, work.seq_len)) * copies
+
+
+def _even(layers: int, stages: int) -> list[range]:
+    """As many layers on every stage, or where they do not go into the stages, with embedding and head counted as one
+    each (Megatron's account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split); else none."""
+    for extra in (0, 2):
+        each, rest = divmod(layers + extra, stages)
+        if not rest and each > extra // 2:
+            bounds = [max(0, min(layers, each * stage - extra // 2)) for stage in range(stages + 1)]
+            return [range(*pair) for pair in pairwise(bounds)]
+    return []
 
 
 def is_last(work: Workload, stage: int, stages: int) -> bool:

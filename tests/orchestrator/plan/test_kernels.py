@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.compose import compose_config
+from orchestrator.config import Recompute
 from orchestrator.errors import BadRequest
 from orchestrator.plan.block import expert_rows, layer_time
 from orchestrator.plan.confidence import band, made
 from orchestrator.plan.estimate import estimate
-from orchestrator.plan.exchange import Routing, imbalance_of, nodes_reached
+from orchestrator.plan.exchange import Routing, dispatch_bytes, imbalance_of, nodes_reached
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.kernels import fill, product_s, rates_of
-from orchestrator.plan.stack import stack_named, stacks
-from orchestrator.plan.workload import Assumptions, Workload
+from orchestrator.plan.stack import Stack, stack_named, stacks
+from orchestrator.plan.workload import Assumptions, Workload, stage_layers
 
 H100 = catalogue()["h100"]
 RATES = rates_of(H100, "bf16", Assumptions())
@@ -70,10 +71,67 @@ def test_imbalance_comes_from_a_runs_own_counts_and_makes_the_fullest_rank_slowe
 
 def test_the_host_holds_up_small_layers_unless_a_graph_launches_them(moe):
     small = replace(moe, seq_len=64, stack=stack_named("megatron_bridge_2511"))
-    graph = replace(small, stack=replace(small.stack, graphs=True))
+    graph = replace(small, stack=replace(small.stack, graphs=1.0))
     assert layer_time(graph, True).forward < 0.7 * layer_time(small, True).forward
     large = replace(small, seq_len=4096, batch_size=512)
     assert layer_time(replace(large, stack=graph.stack), True) == layer_time(large, True)
+
+
+def test_experts_launched_one_by_one_cost_the_host_by_their_number_and_more_where_quantised(moe):
+    small = replace(moe, seq_len=64, stack=Stack(expert_launches=2))
+    spread = replace(small, ep=1)  # 128 experts on the rank, not 16
+    host = small.assumptions.host_s
+    one = layer_time(replace(small, stack=Stack()), True).forward
+    assert layer_time(spread, True).forward - one == pytest.approx(2 * 128 * host)
+    assert layer_time(replace(spread, dtype="fp8"), True).forward - one == pytest.approx(8 * 128 * host)
+
+
+def test_copies_for_every_expert_send_more_than_one_for_every_node_or_rank(moe):
+    wide = replace(moe, dp=32, ep=32, batch_size=512)  # four nodes
+    sent, up = dispatch_bytes(wide)
+    copied = dispatch_bytes(replace(wide, stack=Stack(copies=True)))
+    payload = wide.microbatch_tokens * wide.model.dim * 4
+    assert copied == pytest.approx((payload * 8 * 3 / 4, payload * 8 * 7 / 32))
+    assert copied[0] > 2 * sent and copied[1] < up, "the node forwards what it received once"
+    low = replace(wide, dtype="fp8")
+    assert dispatch_bytes(low)[0] == pytest.approx(sent * 3 / 4)
+    assert dispatch_bytes(replace(low, stack=Stack(low_dispatch=False))) == (sent, up)
+
+
+def test_weight_gradients_summed_in_fp32_move_more_bytes(moe):
+    few = replace(moe, seq_len=128)
+    assert layer_time(few, True).weight > layer_time(replace(few, stack=Stack(gradient_bytes=2)), True).weight
+
+
+def test_sliding_windows_and_a_stacks_own_recompute_change_a_block(moe):
+    assert layer_time(replace(moe, attended=0.5), True).forward < layer_time(moe, True).forward
+    again = replace(moe, recompute=Recompute.selective)
+    half, core = replace(again, stack=Stack(recomputed=0.5)), layer_time(again, True)
+    assert layer_time(half, True).backward > core.backward > layer_time(moe, True).backward
+
+
+def test_fp4_and_fp8_products_have_the_best_that_was_measured_or_follow_bf16s():
+    b200 = catalogue()["b200"]
+    assert rates_of(b200, "fp4", Assumptions()).low == pytest.approx(4519e12 * b200.gemm_share)
+    assert rates_of(H100, "fp4", Assumptions()).low == pytest.approx(1403e12 * 1.7 * H100.gemm_share)
+    amd = catalogue()["mi325x"]
+    assert rates_of(amd, "fp8", Assumptions()).low == pytest.approx(
+        0.85 * 2615e12 * 0.71 * (amd.bf16_best_tflops / amd.bf16_tflops) / 0.8)
+
+
+@pytest.mark.parametrize("pp, per_rank, layers, first, last", [
+    (4, 5, 80, 4, 4),      # whole
+    (8, 4, 126, 3, 3),     # Llama 3.1 405B: embedding and head count as a layer each
+    (8, 3, 94, 3, 3),      # Qwen3 235B
+    (2, 8, 61, 4, 1),      # neither: balanced, as DeepSeek-V3's own recipe `Et*4|(t*4|)*14tmL`
+])
+def test_layers_of_others_runs_are_split_as_megatron_does(pp, per_rank, layers, first, last):
+    model = compose_config(["model=deepseek_v3" if layers == 61 else "model=llama_3_1_405b"]).model
+    model = model if layers == 61 else replace(model, n_layers=layers, n_dense_layers=layers)
+    work = Workload(model, H100, 4096, 64, pp, 1, 1, "interleaved_1f1b", 64, stages_per_rank=per_rank, even_stages=True)
+    found = [len(each) for each in stage_layers(work)]
+    assert sum(found) == layers and (found[0], found[-1]) == (first, last)
+    assert len(set(found[1:-1])) == 1
 
 
 def test_a_prediction_says_how_it_was_made_and_how_far_it_may_be_off(moe):
