@@ -20,10 +20,12 @@ def work() -> Workload:
 
 
 def test_tensor_ranks_move_the_bytes_of_two_all_reduces(work):
-    alone = replace(work.assumptions, latency_s=0.0, hop_s=0.0)
+    alone = replace(work.assumptions, latency_s=0.0, hop_s=0.0, few_ranks=0.0)
     two = replace(work, tp=2, assumptions=alone)
     all_reduces = 2 * 2 * (1 / 2) * two.microbatch_tokens * 7168 * 2
     assert tensor_s(two) == pytest.approx(all_reduces / (200e9 * 0.8))
+    slower = replace(two, assumptions=replace(alone, few_ranks=1.06))
+    assert tensor_s(slower) == pytest.approx(tensor_s(two) / 0.735), "as measured of two ranks against eight"
     assert tensor_s(work) == 0.0 and tensor_s(replace(work, tp=16)) > tensor_s(replace(work, tp=8))
 
 
