@@ -214,7 +214,7 @@ def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, me
 
 
 def test_a_cache_that_cannot_be_is_named(folder):
-    with pytest.raises(NotFit, match=r"data\.cache_dir=.*000\.txt/x: cannot be made or written \(Not a directory\); choose"):
+    with pytest.raises(NotFit, match=r"data\.cache_dir=.*000\.txt/x: cannot be made or written \(Not a dir.*choose"):
         prepare(config_for(folder, cache_dir=str(folder / "000.txt" / "x")))
 
 
