@@ -30,7 +30,7 @@ from orchestrator.cluster.policy import (
     respond,
 )
 from orchestrator.config import ClusterKind, Config
-from orchestrator.errors import NoProgress, SparingError, Transient
+from orchestrator.errors import BadRequest, NoProgress, SparingError, Transient
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.train import storage
@@ -146,7 +146,8 @@ class Controller:
             append_event(config.run.dir, "run_failed", cause=str(error), rank=getattr(error, "rank", None),
                          node=getattr(error, "node", None))
         summary = finish_run(config, result, placed_at=placed_at, released_at=released_at,
-                             devices=self._size, attempts=self.attempt, spares=self.held[-1][2])
+                             devices=self._size, attempts=self.attempt, spares=self.held[-1][2],
+                             refused=isinstance(error, BadRequest))
         if error is not None:
             raise error
         return summary

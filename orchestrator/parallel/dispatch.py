@@ -63,7 +63,7 @@ class AllToAllDispatcher:
 
     def _exchange(self, rows: Tensor, received: list[int], sent: list[int], *, to_experts: bool) -> Tensor:
         if not self.fp8:
-            if torch.is_autocast_enabled(rows.device.type):  # as the experts' products would: the same values, half sent
+            if torch.is_autocast_enabled(rows.device.type):  # as the experts would: half the bytes
                 rows = rows.to(torch.get_autocast_dtype(rows.device.type))
             return all_to_all_single_autograd(rows, received, sent, self.group)
 

@@ -14,12 +14,16 @@ from orchestrator.train import storage
 from orchestrator.train.metrics import METRICS, read_rows
 
 SUMMARY = "summary.json"
+BILL = ("device_hours", "gpu_hours", "usd_total", "usd_per_million_tokens", "goodput", "buckets_s", "attempts",
+        "placed_at", "released_at")
+"""What an attempt adds to, whatever comes of it."""
 
 
 def finish_run(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
-               attempts: int, spares: int = 0) -> dict:
+               attempts: int, spares: int = 0, refused: bool = False) -> dict:
     """Sum the run up and write it into the run directory. placed_at, released_at: unix times of the last attempt;
-    devices, spares: held at its end, with a rank and without."""
+    devices, spares: held at its end, with a rank and without. refused: the attempt was asked for what cannot be, which
+    takes nothing from a run that is complete but the money."""
     if result.get("ledger") is None or result.get("tokens_per_s") is None:
         rows_at = storage.join(config.run.dir, METRICS)
         rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
@@ -33,6 +37,9 @@ def finish_run(config: Config, result: dict, *, placed_at: float, released_at: f
         result = left | {key: value for key, value in result.items() if value is not None}
     summary = summarise(config, result, placed_at=placed_at, released_at=released_at, devices=devices,
                         attempts=attempts, spares=spares)
+    if refused and (earlier := read_summary(config.run.dir)) and earlier["status"] == "completed":
+        measured = earlier["measured"] | {key: summary["measured"][key] for key in ("charged_s", "wall_s")}
+        summary = earlier | {key: summary[key] for key in BILL if key in summary} | {"measured": measured}
     storage.write_bytes(storage.join(config.run.dir, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 

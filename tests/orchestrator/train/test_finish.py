@@ -166,3 +166,15 @@ def test_attempts_that_failed_add_up(tmp_path):
                    attempts=attempt)
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["device_hours"] == pytest.approx(sum(held[:attempt]) * DEVICES / 3600)
+
+
+def test_a_refused_request_takes_nothing_from_a_complete_run_but_money(tmp_path):
+    config = config_for(tmp_path)
+    before = finish(config, result_of(config))
+    attempt = {"placed_at": PLACED + 200, "released_at": PLACED + 210, "devices": DEVICES, "attempts": 2}
+    after = finish_run(config, {"status": "failed"}, refused=True, **attempt)
+    assert after["measured"]["charged_s"] == pytest.approx(before["measured"]["charged_s"] + DEVICES * 10)
+    assert after["usd_total"] > before["usd_total"] and after["attempts"] == 2
+    assert {key: after[key] for key in ("status", "steps", "loss", "bits_per_byte", "mfu")} == {
+        key: before[key] for key in ("status", "steps", "loss", "bits_per_byte", "mfu")}
+    assert finish_run(config, {"status": "failed"}, **attempt)["status"] == "failed", "one that broke down is another"
