@@ -6,6 +6,7 @@ worth a tenth of a training step: a scatter becomes a gather, a concatenation a 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -72,18 +73,33 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
     torch wants rows of a multiple of 16 bytes: to others zeros are appended. Groups end at `offsets` [E], int32.
     """
-    unit = 16 // a.element_size()
+    unit, by_group = 16 // a.element_size(), empty_groups_zeroed if _leaves_empty_groups(a.device) else None
     if b.dim() == 3:
+        if by_group and b.requires_grad:
+            b = b.view_as(b)
+            b.register_hook(lambda grad: by_group(grad, offsets))
         inner, outer = -b.shape[1] % unit, -b.shape[2] % unit
         if inner or outer:
             a, padded = F.pad(a, (0, inner)), F.pad(b.mT, (0, inner, 0, outer)).mT
             return F.grouped_mm(a, padded, offs=offsets)[:, : b.shape[2]]
         return F.grouped_mm(a, b, offs=offsets)
-    rows, columns = -a.shape[0] % unit, -b.shape[1] % unit
+    rows, columns, size = -a.shape[0] % unit, -b.shape[1] % unit, (a.shape[0], b.shape[1])
     if rows or columns:
-        padded = F.grouped_mm(F.pad(a.mT, (0, rows)).mT, F.pad(b, (0, columns)), offs=offsets)
-        return padded[:, : a.shape[0], : b.shape[1]]
-    return F.grouped_mm(a, b, offs=offsets)
+        a, b = F.pad(a.mT, (0, rows)).mT, F.pad(b, (0, columns))
+    out = F.grouped_mm(a, b, offs=offsets)[:, : size[0], : size[1]]
+    return by_group(out, offsets) if by_group else out
+
+
+def empty_groups_zeroed(products: Tensor, offsets: Tensor) -> Tensor:
+    """products [E, M, N] with zeros in groups without rows."""
+    counts = offsets.diff(prepend=offsets.new_zeros(1))
+    return products.masked_fill((counts == 0)[:, None, None], 0)
+
+
+@functools.cache
+def _leaves_empty_groups(device: torch.device) -> bool:
+    """Whether torch leaves a group's product over no rows as the memory was: on Blackwell (pytorch issue 172439)."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from model.ops import gather_rows, rms_norm, swiglu
+from model import ops
+from model.ops import gather_rows, grouped_mm, rms_norm, swiglu
 
 
 def test_swiglu_equals_the_plain_expression_and_its_gradient():
@@ -37,3 +38,31 @@ def test_gather_rows_sums_the_gradients_of_copies():
     (ours,) = torch.autograd.grad(gather_rows(x, index, inverse, 3), x, upstream)
     (theirs,) = torch.autograd.grad(plain, x, upstream)
     torch.testing.assert_close(ours, theirs)
+
+
+class LikeBlackwell(torch.autograd.Function):
+    """Weights [E, K, N] as they are; of a group without rows the gradient is what the memory was."""
+
+    @staticmethod
+    def forward(ctx, weights, offsets):
+        ctx.save_for_backward(offsets)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (offsets,) = ctx.saved_tensors
+        return grad.masked_fill((offsets.diff(prepend=offsets.new_zeros(1)) == 0)[:, None, None], float("nan")), None
+
+
+def test_a_group_without_rows_has_no_gradient_where_torch_leaves_garbage(monkeypatch):
+    made, real = torch.Generator().manual_seed(0), F.grouped_mm
+    rows, weights = torch.randn(6, 8, generator=made), torch.randn(3, 8, 5, generator=made, requires_grad=True)
+    offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
+    (wanted,) = torch.autograd.grad(grouped_mm(rows, weights, offsets).sum(), weights)
+    monkeypatch.setattr(ops.F, "grouped_mm", lambda a, b, offs: real(a, LikeBlackwell.apply(b, offs), offs=offs))
+    monkeypatch.setattr(ops, "_leaves_empty_groups", lambda device: True)
+    (found,) = torch.autograd.grad(grouped_mm(rows, weights, offsets).sum(), weights)
+    assert torch.equal(found, wanted) and not found[1].any()
+    monkeypatch.setattr(ops.F, "grouped_mm", lambda a, b, offs: LikeBlackwell.backward(
+        type("", (), {"saved_tensors": (offs,)}), real(a, b, offs=offs))[0])
+    assert torch.equal(grouped_mm(rows.mT, rows, offsets)[1], torch.zeros(8, 8))
