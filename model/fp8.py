@@ -32,6 +32,7 @@ from model.quantize import (
     act_quant,
     pack,
     quant_over_tokens,
+    tiles_of,
     token_tiles,
     unpack,
     weight_dequant,
@@ -236,7 +237,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool,
     columns = quant_over_tokens(x, place, tiles, power_of_two=of_x)
     grads = quant_over_tokens(grad, place, tiles, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
     columns, grads = (widened(q.data).mul_(q.scale).flatten(0, 1) for q in (columns, grads))
-    padded = None if counts is None else (counts + TILE - 1) // TILE * TILE
+    padded = None if counts is None else tiles_of(counts) * TILE
     return _grouped(grads.mT, columns, padded, exact=of_x and of_grad).to(dtype)
 
 

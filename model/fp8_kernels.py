@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model import quantize
-from model.quantize import GRAD_AMAX_FLOOR, TILE, Quantized, token_tiles
+from model.quantize import GRAD_AMAX_FLOOR, TILE, Quantized, tiles_of, token_tiles
 from model.quantize_kernels import act_quant, quant_over_tokens, weight_quant
 
 BLOCK = 128
@@ -29,10 +29,12 @@ def rows_product(rows: Quantized, weight: Quantized, counts: Tensor | None, dtyp
     (num_rows, inputs), outputs = rows.data.shape, weight.data.shape[-2]
     out = torch.empty(num_rows, outputs, dtype=dtype, device=rows.data.device)
     if num_rows:
-        source, expert = _tiles(num_rows, counts, out.device)
-        grid, blocks = (len(expert), triton.cdiv(outputs, BLOCK)), weight.scale.shape[-2:]
-        _rows_kernel[grid](*rows, *weight, out, source, expert, outputs, inputs, *blocks,
-                           BLOCK=BLOCK, TILE=TILE, num_warps=WARPS, num_stages=STAGES)
+        source, ends = _tiles(num_rows, counts, out.device)
+        tiles = torch.arange(len(source) // TILE, dtype=torch.int32, device=out.device)
+        expert = torch.searchsorted(ends[1:], tiles, right=True, out_int32=True)
+        grid, blocks = (len(tiles), triton.cdiv(outputs, BLOCK)), weight.scale.shape[-2:]
+        _rows_kernel[grid](*rows, *weight, out, source, expert, len(ends) - 1, outputs, inputs, *blocks, BLOCK=BLOCK,
+                           TILE=TILE, num_warps=WARPS, num_stages=STAGES)
     return out
 
 
@@ -40,12 +42,10 @@ def weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, 
                     dtype: torch.dtype) -> Tensor:
     """grad [R, N] transposed times x [R, K], of each expert's rows -> [E, N, K], or [N, K] without counts; both in
     tiles of 128 tokens. of_x, of_grad: whether scales are powers of two."""
-    source, expert = _tiles(len(x), counts, x.device)
+    source, ends = _tiles(len(x), counts, x.device)
     left = quant_over_tokens(grad, source, power_of_two=of_grad, floor=GRAD_AMAX_FLOOR)
     right = quant_over_tokens(x, source, power_of_two=of_x)
-    outputs, inputs, experts = grad.shape[-1], x.shape[-1], 1 if counts is None else len(counts)
-    ends = torch.searchsorted(expert.masked_fill(expert < 0, experts), torch.arange(
-        experts + 1, dtype=torch.int32, device=x.device)).to(torch.int32)
+    outputs, inputs, experts = grad.shape[-1], x.shape[-1], len(ends) - 1
     out = torch.empty(experts, outputs, inputs, dtype=dtype, device=x.device)
     grid = experts, triton.cdiv(outputs, BLOCK), triton.cdiv(inputs, BLOCK)
     _tokens_kernel[grid](*left, *right, out, ends, outputs, inputs, len(source), BLOCK=BLOCK, TILE=TILE,
@@ -79,25 +79,24 @@ def check(device: torch.device) -> None:
 
 
 def _tiles(num_rows: int, counts: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row at each place of every tile, [T * 128], -1 where it is padded; and every tile's expert, [T], -1 of none."""
+    """Row at each place of every tile, [T * 128], -1 where it is padded; and each expert's first tile and the end of
+    the last one's, [E + 1]. Tiles behind that are no expert's."""
     rows = torch.arange(num_rows, dtype=torch.int32, device=device)
     if counts is None:
         tiles = triton.cdiv(num_rows, TILE)
         source = torch.nn.functional.pad(rows, (0, tiles * TILE - num_rows), value=-1)
-        return source, torch.zeros(tiles, dtype=torch.int32, device=device)
+        return source, torch.arange(2, dtype=torch.int32, device=device) * tiles
     place, tiles = token_tiles(num_rows, counts)
     source = torch.full((tiles * TILE,), -1, dtype=torch.int32, device=device)
     source[place] = rows
-    ends = ((counts + TILE - 1) // TILE).cumsum(0)
-    expert = torch.searchsorted(ends, torch.arange(tiles, device=device), right=True)
-    return source, torch.where(expert < len(counts), expert, -1).to(torch.int32)
+    return source, torch.nn.functional.pad(tiles_of(counts).cumsum(0), (1, 0)).to(torch.int32)
 
 
 @triton.jit
-def _rows_kernel(rows, row_scale, weight, weight_scale, out, source, expert, outputs, inputs, output_blocks,
+def _rows_kernel(rows, row_scale, weight, weight_scale, out, source, expert, experts, outputs, inputs, output_blocks,
                  input_blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
     tile, e = tl.program_id(0), tl.load(expert + tl.program_id(0))
-    if e >= 0:
+    if e < experts:
         row = tl.load(source + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         is_row, is_n = row >= 0, n < outputs

@@ -73,11 +73,11 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
     torch wants rows of a multiple of 16 bytes: to others zeros are appended. Groups end at `offsets` [E], int32.
     """
-    unit, by_group = 16 // a.element_size(), empty_groups_zeroed if _leaves_empty_groups(a.device) else None
+    unit, unclean = 16 // a.element_size(), _leaves_empty_groups(a.device)
     if b.dim() == 3:
-        if by_group and b.requires_grad:
+        if unclean and b.requires_grad:
             b = b.view_as(b)
-            b.register_hook(lambda grad: by_group(grad, offsets))
+            b.register_hook(lambda grad: _empty_groups_zeroed(grad, offsets))
         inner, outer = -b.shape[1] % unit, -b.shape[2] % unit
         if inner or outer:
             a, padded = F.pad(a, (0, inner)), F.pad(b.mT, (0, inner, 0, outer)).mT
@@ -87,10 +87,10 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     if rows or columns:
         a, b = F.pad(a.mT, (0, rows)).mT, F.pad(b, (0, columns))
     out = F.grouped_mm(a, b, offs=offsets)[:, : size[0], : size[1]]
-    return by_group(out, offsets) if by_group else out
+    return _empty_groups_zeroed(out, offsets) if unclean else out
 
 
-def empty_groups_zeroed(products: Tensor, offsets: Tensor) -> Tensor:
+def _empty_groups_zeroed(products: Tensor, offsets: Tensor) -> Tensor:
     """products [E, M, N] with zeros in groups without rows."""
     counts = offsets.diff(prepend=offsets.new_zeros(1))
     return products.masked_fill((counts == 0)[:, None, None], 0)

@@ -77,12 +77,17 @@ def unpack(packed: Tensor, dim: int) -> Tensor:
     return act_dequant(Quantized(packed[:, :dim].contiguous().view(E4M3), scale))
 
 
+def tiles_of(counts: Tensor) -> Tensor:
+    """Tiles that so many rows of each expert take."""
+    return (counts + TILE - 1) // TILE
+
+
 def token_tiles(num_rows: int, counts: Tensor | None) -> tuple[Tensor | None, int]:
     """Where each row goes when every expert's rows start a tile of their own, and how many tiles suffice."""
     if counts is None:
         return None, -(-num_rows // TILE)
-    starts = (counts + TILE - 1) // TILE * TILE
-    shift = starts.cumsum(0) - starts - (counts.cumsum(0) - counts)
+    padded = tiles_of(counts) * TILE
+    shift = padded.cumsum(0) - padded - (counts.cumsum(0) - counts)
     rows = torch.arange(num_rows, device=counts.device)
     # No more tiles than this, whatever the counts: a bound that need not be fetched from the device.
     return rows + shift.repeat_interleave(counts, output_size=num_rows), num_rows // TILE + len(counts)
