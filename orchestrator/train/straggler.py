@@ -1,47 +1,103 @@
-"""Ranks that are slower than the rest, found without asking who waits for whom.
+"""Ranks and links that are slower than the rest, found without asking who waits for whom.
 
 In a step all ranks wait for the slowest one and look alike. So every `checkpoint.memory_every` steps each rank times a
-small product on its own device, alone; one that takes half as long again as its peers several times running is named,
-once. This finds a device that is throttled or shared, not a slow network.
+small product on its own device, alone, and then what it receives from one other rank, all ranks at the same time. A
+device that takes half as long again as its peers, or a link that takes three times as long as others of its kind, is
+named once, after several times running.
 """
 
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from orchestrator.parallel.mesh import Mesh
+from orchestrator.train.replica import buddy_shift
 
-SLOW, IN_A_ROW = 1.5, 3
+IN_A_ROW = 3
+SLOW_DEVICE, SLOW_LINK = 1.5, 3.0
+"""Times as long as usual."""
 SIZE, ROUNDS = 384, 3
+LINK_BYTES, LINK_ROUNDS = 2 << 20, 2
+
+
+@dataclass
+class Streak:
+    """How often in a row each rank has been slow at one thing."""
+
+    factor: float
+    times: dict[int, int] = field(default_factory=dict)
+
+    def named(self, over_usual: list[float]) -> list[int]:
+        """The ranks that have just been slow for the last time that is let pass."""
+        self.times = {rank: self.times.get(rank, 0) + 1 for rank, ratio in enumerate(over_usual) if ratio > self.factor}
+        return [rank for rank, count in self.times.items() if count == IN_A_ROW]
 
 
 class Stragglers:
     """All ranks call `look` after every step. `tell(kind, **fields)` hears of a straggler where it is not None."""
 
-    def __init__(self, mesh: Mesh, every: int, tell):
+    def __init__(self, mesh: Mesh, every: int, tell: Callable | None):
         self.mesh, self.every, self.tell = mesh, every if mesh.world is not None else 0, tell
-        self.slow = [0] * mesh.layout.world_size
+        self.devices, self.links = Streak(SLOW_DEVICE), Streak(SLOW_LINK)
+        self.nodes: list[int] = []
 
     def look(self, step: int) -> dict:
         """Metrics, where it is time to look."""
         if not self.every or step % self.every:
             return {}
-        table = torch.zeros(2, self.mesh.layout.world_size, dtype=torch.float64)
-        table[:, self.mesh.info.rank] = torch.tensor([probe_s(self.mesh.device), self.mesh.info.node_rank])
+        if not self.nodes:
+            self.nodes = [int(node) for node in self._of_all(self.mesh.info.node_rank)]
+        return self._look_at_devices(step) | self._look_at_links(step)
+
+    def _look_at_devices(self, step: int) -> dict:
+        seconds = self._of_all(probe_s(self.mesh.device))
+        usual = statistics.median_low(seconds)
+        ratios = [own / usual for own in seconds]
+        for rank in self.devices.named(ratios):
+            self._tell("straggler", step, rank, f"its device took {ratios[rank]:.1f} times as long as the others' for "
+                                                "the same product")
+        slowest = _slowest(ratios)
+        return {"perf/slowest_rank": slowest, "perf/slowest_rank_over_median": ratios[slowest]}
+
+    def _look_at_links(self, step: int) -> dict:
+        shift = buddy_shift(self.nodes)
+        seconds = self._of_all(link_s(self.mesh, shift))
+        sources = [(rank - shift) % len(seconds) for rank in range(len(seconds))]
+        inside = [self.nodes[rank] == self.nodes[source] for rank, source in enumerate(sources)]
+        ratios = over_usual(seconds, inside)
+        for rank in self.links.named(ratios):
+            where = f"rank {sources[rank]}" + ("" if inside[rank] else f" on node {self.nodes[sources[rank]]}")
+            self._tell("slow_link", step, rank, f"what it received from {where} took {ratios[rank]:.1f} times as long "
+                                                f"as others {'inside' if inside[rank] else 'between'} nodes",
+                       source=sources[rank])
+        slowest = _slowest(ratios)
+        return {"perf/slowest_link_to": slowest, "perf/slowest_link_over_usual": ratios[slowest]}
+
+    def _tell(self, kind: str, step: int, rank: int, cause: str, **fields) -> None:
+        if self.tell is not None:
+            self.tell(kind, step=step, rank=rank, node=self.nodes[rank], **fields,
+                      cause=f"{cause}, {IN_A_ROW} times in a row")
+
+    def _of_all(self, number: float) -> list[float]:
+        """Every rank's number, by rank."""
+        table = torch.zeros(self.mesh.layout.world_size, dtype=torch.float64)
+        table[self.mesh.info.rank] = number
         table = table.to(self.mesh.device)
         dist.all_reduce(table, group=self.mesh.world)
-        seconds, nodes = table.tolist()
-        usual = statistics.median_low(seconds)
-        for rank, own in enumerate(seconds):
-            self.slow[rank] = self.slow[rank] + 1 if own > SLOW * usual else 0
-            if self.slow[rank] == IN_A_ROW and self.tell is not None:
-                self.tell("straggler", step=step, rank=rank, node=int(nodes[rank]),
-                          cause=f"its device took {own / usual:.1f} times as long as the others' for the same product, "
-                                f"{IN_A_ROW} times in a row")
-        slowest = max(range(len(seconds)), key=seconds.__getitem__)
-        return {"perf/slowest_rank": slowest, "perf/slowest_rank_over_median": seconds[slowest] / usual}
+        return table.tolist()
+
+
+def over_usual(seconds: list[float], kinds: list) -> list[float]:
+    """Each one over what is usual for its kind: the lower quartile, since a node with a slow cable has two links."""
+    usual = {}
+    for kind in set(kinds):
+        alike = sorted(own for own, other in zip(seconds, kinds, strict=True) if other == kind)
+        usual[kind] = alike[len(alike) // 4]
+    return [own / usual[kind] for own, kind in zip(seconds, kinds, strict=True)]
 
 
 def probe_s(device: torch.device) -> float:
@@ -52,3 +108,25 @@ def probe_s(device: torch.device) -> float:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - began)
     return best
+
+
+def link_s(mesh: Mesh, shift: int) -> float:
+    """Seconds until a block has come from the rank `shift` before this one, the best of a few. All ranks call it."""
+    rank, world, best = mesh.info.rank, mesh.layout.world_size, float("inf")
+    block = torch.zeros(LINK_BYTES, dtype=torch.uint8, device=mesh.device)
+    theirs = torch.empty_like(block)
+    for _ in range(LINK_ROUNDS):
+        began = time.perf_counter()
+        works = dist.batch_isend_irecv([
+            dist.P2POp(dist.irecv, theirs, (rank - shift) % world, group=mesh.world),
+            dist.P2POp(dist.isend, block, (rank + shift) % world, group=mesh.world)])
+        works[0].wait()
+        theirs[0].item()  # on a GPU, only now it is here
+        best = min(best, time.perf_counter() - began)
+        for work in works[1:]:
+            work.wait()
+    return best
+
+
+def _slowest(ratios: list[float]) -> int:
+    return max(range(len(ratios)), key=ratios.__getitem__)
