@@ -77,6 +77,11 @@ def losses(run_dir: Path) -> list[tuple]:
     return [tuple(row.get(key) for key in keys) for row in rows(run_dir)]
 
 
+def trained(run_dir: Path) -> list[tuple]:
+    """Without the validations: a run that is stopped makes one of its own."""
+    return [row[:3] for row in losses(run_dir)]
+
+
 def reached(run_dir: Path, step: int) -> bool:
     metrics = run_dir / "metrics.jsonl"
     return metrics.exists() and metrics.read_text().count("\n") >= step

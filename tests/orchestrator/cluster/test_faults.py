@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ from tests.orchestrator.cluster.runs import (
     has_saved,
     losses,
     overrides,
-    reached,
     rows,
     start,
     wait_for_step,
@@ -36,7 +34,26 @@ from tests.orchestrator.cluster.runs import (
 
 pytestmark = pytest.mark.ray
 SCRIPTED = """
-import os, sys, threading, time
+import ctypes, glob, os, signal, sys, threading, time
+
+def raises():
+    raise ZeroDivisionError("scripted failure")
+
+def all_killed_once_saved():
+    for _ in range(600):
+        with open(folder + "/events.jsonl") as file:
+            if "checkpoint_saved" in file.read():
+                break
+        time.sleep(0.1)
+    pids = {int(path.rsplit("-", 1)[1]) for path in glob.glob(folder + "/process-*")} - {os.getpid()}
+    for pid in [*pids, os.getpid()]:
+        if os.path.exists(f"/proc/{pid}"):
+            os.kill(pid, signal.SIGKILL)
+
+ALWAYS = {"raises": raises, "exits": lambda: os._exit(9), "lingers": lambda: time.sleep(1)}
+ONCE = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+        "holds-the-GIL": lambda: ctypes.PyDLL(None).sleep(600), "all-killed-once-saved": all_killed_once_saved}
 
 def patch():
     while not hasattr(sys.modules.get("orchestrator.train.loop"), "_due"):
@@ -45,20 +62,28 @@ def patch():
     original = Trainer._step
 
     def step(self, tokens):
-        if self.mesh.info.rank == 1 and self.progress.step == 3:
-            if os.path.exists(self.config.run.dir + "/raises"):
-                raise ZeroDivisionError("scripted failure")
-            if os.path.exists(self.config.run.dir + "/exits"):
-                os._exit(9)
-        if self.progress.step >= 8 and os.path.exists(self.config.run.dir + "/lingers"):
-            time.sleep(1)
+        global folder
+        folder, rank, number = self.config.run.dir, self.mesh.info.rank, self.progress.step + 1
+        open(f"{folder}/process-{rank}-{os.getpid()}", "w").close()
+        for path in glob.glob(f"{folder}/fault-{rank}-{number}-*"):
+            kind = path.rsplit(f"-{number}-", 1)[1]
+            if kind in ALWAYS:
+                ALWAYS[kind]()
+            else:
+                os.unlink(path)
+                ONCE[kind]()
         return original(self, tokens)
 
     Trainer._step = step
 
 threading.Thread(target=patch, daemon=True).start()
 """
-"""In every process of the runs: what its step does if the run directory holds such a file."""
+"""In every process of the runs: rank r's step n does what a file `fault-r-n-kind` in the run directory says."""
+
+
+def fail_at(run_dir: Path, rank: int, step: int, kind: str) -> None:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / f"fault-{rank}-{step}-{kind}").touch()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +111,7 @@ def clean(text, tmp_path_factory, ray_here) -> list[tuple]:
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_own_error(text, ray_here, tmp_path, capsys):
-    (tmp_path / "raises").touch()
+    fail_at(tmp_path, 1, 4, "raises")
     assert main(["train", *overrides(text, tmp_path, TWO)]) == 1
     told = capsys.readouterr().err
     assert "rank 1 on node 0: ZeroDivisionError: scripted failure" in told and "Traceback" not in told
@@ -94,14 +119,14 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(text, ray_here, tmp_p
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed" and summary["steps"] == 3 and summary["usd_total"] > 0
     assert events(tmp_path, "rank_replaced"), "a first failure is tried again, the same one is not"
-    (tmp_path / "raises").unlink()
+    (tmp_path / "fault-1-4-raises").unlink()
     assert main(["train", f"run.dir={tmp_path}", "resume=auto"]) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["attempts"] == 2
 
 
 def test_a_crash_loop_ends_with_its_own_exit_code_and_its_bill(text, ray_here, tmp_path, capsys):
     """Ranks that die again and again at the same step, each by itself: no error to compare, only no progress."""
-    (tmp_path / "exits").touch()
+    fail_at(tmp_path, 1, 4, "exits")
     assert main(["train", *overrides(text, tmp_path, TWO)]) == 93
     told = capsys.readouterr().err
     assert "3 faults without progress since step 3" in told and "Traceback" not in told
@@ -112,49 +137,39 @@ def test_a_crash_loop_ends_with_its_own_exit_code_and_its_bill(text, ray_here, t
     assert summary["measured"]["charged_s"] == pytest.approx(2 * summary["measured"]["wall_s"], rel=0.02)
 
 
-@pytest.mark.parametrize("victim, signal_number, also", [
-    (1, signal.SIGKILL, ["cluster.spares=1"]), (0, signal.SIGKILL, ["checkpoint.memory_every=0"]),
-    (1, signal.SIGSTOP, ["cluster.step_timeout_s=10"])],
-    ids=["killed, a spare", "rank 0 killed, from storage", "frozen"])
-def test_a_lost_rank_is_replaced_and_the_losses_are_those_of_a_clean_run(
-        text, clean, tmp_path, victim, signal_number, also):
-    def strike() -> list[dict]:
-        wait_until(lambda: reached(tmp_path, STRUCK), PATIENCE_S, f"step {STRUCK} was not reached")
-        wait_until(lambda: "checkpoint.memory_every=0" not in also or has_saved(tmp_path), PATIENCE_S, "nothing saved")
-        ranks = json.loads((tmp_path / "status.json").read_text())["ranks"]
-        os.kill(ranks[victim]["pid"], signal_number)
-        return ranks
+FAULTS = [(1, 8, "killed"), (1, 13, "holds-the-GIL"), (1, 14, "frozen"), (0, 17, "all-killed-once-saved")]
+"""Rank, step and kind. The first one has a spare waiting, the last one leaves nobody who has a copy in memory."""
+STEP_TIMEOUT_S = 10
 
-    with ThreadPoolExecutor(1) as pool:
-        struck = pool.submit(strike)
-        assert main(["train", *overrides(text, tmp_path, *LONG, *also)]) == 0
-        ranks = struck.result()
-    assert losses(tmp_path) == clean
-    replaced, recovered = events(tmp_path, "rank_replaced"), events(tmp_path, "recovered")
-    told = next(row for row in replaced if row["rank"] == victim)
-    assert told["cause"] and told["node"] == ranks[victim]["node_rank"] and told["silent_s"] >= 0
-    if signal_number == signal.SIGSTOP:
-        assert told["silent_s"] >= 10  # the step timeout; how much later depends on the machine
-    gone = [row["rank"] for row in replaced]  # a survivor that is slow to come back may have to go as well
-    assert victim in gone and len(gone) <= 2 and len(recovered) == 1
-    if "checkpoint.memory_every=0" in also:
-        assert events(tmp_path, "resumed")[-1]["path"] != "memory"
-    elif gone == [victim]:
-        assert events(tmp_path, "resumed")[-1]["path"] == "memory"
-    print(f"{also}: found after {told['silent_s']:.1f} s of silence, replaced {gone}, "
-          f"next step {recovered[0]['seconds']:.1f} s after the fault was found, "
-          f"{recovered[0]['lost_steps']} steps lost")
+
+def test_lost_ranks_are_replaced_one_after_another_and_the_losses_are_those_of_a_clean_run(text, clean, tmp_path):
+    for fault in FAULTS:
+        fail_at(tmp_path, *fault)
+    assert main(["train", *overrides(text, tmp_path, *LONG, "cluster.spares=1",
+                                     f"cluster.step_timeout_s={STEP_TIMEOUT_S}")]) == 0
+    assert not list(tmp_path.glob("fault-*")) and losses(tmp_path) == clean
+    replaced, decisions = events(tmp_path, "rank_replaced"), events(tmp_path, "decision")
+    resumed, recovered = events(tmp_path, "resumed"), events(tmp_path, "recovered")
+    assert len(decisions) == len(recovered) == len(resumed) == len(FAULTS)
+    for (rank, _, kind), told, after, took in zip(FAULTS, decisions, resumed, recovered, strict=True):
+        hangs, everybody = kind in ("frozen", "holds-the-GIL"), kind.startswith("all")
+        row = next(row for row in replaced if row["found_at"] == told["found_at"] and row["rank"] == rank)
+        assert row["cause"] and row["node"] == 0
+        assert row["silent_s"] >= (STEP_TIMEOUT_S if hangs else 0)  # how much later depends on the machine
+        assert set(told["lost"]) >= ({0, 1} if everybody else {rank})  # who is slow to come back may have to go as well
+        if told["lost"] == [rank] or everybody:
+            assert (after["path"] == "memory") == (not everybody)
+        print(f"{kind}: found after {row['silent_s']:.1f} s of silence, replaced {told['lost']}, next step "
+              f"{took['seconds']:.1f} s after that, {took['lost_steps']} steps lost")
+    for number in (2, 3):
+        assert "does not answer" in (tmp_path / f"stacks-{number}.txt").read_text()
+    for rank in range(2):
+        processes = list(tmp_path.glob(f"process-{rank}-*"))
+        assert len(processes) == 1 + sum(row["rank"] == rank for row in replaced)
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["attempts"] == 1 and summary["buckets_s"]["restart"] > 0 and summary["buckets_s"]["spares"] > 0
     assert sum(summary["buckets_s"].values()) == pytest.approx(summary["measured"]["charged_s"])
-    held = 2 + ("cluster.spares=1" in also)
-    assert summary["measured"]["charged_s"] == pytest.approx(held * summary["measured"]["wall_s"], rel=0.02)
-    assert (summary["buckets_s"]["spares"] > 0) == (held > 2)
-    assert summary["buckets_s"]["restart"] > 0 and summary["attempts"] == 1
-    after = json.loads((tmp_path / "status.json").read_text())["ranks"]
-    same = [rank for rank in range(2) if after[rank]["pid"] == ranks[rank]["pid"]]
-    assert same == [rank for rank in range(2) if rank not in gone]
-    if signal_number == signal.SIGSTOP:
-        assert "does not answer" in (tmp_path / "stacks-1.txt").read_text()
+    assert summary["measured"]["charged_s"] == pytest.approx(3 * summary["measured"]["wall_s"], rel=0.02)
 
 
 SUBREAPER = """
@@ -169,7 +184,8 @@ while True:
 
 def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(text, clean, site, tmp_path):
     """Ranks take a moment to end, in which they would come to the end of the run, but for their slow steps."""
-    (tmp_path / "lingers").touch()
+    for step in range(STRUCK + 1, 21):
+        fail_at(tmp_path, 1, step, "lingers")
     process = start(*command(text, tmp_path, *LONG), under=(sys.executable, "-c", SUBREAPER),
                     PYTHONPATH=f"{ROOT}:{site}")
     wait_for_step(tmp_path, STRUCK, process)
@@ -179,7 +195,8 @@ def test_when_the_driver_is_killed_nothing_is_left_running_and_resume_goes_on(te
     wait_until_gone(pids, LEASE_S - 10)
     process.kill()
     process.communicate()
-    (tmp_path / "lingers").unlink()
+    for path in tmp_path.glob("fault-*"):
+        path.unlink()
     charged = rows(tmp_path)[-1]["cost/usd_total"]
     assert main(["train", f"run.dir={tmp_path}", "resume=auto"]) == 0
     assert losses(tmp_path) == clean

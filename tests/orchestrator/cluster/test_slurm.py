@@ -12,7 +12,7 @@ from orchestrator.compose import compose_config
 from orchestrator.launch import fill
 from tests.cluster_harness import ROOT, wait_until
 from tests.harness import write_corpus
-from tests.orchestrator.cluster.runs import FOUR, losses, start_here
+from tests.orchestrator.cluster.runs import FOUR, losses, start_here, trained
 from tests.slurm_harness import slurm, why_no_slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))]
@@ -111,11 +111,6 @@ def test_a_batch_job_is_queued_again_for_some_exit_codes_and_hands_others_on(env
     subprocess.run(["scancel", number], env=environment, check=True)
     wait_until(lambda: shown()["JobState"] in ("CANCELLED", "PENDING"), 60, lambda: str(shown()), every_s=0.2)
     assert shown()["JobState"] == "CANCELLED" and shown()["Restarts"] == "0"
-
-
-def trained(run_dir: Path) -> list[tuple]:
-    """Without the validations: a run that is stopped makes one of its own."""
-    return [row[:3] for row in losses(run_dir)]
 
 
 def left_over(word: str) -> list[Path]:
