@@ -2,9 +2,10 @@
 
 Every linear product of a block runs on E4M3 operands, three times a step: forward, input gradient, weight gradient.
 Operands are quantised online: activations and their gradients in 1x128 tiles along the axis that is summed over,
-weights in 128x128 blocks, each with the scale that puts its largest magnitude at 448. What backward needs is kept in
-FP8: a product's input, or the input of the SwiGLU whose output is then computed again. Embedding, head, MTP
-projection, router, norms and the attention core stay as they were; so do master weights and gradients, fp32.
+weights in 128x128 blocks (once a step, for all its microbatches), each with the scale that puts its largest magnitude
+at 448. What backward needs is kept in FP8: a product's input, or the input of the SwiGLU whose output is then computed
+again. Embedding, head, MTP projection, router, norms and the attention core stay as they were; so do master weights
+and gradients, fp32.
 
 The products run on FP8 tensor cores where there are some (`fp8_kernels`). Elsewhere they multiply dequantised values:
 what tensor cores with exact accumulation would give, on any machine. In fp32, or on GPUs in bf16 where that is exact,
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Permutation, Routing, permute, unpermute
-from model.ops import grouped_mm, swiglu, swiglu_backward
+from model.ops import grouped_mm, of_weight, swiglu, swiglu_backward
 from model.quantize import (
     AMAX_FLOOR,
     GRAD_AMAX_FLOOR,
@@ -211,9 +212,9 @@ def _product(rows: Quantized, weight: Tensor, counts: Tensor | None, dtype: torc
     power_of_two: the weight's scales are. exact: all scales are.
     """
     if on_tensor_cores(weight.device):
-        w = _kernels().weight_quant(weight, power_of_two=power_of_two, transposed=not transposed)
+        w = of_weight(_kernels().weight_quant, weight, power_of_two=power_of_two, transposed=not transposed)
         return _kernels().rows_product(rows, w, counts, dtype)
-    w = weight_dequant(weight_quant(weight, power_of_two=power_of_two))
+    w = weight_dequant(of_weight(weight_quant, weight, power_of_two=power_of_two))
     return _grouped(act_dequant(rows), w.mT if transposed else w, counts, exact=exact).to(dtype)
 
 

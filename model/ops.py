@@ -1,5 +1,5 @@
 """Three autograd functions that say what autograd's composition would, with fewer passes over memory; a product of
-groups; and weights in another dtype, once.
+groups; and what is made of a weight, once.
 
 Each equals the plain expression in its docstring, gradient included (tests/model/test_ops.py). On a CPU they are
 worth a tenth of a training step: a scatter becomes a gather, a concatenation a write in place.
@@ -7,7 +7,7 @@ worth a tenth of a training step: a scatter becomes a gather, a concatenation a 
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -44,27 +44,33 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, copies: int = 1) -> T
 
 
 @contextlib.contextmanager
-def casts_kept() -> Iterator[None]:
-    """Within, `cast_weight` casts a weight once. Autocast does so too, but for the operators it knows: a cast written
-    out is made, and held for backward, by every microbatch in flight."""
-    global _casts
-    _casts = {}
+def weights_kept() -> Iterator[None]:
+    """Within, what `of_weight` makes of a weight is made once. Autocast's casts are, but for those that are written
+    out; these, and weights in FP8, would be made and held for backward by every microbatch in flight."""
+    global _made
+    _made = {}
     try:
         yield
     finally:
-        _casts = None
+        _made = None
+
+
+def of_weight(make: Callable, weight: Tensor, **options):
+    """make(weight, **options), the same result each time within `weights_kept`."""
+    if _made is None:
+        return make(weight, **options)
+    key = id(weight), make, *options.items()
+    if key not in _made:
+        _made[key] = weight, make(weight, **options)
+    return _made[key][1]
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight.to(dtype), the same copy each time within `casts_kept`."""
-    if _casts is None or weight.dtype == dtype:
-        return weight.to(dtype)
-    if (id(weight), dtype) not in _casts:
-        _casts[id(weight), dtype] = weight, weight.to(dtype)
-    return _casts[id(weight), dtype][1]
+    """weight.to(dtype), once."""
+    return weight if weight.dtype == dtype else of_weight(Tensor.to, weight, dtype=dtype)
 
 
-_casts: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+_made: dict[tuple, tuple[Tensor, object]] | None = None
 """By the weight's identity, which lasts as long as the weight is held here."""
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.ops import casts_kept
+from model.ops import weights_kept
 from model.transformer import Transformer, moe_layers, routers
 from orchestrator.config import Config, LayoutConfig
 from orchestrator.parallel.mesh import Mesh
@@ -51,7 +51,7 @@ class Pipeline:
             for _, moe in moe_layers(stage):
                 moe.balance_scale = self.model.balance_loss_weight / step_sequences
         loss_scale = _LossScale(self.model, tokens.shape[1], step_sequences)
-        with self._casting_once(tokens.device):
+        with self._weights_once(tokens.device):
             run = self._run_alone if self.mesh.pp is None else self._run_schedule
             return run(tokens, loss_scale)
 
@@ -61,7 +61,7 @@ class Pipeline:
         guesses (`Transformer.forward`): [1 + 2M]."""
         for stage in self.stages:
             stage.eval()
-        with self._casting_once(tokens.device):
+        with self._weights_once(tokens.device):
             return self._forward_only(tokens)
 
     def finish_grads(self) -> None:
@@ -76,10 +76,10 @@ class Pipeline:
                 router.balance_loss_sum = 0.0
 
     @contextlib.contextmanager
-    def _casting_once(self, device: torch.device) -> Iterator[None]:
-        """Within it every weight is cast once for all microbatches. Autocast keeps its casts until the outermost region
-        ends, which this is, switched off."""
-        with torch.autocast(device.type, enabled=False), casts_kept():
+    def _weights_once(self, device: torch.device) -> Iterator[None]:
+        """Within it every weight is cast or quantised once for all microbatches. Autocast keeps its casts until the
+        outermost region ends, which this is, switched off."""
+        with torch.autocast(device.type, enabled=False), weights_kept():
             yield
 
     def _run_alone(self, tokens: Tensor, loss_scale: "_LossScale") -> Tensor:

@@ -60,18 +60,20 @@ PLANNED = Keeping(weight=2, moments=4, routed_output=False, fp8_more=True, logit
 FP8 beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
 
 SPARING = Keeping(weight=4, cast=2, head_cast=2, master_is_weight=True, residual=4, logit=12, eager=True)
-"""fp32 gathered over the replicas, and bf16 casts of what products read; the loss in fp32: log-probabilities, and two
-gradients of them."""
+"""fp32 gathered over the replicas, and bf16 casts of what products read, made once a step; the loss in fp32:
+log-probabilities, and two gradients of them."""
 
 
 def own(dtype: str, *, cpu: bool = False) -> Keeping:
     """What `train precision=DTYPE` keeps: fp32, bf16 or fp8, which is beside fp32 on a CPU, where nothing but tensors
     is counted and the attention kernel wants values as wide as keys."""
     kept = SPARING
-    if dtype == "fp8":  # moments as conf/precision/fp8.yaml has them; weights are in FP8 for one product only
-        kept = replace(kept, cast=0, moments=4)
+    if dtype == "fp8":  # moments as conf/precision/fp8.yaml has them; tensor cores want a weight in two layouts
+        kept = replace(kept, cast=1 if cpu else 2, moments=4)
+    if dtype == "fp32":
+        kept = replace(kept, cast=0)
     if dtype == "fp32" or (dtype == "fp8" and cpu):
-        kept = replace(kept, cast=0, head_cast=0, element=4)
+        kept = replace(kept, head_cast=0, element=4)
     return replace(kept, padded_values=True, framework_gib=0.0) if cpu else kept
 
 

@@ -72,7 +72,7 @@ def test_microbatches_share_one_copy_of_a_weight(kind):
     copies = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.dtype == torch.bfloat16
               and tensor.numel() == weight.numel() and is_cast_of(weight, tensor)}
     assert len(copies) == 1
-    assert ops._casts is None
+    assert ops._made is None
 
 
 def is_cast_of(weight: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -5,10 +5,13 @@ Sequences of 128 tokens, as many in a microbatch of all ranks as in one of the o
 128 tokens under every layout. Moments in bf16 against torch's AdamW.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from model import fp8, ops
 from model.config import ModelConfig
 from orchestrator.config import Config, OptimConfig, Schedule
 from orchestrator.parallel.mesh import connect
@@ -86,3 +89,27 @@ def test_moments_in_bf16_take_the_steps_of_adamw():
     assert {m.dtype for m in moments(narrow, Shard("w", values[0], values[0], (40, 30), 0, False, False)).values()} \
         == {torch.bfloat16}
     assert 0 < (values[0] - values[1]).abs().max() < 0.02 * 10 * optim.lr
+
+
+def times_quantised(info: RankInfo, config: Config) -> list[int]:
+    """Of every weight, by a step of four microbatches."""
+    mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
+    pipeline, times, quantise = build_pipeline(config, mesh, torch.float32), Counter(), fp8.weight_quant
+
+    def counted(weight, **options):
+        times[id(weight)] += 1
+        return quantise(weight, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8, "weight_quant", counted)
+        batch = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 2), generator=torch.Generator().manual_seed(0))
+        pipeline.train_step(batch[mesh.coordinate.dp :: mesh.layout.dp], step_sequences=SEQUENCES)
+    layers = [module for stage in pipeline.stages for module in stage.modules()]
+    weights = sum(isinstance(layer, fp8.Fp8Linear) + 2 * isinstance(layer, fp8.Fp8GroupedExperts) for layer in layers)
+    assert len(times) == weights and ops._made is None
+    return sorted(set(times.values()))
+
+
+@pytest.mark.parametrize("pp, dp, ep, schedule", [(1, 2, 2, "1f1b"), (2, 1, 1, "zbv")])
+def test_a_weight_is_quantised_once_for_all_microbatches_of_a_step(ranks, pp, dp, ep, schedule):
+    assert ranks.run(times_quantised, make_config(pp, dp, ep, schedule), world=2) == [[1]] * 2
