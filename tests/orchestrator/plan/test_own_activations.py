@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import count
+from model import count, ops
 from model.config import Attention, ModelConfig
+from model.quantize import Quantized
 from orchestrator.config import Config
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import connect
@@ -60,9 +61,10 @@ def allocated(info: RankInfo, model: ModelConfig, precision: str) -> dict[str, f
                                 moments_dtype=torch.bfloat16 if precision == "fp8" else torch.float32)
     values = [shard.value for shard in pipeline.shards]
     ours = {value.untyped_storage().data_ptr() for value in values}
-    saved = {}
+    saved, made = {}, {}
 
     def pack(tensor):
+        made.update(ops._made)
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in ours:
             saved.setdefault(storage.data_ptr(), (storage.nbytes(), is_cast_parameter(tensor), tensor))
@@ -72,7 +74,9 @@ def allocated(info: RankInfo, model: ModelConfig, precision: str) -> dict[str, f
                            generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pipeline.train_step(tokens, step_sequences=SEQUENCES)
-    found = {"weights": sum(size for size, cast, _ in saved.values() if cast) + sum(value.nbytes for value in values),
+    eight_bit = [part.nbytes for _, form in made.values() if isinstance(form, Quantized) for part in form]
+    found = {"weights": sum(size for size, cast, _ in saved.values() if cast) + sum(value.nbytes for value in values)
+                        + sum(eight_bit),
              "activations": sum(size for size, cast, _ in saved.values() if not cast),
              "gradients": sum(shard.grad().nbytes for shard in pipeline.shards)}
     clip_and_step(optimizer, pipeline.shards, norm=1.0, optim=config.optim, lr=1e-3)
