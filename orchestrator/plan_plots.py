@@ -87,7 +87,9 @@ def cost_chart(points: list[tuple[str, float, float]], *, x_label: str = "days")
     for colour, group in enumerate(groups):
         pairs = sorted((days, usd) for name, days, usd in points if name == group)
         series.append(Series(group, [days for days, _ in pairs], [usd for _, usd in pairs], colour % 8, "points"))
-    return line_chart(series, x_label=x_label, y_label="USD", y_format=format_number)
+    xs = [x for _, x, _ in points] or [0.0]
+    ticks = nice_ticks(min(xs), max(xs), 6)  # which enclose the points, so that none lies on the frame
+    return line_chart(series, x_label=x_label, y_label="USD", y_format=format_number, x_range=(ticks[0], ticks[-1]))
 
 
 def _title(span: Span) -> str:

@@ -61,18 +61,19 @@ def plan_sweep(arguments: list[str]) -> None:
 
 
 def sweep_page(head: list[str], rows: list[list[str]], results: list[dict]) -> str:
-    """Cost against days and against GPUs, a line for each model on each kind of GPU, above the table."""
+    """Cost against days, and against GPUs where their number differs, a line for each model on each kind of GPU, above
+    the table."""
     priced = [each for each in results if each.get("best") and each["bill"]["expected"]["usd"] is not None]
+    sizes = [each["devices"] for each in priced]
     points, by_devices = ([(f"{each['model']}, {each['hardware']['name']}", x, each["bill"]["expected"]["usd"])
                            for each, x in zip(priced, xs, strict=True)]
-                          for xs in ([each["bill"]["expected"]["days"] for each in priced],
-                                     [each["devices"] for each in priced]))
+                          for xs in ([each["bill"]["expected"]["days"] for each in priced], sizes))
+    charts = [figure(f"Cost against {what}", "expected bill of every combination", cost_chart(found, x_label=what))
+              for what, found in (("days", points), ("GPUs", by_devices)) if what == "days" or len(set(sizes)) > 1]
     cells = [[*map(escape, row), *[""] * (len(head) - len(row))] for row in rows]
     return document("What if", [
         '<header><h1>What if</h1><p class="sub"><span class="status">predicted</span></p></header>',
-        '<section class="grid">', figure("Cost against days", "expected bill of every combination", cost_chart(points)),
-        figure("Cost against GPUs", "expected bill of every combination", cost_chart(by_devices, x_label="GPUs")),
-        "</section>",
+        '<section class="grid">', *charts, "</section>",
         figure("Every combination", NOTE, table(head, cells, numeric_from=len(head) - len(HEAD) + 1), wide=True)])
 
 
