@@ -27,7 +27,7 @@ from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import STYLE, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import read_summary
-from orchestrator.words import quoted
+from orchestrator.words import plain, quoted
 
 HELP = """\
 usage: sparing compare [KEY=VALUE ...] [seeds=0,1] [out=DIR] [at='PLAN']
@@ -46,7 +46,7 @@ COSTS = {"flops": "FLOPs", "device_s": "device-seconds", "usd": "dollars"}
 
 
 def run(arguments: list[str]) -> int:
-    named, overrides = taken(arguments, OPTIONS)
+    named, overrides = taken(plain(arguments), OPTIONS)
     reserved = [word for word in overrides if word.startswith(("run.dir=", "seed=", "resume=", "-"))]
     if reserved:
         raise BadRequest(f"{reserved[0]}: is set by compare for each of its runs; leave it out, use seeds=0,1 or "

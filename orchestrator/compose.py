@@ -36,7 +36,7 @@ def compose_config(overrides: list[str]) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = _without_plus(expanded(overrides))
+    overrides = expanded(overrides)
     check_overrides(overrides)
     register()
     GlobalHydra.instance().clear()
@@ -48,15 +48,10 @@ def compose_config(overrides: list[str]) -> Config:
     return _over_saved(config, overrides)
 
 
-def _without_plus(overrides: list[str]) -> list[str]:
-    """`+experiment=tiny`, as Hydra's manual has it for a group that is not in the defaults; here all of them are."""
-    return [text.lstrip("+") if text.lstrip("+").split("=", 1)[0] in _groups() else text for text in overrides]
-
-
 def _opened(overrides: list[str]) -> list[str]:
     """As Hydra takes names that a mapping does not have yet: to be added."""
     mappings = {key for key, hint in _all_keys().items() if typing.get_origin(hint) is dict}
-    return [f"++{text.lstrip('+')}" if text.lstrip("+").split("=", 1)[0] in mappings else text for text in overrides]
+    return [f"++{text}" if text.split("=", 1)[0] in mappings else text for text in overrides]
 
 
 def combinations(overrides: list[str]) -> list[list[str]]:
@@ -174,7 +169,7 @@ def _check_key(override, shown: str) -> None:
 
 def _is_secret(key: str) -> bool:
     """The schema has no secrets, so what it knows is none, `data.text_key` for one."""
-    return SECRET.search(key) is not None and key.lstrip("+~") not in _all_keys()
+    return SECRET.search(key) is not None and key.lstrip("~") not in _all_keys()
 
 
 def _mismatch(value: object, hint: object) -> str | None:
@@ -224,7 +219,7 @@ def _over_saved(config: Config, overrides: list[str]) -> Config:
         return config
     saved, asked = read_config(path), to_dict(config)
     merged = to_dict(saved)
-    for key in (text.lstrip("+").split("=", 1)[0] for text in overrides if not text.startswith("hydra")):
+    for key in (text.split("=", 1)[0] for text in overrides if not text.lstrip("+").startswith("hydra")):
         *parents, leaf = key.split("@")[0].replace("/", ".").split(".")
         source, target = asked, merged
         for part in parents:
@@ -304,7 +299,7 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
             codes.append(error.exit_code)
 
-    before, sys.argv = sys.argv, ["sparing train", *_opened(_without_plus(arguments))]
+    before, sys.argv = sys.argv, ["sparing train", *_opened(arguments)]
     try:
         hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(conf_dir()), config_name="config")(job)()
     except SystemExit as stop:

@@ -159,11 +159,11 @@ def _overrides(config: Config, arguments: list[str], stamp: str, cwd: Path) -> l
                                    for part in map(str.strip, config.data.path.split(","))),
              "data.tokenizer": "byte" if config.data.tokenizer == "byte" else here(config.data.tokenizer),
              "checkpoint.dir": here(config.checkpoint.dir or ""), "run.calibrate": here(config.run.calibrate or "")}
-    kept = [word for word in arguments if not re.match(r"\+*launch\b", word)]
+    kept = [word for word in arguments if not re.match(r"launch\b", word)]
     kept = [word for word in kept if word.split("=", 1)[0] not in ("run.dir", "resume")]
     resume = "auto" if config.resume == "none" else config.resume
     if config.launch.kind not in RUN_ELSEWHERE:
-        kept = [f"{key}={quoted(paths[key])}" if paths.get(key := word.split("=", 1)[0].lstrip("+")) else word
+        kept = [f"{key}={quoted(paths[key])}" if paths.get(key := word.split("=", 1)[0]) else word
                 for word in kept]
         resume = resume if resume == "auto" else here(resume)
     run_dir = here(config.run.dir or f"runs/{config.run.name}-{stamp}")

@@ -30,7 +30,7 @@ TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate"
 
 def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
     """The config, and the words that were given, by key."""
-    return compose_config(overrides), {text.lstrip("+").split("=", 1)[0]: text for text in overrides}
+    return compose_config(overrides), {text.split("=", 1)[0]: text for text in overrides}
 
 
 def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:

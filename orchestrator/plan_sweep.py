@@ -12,6 +12,7 @@ from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
 from orchestrator.plan_table import days, dollars
 from orchestrator.report_style import figure, table
+from orchestrator.words import plain
 
 HEAD = ("best layout", "step s", "MFU", "days", "steady", "expected", "dense, equal loss")
 NOTE = "All figures are predicted. Equal loss: range of two scaling laws, steady; * is outside their fits."
@@ -31,7 +32,7 @@ def plan_sweep(arguments: list[str]) -> None:
     for key in ("explain", *QUESTIONS):
         if key in fixed:
             raise BadRequest(f"{key}={fixed[key]}: goes with one plan, not with -m; leave it out, or plan one of them")
-    jobs = combinations([word for word in arguments if not word.startswith(("out=", "html="))])
+    jobs = combinations([word for word in plain(arguments) if not word.startswith(("out=", "html="))])
     for words in jobs:
         compose_config(split_words(words)[1])
     varied = [[word for word in words if any(word not in other for other in jobs)] for words in jobs]

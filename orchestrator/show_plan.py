@@ -14,6 +14,7 @@ from orchestrator.plan_questions import OPTIONS as QUESTIONS
 from orchestrator.plan_questions import settle, too_small
 from orchestrator.plan_request import TERMS, compose_plan, read_request
 from orchestrator.plan_table import print_plan, reasons
+from orchestrator.words import plain
 
 OPTIONS = ("tokens", "gpus", "dtype", "stack", "routing", "out", "html", "explain", "market", "multiplier_from",
            "calibrate", *QUESTIONS, *TERMS)
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> int:
 
 def split_words(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """The plan's own options, and overrides of the config."""
-    return taken(arguments, OPTIONS)
+    return taken(plain(arguments), OPTIONS)
 
 
 def plan(options: dict[str, str], overrides: list[str]) -> None:

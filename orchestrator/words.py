@@ -11,8 +11,26 @@ from orchestrator.errors import BadRequest
 WITH_A_MEANING = ("null", "true", "false", "nan", "inf")
 
 
+def plain(arguments: list[str]) -> list[str]:
+    """Without the `+` of Hydra's grammar (`+experiment=tiny`), as every key is there already; of a key that is given
+    several times the last one, as Hydra has it. Hydra's own keys and flags stay as they are."""
+    kept: dict[str, str] = {}
+    for number, text in enumerate(arguments):
+        key, equals, value = text.partition("=")
+        if not equals or key.startswith("-"):
+            kept[f"{number} {text}"] = text
+            continue
+        if not key.lstrip("+").startswith("hydra"):
+            key = key.lstrip("+")
+        kept.pop(key, None)
+        kept[key] = f"{key}={value}"
+    return list(kept.values())
+
+
 def expanded(overrides: list[str]) -> list[str]:
-    """`model=FILE.json`, a Hugging Face config.json, as the keys of its shape, before those that are given."""
+    """`plain`, and `model=FILE.json`, a Hugging Face config.json, as the keys of its shape, before those that are
+    given."""
+    overrides = plain(overrides)
     file = next((text for text in overrides if text.startswith("model=") and text.endswith(".json")), None)
     if file is None:
         return overrides

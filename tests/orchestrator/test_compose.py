@@ -13,6 +13,9 @@ from orchestrator.config import Config, HardwareConfig, conf_dir, from_dict, to_
 from orchestrator.errors import BadRequest
 from orchestrator.plan.hardware import catalogue, resolve_hardware
 from orchestrator.plan.layout import check_run
+from orchestrator.plan_questions import settle
+from orchestrator.show_plan import split_words
+from orchestrator.words import plain
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = [(folder.name, file.stem) for folder in sorted(conf_dir().iterdir()) if folder.is_dir()
@@ -78,6 +81,22 @@ def test_a_group_may_be_asked_for_as_hydras_manual_has_it(tmp_path):
     assert compose_config(["+experiment=tiny"]) == compose_config(FOUR)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(compose_config(["model=mini"]))))
     assert compose_config(["+experiment=tiny", f"run.dir={tmp_path}", "resume=auto"]).model.name == "tiny"
+
+
+def test_every_verb_drops_the_plus_and_takes_the_last_of_a_repeated_key():
+    words = ["+model=mini", "train.steps=3", "~x", "--cfg", "job", "+hydra.x=1", "model=tiny", "++train.steps=5", "job"]
+    assert plain(words) == ["~x", "--cfg", "job", "+hydra.x=1", "model=tiny", "train.steps=5", "job"]
+    assert compose_config(["train.steps=3", "+train.steps=5"]).train.steps == 5
+    assert compose_config(["+model=no/where.json", "model=mini"]).model.name == "mini"
+    assert split_words(["gpus=8", "+hardware=h100", "+gpus=16", "hardware=h200"]) == (
+        {"gpus": "16"}, ["hardware=h200"])
+    told = settle(*split_words(["+hardware=h100,h200", "tokens=1e12", "gpus=8", "model=mini", "hardware=h200"]))
+    assert told.overrides == ["model=mini", "hardware=h200"] and told.question is None
+    done = run("train", "experiment=tiny", "train.steps=3", "+train.steps=5", "--cfg", "job")
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["train"]["steps"] == 5
+    done = run("launch", "launch=torchrun", "launch=slurm", "+launch.dry_run=true", "experiment=tiny", "hardware=h100",
+               "+train.steps=3", "train.steps=5")
+    assert "#SBATCH" in done.stdout and "train.steps=5" in done.stdout and "train.steps=3" not in done.stdout
 
 
 @pytest.mark.parametrize("key", ["tracker.wandb_api_key", "tracker.token", "data.s3_secret", "+password"])

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from orchestrator import plan_sweep
 from orchestrator.__main__ import main
 from orchestrator.compose import combinations, compose_config
 from orchestrator.plan.bill import Terms
@@ -171,6 +172,13 @@ def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys,
     text, plans = capsys.readouterr().out, json.loads(out.read_text())
     assert text.splitlines()[0].split()[0] == "tokens" and "must be at least one step" in text
     assert plans[0]["bill"]["steady"]["usd"] > 0 and "tokens=100" in plans[1]["error"]
+
+
+def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan_sweep, "_one", lambda words: asked.append(words) or {"error": "-"})
+    assert main(["plan", "-m", "model=tiny,mini", "gpus=8", "+model=mini", "gpus=16,32", "tokens=1e9"]) == 0
+    assert asked == [["model=mini", f"gpus={number}", "tokens=1e9"] for number in (16, 32)]
 
 
 @pytest.mark.parametrize("words, said", [
