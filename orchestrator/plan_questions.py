@@ -219,18 +219,6 @@ def _names(asked: str) -> list[str]:
     return names
 
 
-def too_small(request: Request) -> NotFit:
-    """A cluster that holds the model in no layout, and the smallest that does."""
-    least = smallest(request)
-    if request.pinned and (least is None or least.devices == request.devices):
-        remedy = f"leave one of {', '.join(f'layout.{key}' for key, _ in request.pinned)} to the plan"
-    else:
-        remedy = (f"the smallest that holds it is gpus={least.devices}" if least else
-                  f"nor does it on any number up to {MOST_DEVICES:,} of {request.hardware.name}; use larger devices")
-    return NotFit(f"gpus={request.devices}: no layout of model={request.model.name} fits on {request.devices} x "
-                  f"{request.hardware.name}; {remedy}")
-
-
 def _request(options: dict[str, str], overrides: list[str], *, sized: bool = True) -> Request:
     return read_request(options, *compose_plan(overrides), sized=sized)
 

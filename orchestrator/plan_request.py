@@ -10,7 +10,7 @@ from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import OWN, on_cores
 from orchestrator.plan.hardware import at_market
-from orchestrator.plan.layout import check_hardware, check_ramp, require
+from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, require
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
@@ -39,6 +39,7 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     for key in ("train.batch_size", "train.seq_len"):
         value = getattr(config.train, key.split(".")[1])
         require(value >= 1, key, value, "must be at least 1", "use 1 or more")
+        require(value <= MOST_RANKS, key, value, f"must be at most {MOST_RANKS:,}", "give a smaller number")
     calibration = read_calibration(options.get("calibrate"), "calibrate")
     if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
@@ -46,6 +47,8 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     devices = config.cluster.nodes * config.cluster.ranks_per_node
     if "gpus" in options:
         devices = int(number("gpus", options["gpus"], whole=True))
+    require(devices <= MOST_RANKS, "gpus" if "gpus" in options else "cluster.nodes x cluster.ranks_per_node",
+            options.get("gpus", devices), f"must be at most {MOST_RANKS:,}", "give a smaller number")
     if devices < 1:
         raise BadRequest("gpus: must be given; add gpus=64, or cluster.nodes and cluster.ranks_per_node")
     if "tokens" not in options:

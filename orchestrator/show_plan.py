@@ -1,17 +1,20 @@
 """`sparing plan`: from a command's words to a plan, its table, plan.json and page. All figures are predicted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.arguments import check_writable, positional, taken
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.money import money, terms_of
-from orchestrator.plan.planner import Plan, make_plan, to_json
-from orchestrator.plan.questions import scaled
+from orchestrator.plan.planner import Plan, Request, make_plan, to_json
+from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
+from orchestrator.plan.search import layouts
+from orchestrator.plan.workload import MOST_MICROBATCHES
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
-from orchestrator.plan_questions import settle, too_small
+from orchestrator.plan_questions import settle
 from orchestrator.plan_request import TERMS, compose_plan, read_request
 from orchestrator.plan_table import print_plan, reasons
 from orchestrator.words import plain
@@ -61,7 +64,7 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
         Path(options["html"]).write_text(page(found, data), encoding="utf-8")
     print_plan(found, data)
     if not found.candidates:
-        raise too_small(found.request)
+        raise no_layout(found.request)
     if options.get("explain") == "true":
         print_explained(found, data)
     for key in ("out", "html"):
@@ -87,6 +90,25 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     except ValueError as error:
         raise BadRequest(str(error)) from None
     return found, data
+
+
+def no_layout(request: Request) -> NotFit:
+    """What of the request keeps all layouts from it: so many microbatches, so few sequences, so little memory."""
+    devices, batch, on = request.devices, request.batch_size, f"{request.devices} x {request.hardware.name}"
+    micro = min((work.microbatches for work in layouts(request)), default=0)
+    if micro > MOST_MICROBATCHES:
+        return NotFit(f"train.batch_size={batch}: makes {micro:,} microbatches a step on {on}, and a plan has at most "
+                      f"{MOST_MICROBATCHES:,}; use a smaller one, one that more of the GPUs divide, or more GPUs")
+    least, larger = smallest(request), (batch // devices + 1) * devices
+    if request.pinned and (least is None or least.devices == devices):
+        remedy = f"leave one of {', '.join(f'layout.{key}' for key, _ in request.pinned)} to the plan"
+    elif least is None:
+        remedy = f"nor does it on any number up to {MOST_DEVICES:,} of {request.hardware.name}; use larger devices"
+    else:
+        remedy = f"the smallest that holds it is gpus={least.devices}"
+        if least.devices < devices and fits(replace(request, batch_size=larger)):
+            remedy = f"so many want a larger train.batch_size, such as {larger}; {remedy}"
+    return NotFit(f"gpus={devices}: no layout of model={request.model.name} fits on {on}; {remedy}")
 
 
 def _compared(path: str) -> dict:

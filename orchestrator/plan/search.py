@@ -31,7 +31,7 @@ VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
 KINDS = ("needs ", "slower: ", "saves memory", "split backward", "at least", "equal rounds", " stages for ", "replicas",
-         "leaves a rank", "equal parts", "was asked for")
+         "leaves a rank", "equal parts", "was asked for", "microbatches a step")
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
 
 

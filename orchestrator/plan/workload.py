@@ -164,9 +164,15 @@ class Workload:
         return self.batch_size * self.seq_len // (self.dp * self.cp * self.microbatches)
 
 
+MOST_MICROBATCHES = 4096
+"""Of a step: no published run has a third of it, and each costs the clock time and memory."""
+
+
 def illegal(work: Workload) -> str | None:
-    """Why the schedule cannot run this; None if it can."""
+    """Why the schedule cannot run this, or nobody would; None if it can."""
     pp, micro = work.pp, work.microbatches
+    if micro > MOST_MICROBATCHES:
+        return f"{micro:,} microbatches a step, more than the {MOST_MICROBATCHES:,} that are planned for"
     if pp == 1:
         return None
     if work.schedule == "dualpipe":

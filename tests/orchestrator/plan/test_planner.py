@@ -183,6 +183,17 @@ def test_the_verb_prints_the_bill_and_writes_the_plan(tmp_path):
     (["model=mini", "hardware=h100", "gpus=8", "tokens=1e9", "dtype=int3"], 2, "dtype=int3: must be bf16 or fp8"),
     (["model=mini", "hardware=a100", "gpus=8", "tokens=1e9", "dtype=fp8"], 2, "hardware.fp8_tflops: is not known"),
     (["model=deepseek_v3", "hardware=h100", "gpus=8", "tokens=1e9"], 3, "no layout of model=deepseek_v3 fits"),
+    (["model=mini", "hardware=h100", "gpus=1e9", "tokens=1e9"], 2, "gpus=1e9: must be at most 1,048,576; give a sm"),
+    (["model=mini", "hardware=h100", "cluster.nodes=1000000", "cluster.ranks_per_node=8", "tokens=1e9"], 2,
+     "cluster.nodes x cluster.ranks_per_node=8000000: must be at most 1,048,576"),
+    (["model=mini", "hardware=h100", "gpus=8", "tokens=1e9", "train.batch_size=1000000000000"], 2,
+     "train.batch_size=1000000000000: must be at most 1,048,576"),
+    (["model=mini", "hardware=h100", "gpus=8", "tokens=1e9", "train.seq_len=1000000000000"], 2,
+     "train.seq_len=1000000000000: must be at most 1,048,576"),
+    (["model=moonlight_16b", "hardware=h100", "gpus=65536", "train.batch_size=512", "tokens=1e12"], 3,
+     "so many want a larger train.batch_size, such as 65536; the smallest that holds it is gpus=4"),
+    (["model=moonlight_16b", "hardware=h100", "gpus=64", "train.batch_size=1000000", "tokens=1e12"], 3,
+     "train.batch_size=1000000: makes 15,625 microbatches a step on 64 x h100, and a plan has at most 4,096; use a"),
 ])
 def test_a_plan_that_cannot_be_made_is_explained(arguments, code, words):
     done = run(*arguments)
