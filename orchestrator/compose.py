@@ -151,7 +151,8 @@ def _check_key(override, shown: str) -> None:
         hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
         if part not in hints:
             prefix = "".join(f"{name}." for name in walked)
-            near = _same_leaf(part) or _near(part, list(hints), prefix) or _near(key, [*_all_keys(), *_groups()])
+            near = (_same_leaf(part) or _in_section(part, list(hints), prefix, key) or _near(part, list(hints), prefix)
+                    or _near(key, [*_all_keys(), *_groups()]))
             raise BadRequest(f"{key}: unknown key{near or '; `sparing train --cfg job` prints all keys'}")
         walked.append(part)
         hint = hints[part]
@@ -258,8 +259,20 @@ def _all_keys(kind: type = Config, prefix: str = "") -> dict[str, object]:
 
 
 def _near(name: str, among: list[str], prefix: str = "") -> str:
-    found = difflib.get_close_matches(name.lower(), among, n=1)
+    """The only one that begins so, else the most similar one."""
+    begun = [each for each in among if each.startswith(name.lower())]
+    found = begun if len(begun) == 1 else difflib.get_close_matches(name.lower(), among, n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def _in_section(name: str, among: list[str], prefix: str, key: str) -> str:
+    """The whole key, where it is a section before the last name that is mistyped, or both are."""
+    rest, known = key.removeprefix(f"{prefix}{name}"), _all_keys()
+    for section in difflib.get_close_matches(name.lower(), among) if rest else ():
+        inside = [each for each in known if each.startswith(f"{prefix}{section}.")]
+        if found := difflib.get_close_matches(f"{prefix}{section}{rest}", inside, n=1, cutoff=0.8):
+            return f"; did you mean {found[0]}?"
+    return ""
 
 
 def _same_leaf(name: str) -> str:

@@ -35,6 +35,13 @@ def test_every_shipped_option_composes(group, option):
 BAD = {
     "an unknown key": (["train.stepz=3"], r"train\.stepz: unknown key; did you mean train\.steps\?"),
     "a key of another group": (["train.pp=3"], r"train\.pp: unknown key; did you mean layout\.pp\?"),
+    "a mistyped section": (["trian.steps=5"], r"trian\.steps: unknown key; did you mean train\.steps\?$"),
+    "a mistyped section and key": (["trian.stesp=5"], r"did you mean train\.steps\?$"),
+    "a mistyped section in a section": (["hardware.spto.usd_per_h=1"], r"did you mean hardware\.spot\.usd_per_h\?$"),
+    "a mistyped section around one": (["hardwre.reserved.usd_per_h=1"], r"mean hardware\.reserved\.usd_per_h\?$"),
+    "a mistyped section of no such key": (["trian.zzz=5"], r"did you mean train\?$"),
+    "the beginning of one option": (["model=qwen3_235b"], r"did you mean qwen3_235b_a22b\?; options are"),
+    "the beginning of one key": (["optim.warm=3"], r"did you mean optim\.warmup_steps\?$"),
     "an unknown group": (["modle=tiny"], r"modle: unknown key; did you mean model\?"),
     "an unknown option": (["model=mixtrl"], r"model=mixtrl: no such option; did you mean mixtral"),
     "an unknown group of whole configs": (["experimnt=tiny"], r"experimnt: unknown key; did you mean experiment\?$"),
