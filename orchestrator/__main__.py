@@ -1,19 +1,15 @@
 """The command: `sparing VERB ...`, equally `python -m orchestrator VERB ...`. Parse, check, call, tell, exit.
 
 Exit codes: 0 done, 1 failed, 2 bad request, 3 environment not fit, 17 not trustworthy, 33 transient, 34 preempted, 93
-fault after fault without progress.
-SPARING_TRACEBACK=1 shows where an error came from.
+fault after fault without progress, 130 interrupted by Ctrl-C with nothing to save.
+SPARING_TRACEBACK=1 shows where an error came from. What takes time to import is imported where `main` hears Ctrl-C.
 """
 
 import importlib
 import os
-import shlex
-import shutil
 import sys
-import traceback
 
-from orchestrator.arguments import options, positional
-from orchestrator.errors import BadRequest, NotFit, SparingError
+from orchestrator.errors import INTERRUPTED, BadRequest, NotFit, SparingError
 
 USAGE = """\
 Sparing trains mixture-of-experts language models and accounts for what that costs.
@@ -93,12 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         return _run(argv)
     except SparingError as error:
         if os.environ.get("SPARING_TRACEBACK"):
+            import traceback
+
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 34
+        return INTERRUPTED
 
 
 def _run(argv: list[str]) -> int:
@@ -179,6 +176,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _status(arguments: list[str]) -> int:
+    from orchestrator.arguments import positional
     from orchestrator.cluster.status import show_status
 
     show_status(*positional("status", arguments, 1, HELP["status"]))
@@ -186,6 +184,7 @@ def _status(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
+    from orchestrator.arguments import options
     from orchestrator.report import write_report
 
     named, runs = options("report", arguments, ("out",), HELP["report"])
@@ -194,8 +193,11 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
+    import shlex
+
     import torch
 
+    from orchestrator.arguments import options, positional
     from orchestrator.train.export import TOKENIZER, export_checkpoint
 
     named, rest = options("export", arguments, ("dtype",), HELP["export"])
@@ -213,6 +215,9 @@ def _export(arguments: list[str]) -> int:
 
 
 def _import(arguments: list[str]) -> int:
+    import shlex
+
+    from orchestrator.arguments import positional
     from orchestrator.train.export import TOKENIZER, import_hf
 
     source, out = positional("import", arguments, 2, HELP["import"])
@@ -229,6 +234,8 @@ def _import(arguments: list[str]) -> int:
 
 def _command() -> str:
     """How this program is called from here."""
+    import shutil
+
     if shutil.which("sparing"):
         return "sparing"
     beside = os.path.join(os.path.dirname(sys.executable), "sparing")

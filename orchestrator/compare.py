@@ -6,6 +6,7 @@ on where it stopped. What is reported was measured; only the part about another 
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from model.config import ModelConfig
 from orchestrator.arguments import taken
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, to_dict
-from orchestrator.errors import BadRequest, Preempted, SparingError
+from orchestrator.errors import INTERRUPTED, BadRequest, Preempted, SparingError
 from orchestrator.plan.cost import model_flops
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.money import TWINS, equal_loss_of
@@ -42,6 +43,8 @@ the same command goes on with a comparison that was interrupted. Keys are those 
 decay, so that each validation stands for a run of its length.
 at= takes the words of a plan, and says what both would cost there: an extrapolation, far beyond what was measured."""
 OPTIONS = ("seeds", "out", "at")
+STOPPED = (Preempted.exit_code, INTERRUPTED, -signal.SIGINT)
+"""How a run ends after Ctrl-C: with a checkpoint, with nothing to save yet, before Python was up."""
 COSTS = {"flops": "FLOPs", "device_s": "device-seconds", "usd": "dollars"}
 
 
@@ -211,7 +214,7 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
             if (read_summary(path) or {}).get("status") != "completed":  # those that failed have a summary, too
                 print(f"\nrun {done} of {total}: {name}, seed {seed}", flush=True)
                 code = _train([*words, f"seed={seed}", f"run.dir={quoted(path)}", "resume=auto"])
-                if code == Preempted.exit_code:
+                if code in STOPPED:
                     raise Preempted(f"compare: {path} was stopped; the same command with out={out} goes on from there")
                 if code:
                     raise SparingError(f"compare: {path} ended with exit code {code}; its message stands above, and "

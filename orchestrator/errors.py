@@ -1,5 +1,8 @@
 """Errors a user meets, with the exit code that a launcher acts on. No traceback is ever shown for one of these."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C where there is nothing to save, as shells have it."""
+
 
 class SparingError(Exception):
     """The run failed."""

@@ -65,7 +65,8 @@ def test_a_models_name_is_text_on_the_page():
     assert "&lt;b&gt;&amp;mine and its dense twins" in text and "<b>&mine" not in text
 
 
-def test_a_run_that_is_interrupted_has_time_for_its_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", compare.STOPPED)
+def test_a_run_that_is_interrupted_has_time_for_its_checkpoint(code, tmp_path, monkeypatch):
     """The child is slow to end after Ctrl-C, which the whole terminal hears."""
     waited = []
 
@@ -76,7 +77,8 @@ def test_a_run_that_is_interrupted_has_time_for_its_checkpoint(tmp_path, monkeyp
                 raise KeyboardInterrupt
             return super().wait(timeout)
 
-    program = f"import time, sys; time.sleep(1); open('{tmp_path}/saved', 'w'); sys.exit(34)"
+    end = f"sys.exit({code})" if code > 0 else "signal.signal(2, signal.SIG_DFL); signal.raise_signal(2)"
+    program = f"import signal, time, sys; time.sleep(1); open('{tmp_path}/saved', 'w'); {end}"
     monkeypatch.setattr(compare.subprocess, "Popen", lambda words: Run([sys.executable, "-c", program]))
     with pytest.raises(Preempted, match=f"was stopped; the same command with out={tmp_path}/c goes on from there"):
         run(["model=tiny", f"out={tmp_path}/c", "tracker=off"])

@@ -1,5 +1,6 @@
 """The command line into a config: everything shipped composes, everything wrong is answered with key, rule, remedy."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.__main__ import MODULES, VERBS
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, HardwareConfig, conf_dir, from_dict, to_dict
-from orchestrator.errors import BadRequest
+from orchestrator.errors import INTERRUPTED, BadRequest
 from orchestrator.plan.hardware import catalogue, resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.plan_questions import settle
@@ -208,9 +210,9 @@ def test_auto_finds_the_device_and_keeps_what_the_user_set():
     assert resolve_hardware(HardwareConfig(name="mine"), "NVIDIA H200").name == "mine"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "orchestrator", *arguments], cwd=ROOT, text=True, capture_output=True,
-                          timeout=60)
+                          timeout=60, env=env)
 
 
 @pytest.mark.parametrize("arguments, code, words", [
@@ -239,3 +241,25 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, code, words):
 def test_hydras_own_flags_work_behind_the_verb():
     done = run("train", "experiment=tiny", "--cfg", "job")
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["layout"]["pp"] == 2 and done.stderr == ""
+
+
+INTERRUPTING = """
+import signal, sys
+
+class Interrupting:
+    def find_spec(name, path, target=None):
+        if "orchestrator.errors" in sys.modules:
+            sys.meta_path.remove(Interrupting)
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting)
+"""
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *MODULES])
+def test_ctrl_c_while_a_verb_is_imported_is_quiet(verb, tmp_path):
+    """At the very first import after those of the command itself."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    done = run(verb, "x", env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
