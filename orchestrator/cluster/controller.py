@@ -7,10 +7,9 @@ loop is inside the actors; no tensor passes here, and nothing here knows Ray but
 import contextlib
 import json
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -43,14 +42,13 @@ from orchestrator.train.run_dir import STATUS, claim_run_dir, named
 STATUS_EVERY_S, REMOTE_STATUS_EVERY_S = 2.0, 15.0
 STALL_S = 10.0
 """What must be written into the run directory is waited for this long: far less than a rank's lease."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def train(config: Config) -> dict:
     """Run to the end and return the summary; a failed run raises the error of the rank to blame."""
     from orchestrator.cluster.keeper import keep
     from orchestrator.cluster.preflight import check_data, checked_request, has_gpus
-    from orchestrator.cluster.session import gpu_name, ray_session
+    from orchestrator.cluster.session import gpu_name, ray_session, stop_signals
 
     kind = config.cluster.kind
     if kind is ClusterKind.auto:
@@ -68,25 +66,6 @@ def train(config: Config) -> dict:
         if here:
             return attempt(config, progress=progress, notice=cause)
         return keep(attempt, named(config), progress, notice=cause)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Gives a function that names the first SIGTERM or Ctrl-C: it asks for a checkpoint and a clean end. A second one
-    ends at once."""
-    heard: list[str] = []
-
-    def caught(number, _frame):
-        if heard:
-            raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
-        heard.append(signal.Signals(number).name)  # no print: the signal may have come in the middle of one
-
-    before = {number: signal.signal(number, caught) for number in STOP_SIGNALS}
-    try:
-        yield lambda: heard[0] if heard else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_attempt(request: placement.Request, config: Config, *, progress: Progress,
@@ -169,7 +148,7 @@ class Controller:
             else:
                 faults.append(fault_of(decision, group))
                 decision, lost = self._answer(ranks, group, faults)
-            decision = self._refill(ranks, decision, lost)
+            decision = self._refill(ranks, group, decision, lost)
             self._note(decision, group, lost, found_at)
             recovery = self._recovery(group, recovery, decision, found_at)
 
@@ -232,12 +211,16 @@ class Controller:
         lost = ranks.drain(group, {fault.rank} if decision.is_lost else set())
         return (replace(decision, action=Action.replace) if lost else decision), lost
 
-    def _refill(self, ranks, decision: Decision, lost: list[int]) -> Decision:
+    def _refill(self, ranks, group: Group, decision: Decision, lost: list[int]) -> Decision:
         """Find places for the lost ranks, or a layout that does without."""
         self._enter(State.refilling)
         size, timeout_s = self._size, self.config.cluster.replace_timeout_s
         wanted = ranks.there if decision.action is Action.resize else size
-        ranks.refill(lost, wanted=wanted, timeout_s=timeout_s, patient=len(self.layouts) == 1)
+        waiting = f"a place for rank {', '.join(map(str, lost))} ({decision.cause}), {timeout_s:g} s at most"
+        self.wrote_status_at = 0.0
+        ranks.refill(lost, wanted=wanted, timeout_s=timeout_s, patient=len(self.layouts) == 1,
+                     on_wait=partial(self._tell, group, ranks.homes, waiting=waiting))
+        self.wrote_status_at = 0.0  # whoever asks hears at once that it is over
         decision, size = reshape(decision, size=size, there=ranks.there, sizes=list(self.layouts))
         if decision.action is Action.stop:
             waited = f"{decision.cause} (cluster.replace_timeout_s={timeout_s:g})"
@@ -291,9 +274,9 @@ class Controller:
         text = "\n".join(f"rank {rank}\n{text}\n" for rank, text in enumerate(texts))
         self._write(f"stacks-{number}.txt", text, wait=True)
 
-    def _tell(self, group: Group, homes: list[dict], *, force: bool = False) -> None:
-        """To the screen, and to whoever asks `sparing status`."""
-        if group.statuses[0]:
+    def _tell(self, group: Group, homes: list[dict], *, force: bool = False, waiting: str | None = None) -> None:
+        """To the screen, and to whoever asks `sparing status`. waiting: for what, while no rank runs."""
+        if group.statuses[0] and waiting is None:
             self.progress.show(group.statuses[0])
         local = storage.local_path(self.config.run.dir) is not None
         every_s = STATUS_EVERY_S if local else REMOTE_STATUS_EVERY_S
@@ -301,7 +284,8 @@ class Controller:
             self.wrote_status_at = time.monotonic()
             rows = [{"rank": info.rank, "node_rank": info.node_rank, "host": home["host"], "pid": home["pid"], **status}
                     for info, home, status in zip(group.infos, homes, group.statuses, strict=True)]
-            data = {"time": time.time(), "attempt": self.attempt, "state": self.state.name, "ranks": rows}
+            data = {"time": time.time(), "attempt": self.attempt, "state": self.state.name, "ranks": rows,
+                    "waiting": waiting}
             self._write(STATUS, json.dumps(data), wait=force)
 
     def _write(self, name: str, text: str, *, wait: bool) -> None:

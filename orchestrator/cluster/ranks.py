@@ -8,6 +8,7 @@ reserve where it lives. `tests/orchestrator/cluster/dummy.py` stands in for this
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -147,9 +148,9 @@ class Ranks:
                 return sorted(lost | {rank for rank in range(len(group.runs)) if rank not in group.ended})
             self._collect(group, POLL_S)
 
-    def refill(self, lost: list[int], *, wanted: int, timeout_s: float, patient: bool) -> None:
+    def refill(self, lost: list[int], *, wanted: int, timeout_s: float, patient: bool, on_wait: Callable) -> None:
         """Give up the lost ranks and wait until `wanted` actors have a place. Who is not patient waits only for as
-        many as Ray knows of room for."""
+        many as Ray knows of room for. `on_wait()` is called all the while."""
         for rank in sorted(lost, reverse=True):
             member = self.members[rank]
             kill(member.worker)
@@ -161,6 +162,7 @@ class Ranks:
         deadline = time.monotonic() + timeout_s
         while self.there < (wanted if patient else min(wanted, self._room())) and time.monotonic() < deadline:
             self._arrivals(POLL_S)
+            on_wait()
             for member in self._placed(self.members):
                 member.worker.status.remote()  # keeps its lease
 

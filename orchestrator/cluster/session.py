@@ -1,11 +1,12 @@
-"""Ray for the length of a run: our own on this machine, or the cluster that this process is in."""
+"""Ray for the length of a run: our own on this machine, or the cluster that this process is in; signals to stop it."""
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 from ray.exceptions import RayError
@@ -14,6 +15,7 @@ from orchestrator.config import ClusterKind, Config
 from orchestrator.errors import NotFit, Transient
 
 RANK_PROGRAM = "orchestrator.train.loop"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -47,6 +49,25 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Gives a function that names the first SIGTERM or Ctrl-C: it asks for a checkpoint and a clean end. A second one
+    ends at once."""
+    heard: list[str] = []
+
+    def caught(number, _frame):
+        if heard:
+            raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
+        heard.append(signal.Signals(number).name)  # no print: the signal may have come in the middle of one
+
+    before = {number: signal.signal(number, caught) for number in STOP_SIGNALS}
+    try:
+        yield lambda: heard[0] if heard else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start(ranks: int, **options) -> None:

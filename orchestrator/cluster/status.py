@@ -30,13 +30,16 @@ def show_status(run_dir: str) -> None:
     ended = summary is not None and summary["released_at"] >= status["time"]
     now = summary["released_at"] if ended else time.time()
     lead = status["ranks"][0]
-    state = summary["status"] if ended else lead.get("phase", "start")
+    waiting = None if ended else status.get("waiting")
+    state = summary["status"] if ended else "waiting" if waiting else lead.get("phase", "start")
     line = f"{run_dir}: {state}, step {lead.get('step', 0)} of {lead.get('steps', '?')}, attempt {status['attempt']}"
     if lead.get("loss") is not None:
         told = summary if ended else lead  # a run is charged until its devices are released
         rate = "" if told["tokens_per_s"] is None else f", {told['tokens_per_s']:,.0f} tokens/s"
         line += f", loss {lead['loss']:.4f}{rate}, {format_usd(told['usd_total'])}" + " so far" * (not ended)
     console.print(line)
+    if waiting:
+        console.print(f"waits for {waiting}")
     table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "last sign",
                   "tokens received by expert", box=None, pad_edge=False)
     for column in table.columns[:-1]:

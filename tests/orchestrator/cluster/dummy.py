@@ -106,12 +106,13 @@ class Dummy:
     def drain(self, group: Group, lost: set[int]) -> list[int]:
         return sorted(lost | {rank for rank, record in group.ended.items() if record.get("dead")})
 
-    def refill(self, lost: list[int], *, wanted: int, timeout_s: float, patient: bool) -> None:
+    def refill(self, lost: list[int], *, wanted: int, timeout_s: float, patient: bool, on_wait) -> None:
         for rank in lost:
             self.members[rank] = None
         self.settle()
-        if self.there < wanted:
-            self.now += timeout_s if patient else 0
+        for _ in range(2) if self.there < wanted and patient else ():
+            self.now += timeout_s / 2
+            on_wait()
 
     def settle(self) -> None:
         """Actors that wait find every free place."""

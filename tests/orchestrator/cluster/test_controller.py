@@ -114,6 +114,18 @@ def test_a_lost_node_without_room_elsewhere_ends_a_run_of_fixed_size_resumable(t
     assert "resume=auto" in str(end)
 
 
+def test_who_asks_while_a_run_waits_for_a_place_is_told_so(tmp_path, monkeypatch):
+    written, asked = [], []
+    monkeypatch.setattr(controller_module, "STATUS_EVERY_S", -1.0)
+    monkeypatch.setattr(Controller, "_write", lambda self, name, text, *, wait: written.append(json.loads(text)))
+    monkeypatch.setattr(time, "time", lambda: asked.append(1) or len(asked))
+    play(tmp_path, FailAt(1, 15, "node_lost"), nodes=2, replace_timeout_s=40)
+    told = [status for status in written if status["waiting"]]
+    assert [status["waiting"] for status in told] == ["a place for rank 0, 1 (its process died), 40 s at most"] * 2
+    assert [status["state"] for status in told] == ["refilling"] * 2 and told[0]["time"] < told[1]["time"]
+    assert [row["host"] for row in told[0]["ranks"]] == ["node-0", "node-0", "node-1", "node-1"], "as they were"
+
+
 def test_an_elastic_run_shrinks_to_what_is_left_and_grows_back_without_losing_a_step(tmp_path):
     ranks, end, controller = play(tmp_path, FailAt(1, 15, "node_lost"), FailAt(0, 18, "node_returns"), nodes=2,
                                   min_ranks=2)

@@ -1,6 +1,7 @@
 """What `sparing status` says, from the files that a run keeps."""
 
 import json
+import time
 
 import pytest
 
@@ -23,3 +24,14 @@ def test_a_run_that_has_ended_is_told_with_its_whole_bill_and_a_live_one_with_it
     assert said in lines[0] and lines[0].endswith(f"loss 2.5000, {bill}")
     assert lines[2].split()[:8] == ["0", "0", "node-0000", "7", "0,", "3", "0-2,", "7"]
     assert lines[2].rstrip().endswith("0:1,001 1:2,002") and lines[2].isascii()
+
+
+def test_a_run_that_waits_for_a_place_says_for_which_ranks_and_how_long(tmp_path, capsys):
+    rank = {"rank": 0, "node_rank": 0, "host": "a", "pid": 7, "phase": "step", "step": 3, "steps": 9}
+    (tmp_path / "config.yaml").write_text("")
+    status = {"time": time.time(), "attempt": 1, "ranks": [rank], "waiting": "a place for rank 0 (died), 60 s at most"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    show_status(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": waiting, step 3 of 9, attempt 1")
+    assert lines[1] == "waits for a place for rank 0 (died), 60 s at most"
