@@ -77,7 +77,7 @@ async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits,
                       code="rate_limit") from None
     form = _Form(name, chat, sum(map(len, asked.prompts)))
     if asked.stream:
-        return StreamingResponse(_stream(asked, sequences, news, form, limits), media_type="text/event-stream")
+        return _Stream(_events(asked, sequences, news, form, limits), sequences)
     listener = asyncio.create_task(_until_gone(request, sequences))
     texts, counts, ends = [""] * len(sequences), [0] * len(sequences), [None] * len(sequences)
     try:
@@ -93,22 +93,33 @@ async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits,
     return JSONResponse(form.whole(texts, ends, sum(counts)))
 
 
-async def _stream(asked: Asked, sequences: list[Sequence], news: asyncio.Queue, form: "_Form",
+async def _events(asked: Asked, sequences: list[Sequence], news: asyncio.Queue, form: "_Form",
                   limits: Limits) -> AsyncIterator[str]:
-    try:
-        for index in range(len(sequences)) if form.chat else ():
-            yield form.event(index, "", None, opening=True)
-        async for index, piece in _pieces(sequences, news):
-            if failure := _failure(piece, limits):
-                yield f"data: {json.dumps(failure.body)}\n\n"
-                return
-            yield form.event(index, piece.text, piece.finish)
-        if asked.with_usage:
-            yield form.closing(sum(sequence.tokens for sequence in sequences))
-        yield "data: [DONE]\n\n"
-    finally:  # also when the client has gone
-        for sequence in sequences:
-            sequence.cancelled = True
+    for index in range(len(sequences)) if form.chat else ():
+        yield form.event(index, "", None, opening=True)
+    async for index, piece in _pieces(sequences, news):
+        if failure := _failure(piece, limits):
+            yield f"data: {json.dumps(failure.body)}\n\n"
+            return
+        yield form.event(index, piece.text, piece.finish)
+    if asked.with_usage:
+        yield form.closing(sum(sequence.tokens for sequence in sequences))
+    yield "data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """A response whose sequences end with it, also where the client goes before anything was asked of `events`."""
+
+    def __init__(self, events: AsyncIterator[str], sequences: list[Sequence]):
+        super().__init__(events, media_type="text/event-stream")
+        self.sequences = sequences
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for sequence in self.sequences:
+                sequence.cancelled = True
 
 
 async def _pieces(sequences: list[Sequence], news: asyncio.Queue) -> AsyncIterator[tuple[int, Piece]]:

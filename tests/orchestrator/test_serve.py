@@ -1,5 +1,6 @@
 """`sparing serve` as its clients see it: OpenAI's own Python client against a server in this process."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -180,6 +181,27 @@ def test_a_client_that_leaves_midway_frees_its_slot(slow):
     with pytest.raises(openai.APITimeoutError):  # not streamed: the connection is closed on the answer
         slow.client().with_options(timeout=0.1).completions.create(**LONG)
     wait_until(lambda: slow.engine.load()["running"] == 0, 30, "it runs on")
+
+
+def test_a_client_that_leaves_before_the_first_byte_of_a_stream_frees_its_slot(server, monkeypatch):
+    """The server hears of it while the head of its answer is on the way, before a piece was asked for."""
+    submit, queued, sent = server.engine.submit, [], []
+    monkeypatch.setattr(server.engine, "submit", lambda *sequences: (queued.extend(sequences), submit(*sequences))[1])
+    body = json.dumps({"model": NAME, "prompt": ["ab", "cd"], "max_tokens": 64, "stream": True}).encode()
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> dict:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message: dict) -> None:
+        await asyncio.sleep(30)
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": [],
+             "asgi": {"spec_version": "2.3"}}
+    asyncio.run(server.server.config.app(scope, receive, send))
+    assert not sent and len(queued) == 2 and all(sequence.cancelled for sequence in queued)
+    wait_until(lambda: server.engine.load() == {"running": 0, "waiting": 0}, 30, "its slots are not free")
 
 
 def test_more_than_may_wait_are_sent_away_and_late_answers_end(slow):
