@@ -41,7 +41,7 @@ def main(overrides: list[str]) -> None:
     step_s, step_cpu_s = found.pop("step")
     save_s = found["checkpoint"][0] + found["checkpoint"][1]
     steps = {"copy in memory": config.checkpoint.memory_every, "  its checksum": config.checkpoint.memory_every,
-             "states compared": config.checkpoint.memory_every}
+             "states compared": config.checkpoint.memory_every, "ranks, links timed": config.checkpoint.memory_every}
     mtbf_s = mean_time_between_failures(DEVICES, config.cluster.mtbf_hours_per_device, faults=0, wall_s=0.0)
     saves = optimal_interval(save_s, mtbf_s) / step_s
     megabytes = found.pop("bytes") / 1e6
@@ -112,6 +112,7 @@ def rank(number: int, config, port: int, found) -> None:
         results["  its checksum"] = 0.0, median([timed(replica.check) for _ in range(TIMES)])[1]
         results["states compared"] = median([timed(lambda: check_replicas(mesh, trainer.pipeline, trainer.progress))
                                              for _ in range(TIMES)])
+        results["ranks, links timed"] = median([timed(lambda: trainer.stragglers.look(0)) for _ in range(TIMES)])
         results["checkpoint"] = median([timed(saved) for _ in range(TIMES)])
         if number == 0:
             found.update(results | {"bytes": replica.data.nbytes})
