@@ -21,8 +21,8 @@ from model.transformer import Transformer
 from orchestrator.config import from_dict
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
-from orchestrator.train.checkpoint import newest_under
-from orchestrator.train.export import TOKENIZER, StateDict, tokenizer_of
+from orchestrator.train.export import StateDict
+from orchestrator.train.lineage import TOKENIZER, newest_under, tokenizer_of
 from orchestrator.train.memory import free_bytes
 from orchestrator.train.shards import Loader
 from orchestrator.train.tokenizer import Tokenizer, load_tokenizer

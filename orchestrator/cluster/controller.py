@@ -35,6 +35,7 @@ from orchestrator.plan.layout import check_run
 from orchestrator.train import storage
 from orchestrator.train.control import Recovery, steady
 from orchestrator.train.finish import finish_run
+from orchestrator.train.lineage import look_back
 from orchestrator.train.metrics import append_event
 from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import STATUS, claim_run_dir, named
@@ -56,6 +57,8 @@ def train(config: Config) -> dict:
     here = kind is ClusterKind.local
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
+        if summary := look_back(config, progress, here=here):
+            return summary
         stack.enter_context(ray_session(config, kind))
         gpu = has_gpus(config, progress, here=here)
         config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))

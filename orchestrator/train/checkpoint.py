@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import queue
-import re
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import NotFit, Transient
 from orchestrator.train import claim, storage
+from orchestrator.train.lineage import claim_of, list_checkpoints, step_paths
 from orchestrator.train.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -43,7 +43,6 @@ from orchestrator.train.manifest import (
     dump,
     expert_census,
     parse,
-    read_manifest,
 )
 from orchestrator.train.shards import Loader, Piece, check_shard, snapshot, write_shard
 
@@ -51,40 +50,6 @@ logger = logging.getLogger(__name__)
 
 MAX_INDEX_BYTES = 7 << 20
 """TCPStore refuses values above 8 MiB. An index compresses about tenfold: some 500,000 pieces of one rank."""
-
-_STEP_NAME = re.compile(r"step-(\d{8,12})\.(\d{4,9})-(\d{1,9})", re.ASCII)
-
-
-def list_checkpoints(directory: str, *, retry_s: float = storage.RETRY_S) -> list[str]:
-    """Paths of the committed checkpoints in `directory`, oldest first (by step, then attempt)."""
-    return [path for path in _step_paths(directory, retry_s)
-            if storage.exists(storage.join(path, MANIFEST), retry_s=retry_s)]
-
-
-def step_of(path: str) -> int:
-    """The step that a checkpoint's name tells."""
-    return int(_STEP_NAME.fullmatch(path.rsplit("/", 1)[-1])[1])
-
-
-def claim_of(path: str) -> int:
-    """The claim under which a checkpoint was written."""
-    return int(_STEP_NAME.fullmatch(path.rsplit("/", 1)[-1])[2])
-
-
-def find_latest(directory: str) -> str | None:
-    """The newest committed checkpoint whose manifest is sound. Its shards are not looked at."""
-    for path in reversed(list_checkpoints(directory)):
-        with contextlib.suppress(CorruptManifest):
-            read_manifest(path)
-            return path
-    return None
-
-
-def newest_under(path: str) -> str | None:
-    """What a person means by `path`: this checkpoint, or the newest of this directory of checkpoints or of this run."""
-    if storage.exists(storage.join(path, MANIFEST)):
-        return path
-    return find_latest(path) or find_latest(storage.join(path, "checkpoints"))
 
 
 def newest_loadable(directory: str, on_skip: Callable[[str, str], None], *, content: bool = True) -> str | None:
@@ -316,17 +281,10 @@ class Saver:
         self._collect_torn(job.remaining_s())
 
     def _collect_torn(self, retry_s: float) -> None:
-        for path in _step_paths(self.directory, retry_s):
+        for path in step_paths(self.directory, retry_s):
             torn = not storage.exists(storage.join(path, MANIFEST), retry_s=retry_s)
             if torn and claim_of(path) < self._claim.number:
                 storage.remove_tree(path, retry_s=retry_s)
-
-
-def _step_paths(directory: str, retry_s: float) -> list[str]:
-    """Directories of saves, finished or not, by step, attempt and sequence."""
-    found = [match for name in storage.list_dir(directory, retry_s=retry_s) if (match := _STEP_NAME.fullmatch(name))]
-    found.sort(key=lambda match: tuple(map(int, match.groups())))
-    return [storage.join(directory, match[0]) for match in found]
 
 
 def _pack(report: dict) -> bytes:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from model import hf
 from model.config import ModelConfig
-from orchestrator.config import Config, DataConfig, from_dict, to_dict
+from orchestrator.config import Config, from_dict, to_dict
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
-from orchestrator.train.checkpoint import Saver, newest_under
+from orchestrator.train.checkpoint import Saver
+from orchestrator.train.lineage import TOKENIZER, newest_under, tokenizer_of
 from orchestrator.train.shards import Loader, Piece
 from orchestrator.train.tokenizer import bytes_as_files
 
-TOKENIZER = "tokenizer.json"
 BESIDE = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
 """What tells text from tokens and where a text ends; it travels with the weights."""
 
@@ -63,14 +63,6 @@ def import_hf(directory: str, out: str) -> str:
         raise BadRequest(f"{out}: {result.error}")
     _copy_tokenizer(os.path.join(directory, TOKENIZER), out)
     return result.path
-
-
-def tokenizer_of(path: str, state: dict) -> str:
-    """Of a checkpoint at `path`: `byte` or a file, as in training. An imported one has it beside; if not, empty."""
-    if not state.get("weights_only"):
-        return from_dict(DataConfig, state["config"]["data"]).tokenizer
-    beside = os.path.join(os.path.dirname(path.rstrip("/")), TOKENIZER)
-    return beside if os.path.isfile(beside) else ""
 
 
 def _copy_tokenizer(file: str, out: str) -> None:

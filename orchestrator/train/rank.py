@@ -22,6 +22,7 @@ from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run, require
 from orchestrator.train.control import Control
 from orchestrator.train.finish import finish_run
+from orchestrator.train.lineage import look_back
 from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import Claim, claim_run_dir
 
@@ -45,8 +46,8 @@ def train_as_rank(config: Config) -> dict | None:
         signal.signal(number, lambda caught, frame: control.request_stop(signal.Signals(caught).name))
     with contextlib.ExitStack() as stack:
         if info.rank == 0:
-            claim = _claimed(config, store, stack)
             progress, ended = stack.enter_context(Progress()), threading.Event()
+            claim = _claimed(config, store, stack, progress)
             stack.callback(ended.set)
             threading.Thread(target=progress.follow, args=(control.status, ended), daemon=True).start()
         else:
@@ -63,12 +64,13 @@ def train_as_rank(config: Config) -> dict | None:
                           attempts=claim.attempt)
 
 
-def _claimed(config: Config, store, stack: contextlib.ExitStack) -> Claim:
-    """Rank 0's side: name the hardware, claim the run directory and tell the others, also when that fails."""
+def _claimed(config: Config, store, stack: contextlib.ExitStack, progress: Progress) -> Claim:
+    """Rank 0's side: look back, name the hardware, claim the run directory; tell the others, also when that fails."""
     try:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         config = replace(config, hardware=resolve_hardware(config.hardware, name))
         check_run(config)
+        look_back(config, progress, here=True)
         claim = stack.enter_context(claim_run_dir(config))
     except SparingError as error:
         if store is not None:

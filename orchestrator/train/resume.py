@@ -13,26 +13,18 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from orchestrator import errors
-from orchestrator.config import Config, DataKind, to_dict
+from orchestrator.config import Config, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError, public_kind
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.pipeline import Pipeline
-from orchestrator.train import checkpoint
+from orchestrator.train import checkpoint, lineage
 from orchestrator.train.control import Recovery
 from orchestrator.train.drift import check_replicas
-from orchestrator.train.export import tokenizer_of
 from orchestrator.train.manifest import CorruptManifest
 from orchestrator.train.memory import free_bytes
 from orchestrator.train.replica import COPIES, Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
 from orchestrator.train.state import pieces_of, restore
-from orchestrator.train.tokenizer import load_tokenizer, same_ids
-
-FREE_MODEL_KEYS = {"name", "max_seq_len", "init_std", "bias_update_speed", "balance_loss_weight", "mtp_loss_weight"}
-CONTEXT_MODEL_KEYS = {"rope_theta", "rope_factor", "original_seq_len", "beta_fast", "beta_slow", "mscale",
-                      "mscale_all_dim"}
-"""How far positions reach: a new run from weights alone may extend it (V3 report, section 4.3)."""
-FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", "train.batch_ramp_steps")
 
 
 class Checkpoints:
@@ -122,7 +114,7 @@ class Checkpoints:
         """The step of the newest checkpoint on storage, by rank 0's view."""
         key, store = f"memory/{turn}/saved", self.mesh.store
         if self.mesh.info.rank == 0:
-            steps = [checkpoint.step_of(path) for path in self._own_checkpoints()]
+            steps = [lineage.step_of(path) for path in self._own_checkpoints()]
             store.set(key, str(max(steps, default=-1)))
         return int(store.get(key))
 
@@ -139,7 +131,6 @@ class Checkpoints:
                 loader.close()
                 self.resumed = {"path": path, "skipped": tried, "causes": causes}
                 if state.get("weights_only"):
-                    _check_tokenizer(self.config, path, state)
                     return None
                 _fill(progress, state)
                 return state
@@ -244,22 +235,22 @@ class Checkpoints:
 
     def _own_checkpoints(self) -> list[str]:
         """Those to go on from: all under resume=auto, else those written since this attempt started."""
-        found = checkpoint.list_checkpoints(self.config.checkpoint.dir)
+        found = lineage.list_checkpoints(self.config.checkpoint.dir)
         if self.config.resume == "auto" or self.recovery is None:
             return found
-        return [path for path in found if checkpoint.claim_of(path) >= self.recovery.first_claim]
+        return [path for path in found if lineage.claim_of(path) >= self.recovery.first_claim]
 
     def _named(self) -> str:
         """`resume` may name a checkpoint, or a run or checkpoint directory, whose newest is meant."""
-        return checkpoint.newest_under(self.resume) or self.resume
+        return lineage.newest_under(self.resume) or self.resume
 
     def _load(self, path: str) -> tuple[Loader | None, SparingError | None]:
         try:
             loader = Loader(path)
             weights_only = bool(loader.state.get("weights_only"))
-            self._check_same_model(loader.state, path, free=CONTEXT_MODEL_KEYS if weights_only else set())
+            lineage.check_same(self.config, path, loader.state)
             if not weights_only:
-                self._check_same_order(loader.state, path)
+                self._check_same_data(loader.state, path)
             restore(self.pipeline, self.optimizer, loader, weights_only=weights_only, on_progress=self.on_progress)
             return loader, None
         except (KeyError, TypeError, AttributeError) as error:  # a state that no run has written
@@ -284,21 +275,8 @@ class Checkpoints:
         kind, message = json.loads(store.get(f"{prefix}/{first.item()}"))
         return getattr(errors, kind)(message)
 
-    def _check_same_model(self, state: dict, path: str, *, free: set[str]) -> None:
-        ours, theirs = to_dict(self.config.model), state["config"]["model"]
-        differing = [f"model.{key}={theirs.get(key)} there, {value} here" for key, value in ours.items()
-                     if key not in FREE_MODEL_KEYS | free and theirs.get(key) != value]
-        if differing:
-            raise BadRequest(f"resume={path}: a checkpoint of another model: {'; '.join(differing[:4])}; use the same "
-                             "model, or start a new run with resume=none")
-
-    def _check_same_order(self, state: dict, path: str) -> None:
-        """Refuse a checkpoint whose order of samples this config would not continue."""
-        ours, theirs = to_dict(self.config), state["config"]
-        for key in FIXED_KEYS:
-            if _get(ours, key) != _get(theirs, key):
-                raise BadRequest(f"{key}={_get(ours, key)}: the checkpoint {path} was written with {_get(theirs, key)}"
-                                 f", and the order of samples depends on it; use {key}={_get(theirs, key)}")
+    def _check_same_data(self, state: dict, path: str) -> None:
+        """Refuse a checkpoint whose samples this run would not continue."""
         if state["data_digest"] != self.data_digest:
             raise BadRequest(f"data.path={self.config.data.path}: the data is not what the checkpoint {path} was "
                              "trained on; restore the data, or start a new run with resume=none")
@@ -315,17 +293,3 @@ def _expert_blocks(model: ModelConfig) -> dict[str, int]:
 def _fill(progress, state: dict) -> None:
     for f in fields(progress):
         setattr(progress, f.name, state["progress"].get(f.name, getattr(progress, f.name)))
-
-
-def _get(values: dict, dotted: str):
-    for part in dotted.split("."):
-        values = values[part]
-    return values
-
-
-def _check_tokenizer(config: Config, path: str, state: dict) -> None:
-    """Weights from elsewhere are worth nothing under another tokenizer than their own."""
-    theirs, ours = tokenizer_of(path, state), config.data.tokenizer
-    if theirs and config.data.kind is DataKind.text and not same_ids(load_tokenizer(theirs), load_tokenizer(ours)):
-        raise BadRequest(f"data.tokenizer={ours}: is not that of the weights in resume={config.resume}; use "
-                         f"data.tokenizer={theirs}")

@@ -14,7 +14,8 @@ HYDRA_FILES = {"orchestrator/compose.py", "orchestrator/config.py"}
 TORCHLESS = ["model.config", "model.count", "orchestrator.config", "orchestrator.errors", "orchestrator.compose",
              "orchestrator.plan.layout", "orchestrator.plan.cost", "orchestrator.plan.hardware",
              "orchestrator.train.storage", "orchestrator.train.data", "orchestrator.train.finish",
-             "orchestrator.cluster.policy", "orchestrator.report", "orchestrator.__main__"]
+             "orchestrator.train.lineage", "orchestrator.cluster.policy", "orchestrator.report",
+             "orchestrator.__main__"]
 MAX_LINES = 340
 
 

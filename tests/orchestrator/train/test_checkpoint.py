@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from orchestrator.train import checkpoint, manifest, storage
+from orchestrator.train import checkpoint, lineage, manifest, storage
 from orchestrator.train.checkpoint import Loader
 from tests.orchestrator.train.team import STATE, Team, assert_holds, flip_bit, pieces_of
 
@@ -16,7 +16,7 @@ from tests.orchestrator.train.team import STATE, Team, assert_holds, flip_bit, p
 def test_four_ranks_write_what_two_and_one_read(root, save, tensors):
     result = save(3)
     assert result.ok, result.error
-    assert checkpoint.find_latest(root) == result.path and result.bytes > 0
+    assert lineage.find_latest(root) == result.path and result.bytes > 0
     assert_holds(result.path, tensors)
     for rank in range(2):
         loader = Loader(result.path)
@@ -122,7 +122,7 @@ def test_the_newest_whole_checkpoint_is_resumed_and_the_damaged_are_named(root, 
     found = checkpoint.newest_loadable(root, lambda path, reason: skipped.append((path, reason)))
     assert found == paths[1] and [path for path, _ in skipped] == [paths[3], paths[2]]
     assert "rank-00001.safetensors" in skipped[1][1] and "manifest.json" in skipped[0][1]
-    assert checkpoint.find_latest(root) == paths[2], "its manifest is sound; only a hash tells"
+    assert lineage.find_latest(root) == paths[2], "its manifest is sound; only a hash tells"
 
 
 def test_a_newer_format_is_not_skipped_in_silence(tmp_path, saved):
@@ -136,7 +136,7 @@ def test_a_newer_format_is_not_skipped_in_silence(tmp_path, saved):
 
 
 def test_nothing_to_resume_is_none_and_a_wrong_path_is_named(root, tmp_path):
-    assert checkpoint.find_latest(root) is None
+    assert lineage.find_latest(root) is None
     assert checkpoint.newest_loadable(root, lambda path, reason: None) is None
     with pytest.raises(manifest.CheckpointNotFound, match="no checkpoint here"):
         Loader(storage.join(root, "nowhere"))
@@ -146,12 +146,12 @@ def test_a_person_may_name_checkpoint_directory_or_run(tmp_path, tensors):
     run = tmp_path / "run"
     path = Team(str(run / "checkpoints"), 1).save(1, lambda rank, world: pieces_of(tensors, rank, world)).path
     for name in (path, str(run / "checkpoints"), str(run)):
-        assert checkpoint.newest_under(name) == path
-    assert checkpoint.newest_under(str(tmp_path)) is None
+        assert lineage.newest_under(name) == path
+    assert lineage.newest_under(str(tmp_path)) is None
 
 
 def test_nothing_is_pickled():
     words = r"pickle|torch\.load\(|weights_only=False|allow_pickle=True"
-    for name in ("storage", "manifest", "shards", "claim", "checkpoint"):
+    for name in ("storage", "manifest", "lineage", "shards", "claim", "checkpoint"):
         with open(f"orchestrator/train/{name}.py") as file:
             assert not re.search(words, file.read().replace("Nothing is pickled", "")), name

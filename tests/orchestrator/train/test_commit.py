@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import NotFit
-from orchestrator.train import checkpoint, manifest, storage
+from orchestrator.train import checkpoint, lineage, manifest, storage
 from orchestrator.train.checkpoint import Loader, Piece, Saver
 from tests.orchestrator.train.team import EXPERTS, STATE, Team, assert_holds, flip_bit, pieces_of
 
@@ -45,10 +45,10 @@ def test_a_torn_write_leaves_the_previous_checkpoint_and_no_manifest(root, save,
         patch.setattr(storage, "write_chunks", TornWrite(rank=rank, after_bytes=900, error=OSError("scripted tear")))
         second = team.save(2, lambda rank, world: pieces_of(tensors, rank, world))
     assert not second.ok and f"rank {rank}: " in second.error and "scripted tear" in second.error
-    assert checkpoint.list_checkpoints(root) == [first.path] and checkpoint.find_latest(root) == first.path
+    assert lineage.list_checkpoints(root) == [first.path] and lineage.find_latest(root) == first.path
     assert [name for name in storage.list_dir(root) if name.startswith("step-")] == [first.path.rsplit("/", 1)[1]]
     third = team.save(3, lambda rank, world: pieces_of(tensors, rank, world))
-    assert third.ok and checkpoint.find_latest(root) == third.path
+    assert third.ok and lineage.find_latest(root) == third.path
     assert_holds(first.path, tensors)
 
 
@@ -62,7 +62,7 @@ def test_a_write_that_lies_is_found_before_it_is_committed(tmp_path, tensors, mo
     monkeypatch.setattr(storage, "write_chunks", lying)
     result = Team(str(tmp_path), 1).save(1, lambda rank, world: pieces_of(tensors, rank, world))
     assert not result.ok and "corrupt" in result.error
-    assert checkpoint.find_latest(str(tmp_path)) is None
+    assert lineage.find_latest(str(tmp_path)) is None
 
 
 def test_a_manifest_that_reads_back_as_another_is_no_success(tmp_path, tensors, monkeypatch):
@@ -94,11 +94,11 @@ def test_death_at_the_commit_leaves_nothing_or_the_whole(tmp_path, tensors, mome
     torn = [name for name in os.listdir(directory) if name.startswith("step-")]
     assert len(torn) == 1
     if moment == "after":
-        assert_holds(checkpoint.find_latest(directory), tensors)
+        assert_holds(lineage.find_latest(directory), tensors)
         return
     with pytest.raises(manifest.NotCommitted, match="never finished"):
         Loader(f"{directory}/{torn[0]}")
-    assert checkpoint.find_latest(directory) is None
+    assert lineage.find_latest(directory) is None
     Team(directory, 2, fence="attempt-2")
     assert not os.path.exists(f"{directory}/{torn[0]}"), "the next attempt collects what a dead one left"
 
@@ -111,7 +111,7 @@ def test_a_full_disk_is_an_error_that_names_path_and_bytes(small_disk, tensors):
     result = team.save(2, lambda rank, world: pieces_of(big, rank, world))
     assert not result.ok and "no space left for 83886" in result.error and "rank-0000" in result.error
     assert len(os.listdir(small_disk)) == 2, "the claim and the first checkpoint"
-    assert_holds(checkpoint.find_latest(str(small_disk)), tensors)
+    assert_holds(lineage.find_latest(str(small_disk)), tensors)
 
 
 def test_a_rank_that_says_nothing_fails_the_save_by_the_deadline(tmp_path, tensors):
@@ -120,7 +120,7 @@ def test_a_rank_that_says_nothing_fails_the_save_by_the_deadline(tmp_path, tenso
         team.savers[rank].save(1, pieces_of(tensors, rank, 3), STATE)
     result = team.savers[0].wait(20)
     assert not result.ok and "no word from 1 of 3 ranks (1)" in result.error
-    assert checkpoint.list_checkpoints(str(tmp_path)) == []
+    assert lineage.list_checkpoints(str(tmp_path)) == []
 
 
 def test_of_two_attempts_only_the_later_commits(root, tensors):
@@ -128,7 +128,7 @@ def test_of_two_attempts_only_the_later_commits(root, tensors):
     assert new.save(1, lambda rank, world: pieces_of(tensors, rank, world)).ok
     late = old.save(2, lambda rank, world: pieces_of(tensors, rank, world))
     assert not late.ok and "attempt 2 has taken over" in late.error
-    assert [path.rsplit("/", 1)[1] for path in checkpoint.list_checkpoints(root)] == ["step-00000001.0002-1"]
+    assert [path.rsplit("/", 1)[1] for path in lineage.list_checkpoints(root)] == ["step-00000001.0002-1"]
     assert [name for name in storage.list_dir(root) if name.startswith("attempt")] == ["attempt-0002.json"]
 
 
@@ -160,14 +160,14 @@ def test_a_duplicate_commit_is_refused(root, tensors, monkeypatch):
     monkeypatch.setattr(storage, "create_exclusive", beaten)
     result = team.save(1, lambda rank, world: pieces_of(tensors, rank, world))
     assert not result.ok and "manifest.json" in result.error
-    assert storage.read_bytes(storage.join(checkpoint.list_checkpoints(root)[0], "manifest.json")) == b"the other's"
+    assert storage.read_bytes(storage.join(lineage.list_checkpoints(root)[0], "manifest.json")) == b"the other's"
 
 
 def test_the_newest_k_are_kept(root, tensors):
     team = Team(root, 2, keep=2)
     for step in (1, 2, 10, 11):
         assert team.save(step, lambda rank, world: pieces_of(tensors, rank, world)).ok
-    kept = checkpoint.list_checkpoints(root)
+    kept = lineage.list_checkpoints(root)
     assert [path.rsplit("/", 1)[1].split(".")[0] for path in kept] == ["step-00000010", "step-00000011"]
     assert len([name for name in storage.list_dir(root) if name.startswith("step-")]) == 2
 
@@ -176,7 +176,7 @@ def test_what_was_just_saved_is_kept_even_behind_later_steps(tmp_path, tensors):
     team = Team(str(tmp_path), 2, keep=1)
     for step in (10, 5):
         path = team.save(step, lambda rank, world: pieces_of(tensors, rank, world)).path
-    assert path in checkpoint.list_checkpoints(str(tmp_path))
+    assert path in lineage.list_checkpoints(str(tmp_path))
 
 
 def without(text):
@@ -207,7 +207,7 @@ def plus(key, shape, start, tensor):
 def test_what_is_not_whole_is_not_committed(tmp_path, tensors, change, reason):
     result = Team(str(tmp_path), 1).save(1, lambda rank, world: change(pieces_of(tensors, rank, world)))
     assert not result.ok and re.search(reason, result.error), result.error
-    assert checkpoint.list_checkpoints(str(tmp_path)) == []
+    assert lineage.list_checkpoints(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize("experts, reason", [
@@ -257,7 +257,7 @@ def test_a_manifest_that_nobody_would_read_is_not_committed(tmp_path, tensors, m
     monkeypatch.setattr(checkpoint, "MAX_MANIFEST_BYTES", 1000)
     second = team.save(2, lambda rank, world: pieces_of(tensors, rank, world))
     assert not second.ok and "must have at most 1,000; use" in second.error
-    assert checkpoint.list_checkpoints(str(tmp_path)) == [first.path]
+    assert lineage.list_checkpoints(str(tmp_path)) == [first.path]
 
 
 def test_later_steps_that_were_resumed_behind_do_not_push_out_what_is_whole(tmp_path, tensors):
@@ -268,4 +268,4 @@ def test_later_steps_that_were_resumed_behind_do_not_push_out_what_is_whole(tmp_
     team = Team(str(tmp_path), 1, keep=2, fence="attempt-2")
     for step in (3, 4, 5):
         team.save(step, lambda rank, world: pieces_of(tensors, rank, world))
-    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(str(tmp_path))] == [4, 5, 8, 9]
+    assert [lineage.step_of(path) for path in lineage.list_checkpoints(str(tmp_path))] == [4, 5, 8, 9]

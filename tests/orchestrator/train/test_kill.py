@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from orchestrator.train import checkpoint
+from orchestrator.train import checkpoint, lineage
 from orchestrator.train.checkpoint import Loader, Piece, Saver
 
 CALLS = ("fsync", "replace", "link", "unlink", "rmdir")
@@ -132,15 +132,15 @@ def check(directory, at_least):
     """Every committed checkpoint loads and holds its own step; the newest is no older than what had been told."""
     import torch
 
-    paths = checkpoint.list_checkpoints(directory)
+    paths = lineage.list_checkpoints(directory)
     for path in paths:
-        step, loader = checkpoint.step_of(path), Loader(path)
+        step, loader = lineage.step_of(path), Loader(path)
         loader.check()
         for key, tensor in content(step).items():
             assert torch.equal(loader.read(key), tensor), (path, key)
         assert loader.state == {"step": step} and set(loader.keys()) == set(content(step)), path
         loader.close()
-    newest = checkpoint.step_of(paths[-1]) if paths else 0
+    newest = lineage.step_of(paths[-1]) if paths else 0
     assert newest >= at_least, f"step {at_least} was committed, {newest} is the newest after the kill"
     assert paths == [] or paths[-1] == checkpoint.newest_loadable(directory,
                                                                   lambda path, why: sys.exit(f"{path}: {why}"))

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from orchestrator.config import Config, WandbMode
 from orchestrator.errors import NotFit, PeerLost, Transient
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.train import checkpoint, storage
+from orchestrator.train import checkpoint, lineage, storage
 from orchestrator.train.checkpoint import Loader, Piece, Saver
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
@@ -164,7 +164,7 @@ def test_an_outage_costs_its_checkpoint_and_the_one_before_stands(proxy, fault):
     assert first.ok and not second.ok and "storage did not answer" in second.error and "rank-00000" in second.error
     assert checkpoint.newest_loadable(proxy.root, lambda path, reason: None) == first.path
     third = save(saver_of(proxy), 3)
-    assert third.ok and checkpoint.list_checkpoints(proxy.root) == [first.path, third.path]
+    assert third.ok and lineage.list_checkpoints(proxy.root) == [first.path, third.path]
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_failed_saves_are_events_and_a_metric_and_the_run_goes_on(config, monkey
     failed = [event for event in rows(config, "events.jsonl") if event["kind"] == "checkpoint_failed"]
     assert [event["step"] for event in failed] == [2, 3, 4, 6] and "no space left" in failed[0]["cause"]
     assert rows(config, "metrics.jsonl")[-1]["checkpoint/failed_total"] == 4
-    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(config.checkpoint.dir)] == [1, 5, 7, 8]
+    assert [lineage.step_of(path) for path in lineage.list_checkpoints(config.checkpoint.dir)] == [1, 5, 7, 8]
 
 
 @pytest.mark.parametrize("heals", (False, True), ids=("for good", "until the last try"))
@@ -228,8 +228,8 @@ def test_too_many_failures_in_a_row_end_the_run_with_one_more_try(config, monkey
         return
     with pytest.raises(NotFit, match="checkpoint.dir=.*[3-5] saves in a row failed.*no space left"):
         train(config)
-    paths = checkpoint.list_checkpoints(config.checkpoint.dir)
-    assert [checkpoint.step_of(path) for path in paths] == [1] and len(rows(config, "metrics.jsonl")) < 50
+    paths = lineage.list_checkpoints(config.checkpoint.dir)
+    assert [lineage.step_of(path) for path in paths] == [1] and len(rows(config, "metrics.jsonl")) < 50
 
 
 def test_training_does_not_wait_for_a_save_that_hangs(config, monkeypatch):
@@ -254,7 +254,7 @@ def test_training_does_not_wait_for_a_save_that_hangs(config, monkeypatch):
     control.update = watched
     config.train.steps = 12
     result = run_rank(config, RankInfo(), control=control, placed_at=time.time())
-    steps = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(config.checkpoint.dir)]
+    steps = [lineage.step_of(path) for path in lineage.list_checkpoints(config.checkpoint.dir)]
     assert result["status"] == "completed" and 1 in steps and not {2, 3, 4, 5, 6} & set(steps) and steps[-1] == 12
     waits = [event for event in rows(config, "events.jsonl") if event["kind"] == "checkpoint_waits"]
     assert 2 in [event["step"] for event in waits]
