@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def run(arguments: list[str]) -> int:
         print(table(results))
         _write(named, {"path": loaded.path, "tasks": results["results"]})
         return 0
-    from orchestrator.train.tokens import find_files
+    from orchestrator.train.texts import find_files
 
     most = weights.config.max_seq_len
     window = int(number(named, "window", min(weights.trained_len, most), 1, most))
@@ -97,15 +98,15 @@ def run(arguments: list[str]) -> int:
 def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: str = "text") -> list[TextResult]:
     """Score every document by itself, as one that begins after a document's end; prints a line a file and, last in
     the list, the total."""
-    from orchestrator.train.tokens import documents, find_files
+    from orchestrator.train.texts import documents, find_files, not_utf8
 
-    files, results = find_files(patterns, "text"), []
+    files, results, stray = find_files(patterns, "text"), [], set()
     width = max(4, *(len(Path(file).name) for file in files))
     print(f"{'text':{width}}  documents       bytes      tokens  bits/byte  perplexity  top-1   "
           f"(window {window}, stride {stride})")
     for file in files:
         result = TextResult(Path(file).name, 0, 0, 0, 0.0, 0)
-        for text in documents(file, text_key, "text_key="):
+        for text in documents(file, text_key, "text_key=", stray=stray):
             if text:
                 result = _add(result, _score_document(loaded, text, window, stride))
         if result.tokens:
@@ -113,6 +114,8 @@ def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: 
             _print(result, width)
     if not results:
         raise BadRequest(f"text={patterns}: holds no text; name files with at least one character")
+    if stray:
+        print(not_utf8(f"text={patterns}", len(stray), min(stray)), file=sys.stderr, flush=True)
     total = TextResult("all", 0, 0, 0, 0.0, 0)
     for result in results:
         total = _add(total, result)

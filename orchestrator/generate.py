@@ -202,17 +202,19 @@ def _read_prompts(named: dict[str, str]) -> tuple[list[str], bool]:
             return [sys.stdin.read()], False
         except UnicodeDecodeError:
             raise BadRequest("stdin: is no UTF-8 text; give the prompt in that encoding") from None
-    from orchestrator.train.tokens import documents
+    from orchestrator.train.texts import documents, not_utf8
 
-    file = named["file"]
+    file, stray = named["file"], set()
     if os.path.isdir(file):
         raise BadRequest(f"file={file}: is a directory; name a text, or JSON lines with a prompt")
     try:
-        texts = list(documents(file, "prompt", ""))
+        texts = list(documents(file, "prompt", "", stray=stray))
     except (OSError, ValueError) as error:
         if isinstance(error, BadRequest):
             raise
         raise BadRequest(f"file={file}: cannot be read ({error}); name a text, or JSON lines with a prompt") from None
+    if stray:
+        print(not_utf8(f"file={file}", 1, file), file=sys.stderr, flush=True)
     if not texts:
         raise BadRequest(f"file={file}: holds no prompt; write a line {{\"prompt\": ...}} for each")
     return texts, file.endswith((".jsonl", ".ndjson", ".parquet"))

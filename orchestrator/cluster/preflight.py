@@ -48,13 +48,14 @@ def checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.
 
 def check_data(config: Config, progress: Progress, *, here: bool) -> None:
     """Find out that the data cannot be used before a device is paid for; on this machine also tokenise it."""
-    from orchestrator.train import data, tokenizer, tokens
+    from orchestrator.train import data, texts, tokenizer
 
     if config.data.kind is not DataKind.text:
         return
     if here:
-        data.prepare(config.data, model=config.model, seq_len=config.train.seq_len,
-                     n_extra=1 + config.model.n_mtp_layers, on_progress=progress.tokenising)
+        corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len,
+                              n_extra=1 + config.model.n_mtp_layers, on_progress=progress.tokenising)
+        progress.warn(corpus.notice)
     else:
-        tokens.find_files(config.data.path)
+        texts.find_files(config.data.path)
         tokenizer.load_tokenizer(config.data.tokenizer)

@@ -40,6 +40,8 @@ def show_status(run_dir: str) -> None:
     console.print(line)
     if waiting:
         console.print(f"waits for {waiting}")
+    if lead.get("notice"):
+        console.print(lead["notice"])
     table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "last sign",
                   "tokens received by expert", box=None, pad_edge=False)
     for column in table.columns[:-1]:

@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from orchestrator.config import DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest
 from orchestrator.plan.layout import batch_size_at
+from orchestrator.train.texts import not_utf8
 from orchestrator.train.tokens import build_index, read_index
 
 
@@ -55,6 +56,8 @@ class Corpus:
     """Bits per byte of a bigram model and of gzip -9 on the validation split."""
     bytes_per_token: float | None
     """Of the validation split, to turn nats per token into bits per byte."""
+    notice: str | None = None
+    """What every run on these tokens is to be told of them."""
 
 
 def prepare(config: DataConfig, *, model: ModelConfig, seq_len: int, n_extra: int,
@@ -73,9 +76,10 @@ def prepare(config: DataConfig, *, model: ModelConfig, seq_len: int, n_extra: in
             raise BadRequest(f"train.seq_len={seq_len}: the {split} split has only {stream.num_tokens} tokens; use "
                              "shorter sequences, more data or another data.validation_fraction")
     hashes = [shard["sha256"] for split in sorted(streams) for shard in index["shards"][split]]
-    held_out = streams["validation"]
+    held_out, stray = streams["validation"], index["not_utf8"]
+    notice = not_utf8(f"data.path={config.path}", stray["files"], stray["first"]) if stray["files"] else None
     return Corpus(hashlib.sha256("".join(hashes).encode()).hexdigest(), index["vocab_size"], streams,
-                  index["baselines"], held_out.num_bytes / held_out.num_tokens)
+                  index["baselines"], held_out.num_bytes / held_out.num_tokens, notice)
 
 
 def compare_over_ranks(corpus: Corpus, config: DataConfig, rank: int, store, on_progress: Callable[[], None]) -> None:

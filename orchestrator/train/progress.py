@@ -18,6 +18,7 @@ class Progress:
         self.bar = self.task = None
         self.said_at, self.said = 0.0, None
         self.first: tuple[float, int] | None = None
+        self.warned: set[str] = set()
 
     def __enter__(self) -> "Progress":
         if sys.stdout.isatty():
@@ -41,6 +42,12 @@ class Progress:
         else:
             self.print_line(line)
 
+    def warn(self, line: str | None) -> None:
+        """A line that is said once, whoever says it; None is none."""
+        if line and line not in self.warned:
+            self.warned.add(line)
+            self.say(line)
+
     def tokenising(self, done: int, total: int) -> None:
         facts = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
         if self.bar is not None:
@@ -50,6 +57,7 @@ class Progress:
 
     def show(self, status: dict) -> None:
         """status: of rank 0, see `Control.status`."""
+        self.warn(status.get("notice"))
         step, steps = status.get("step", 0), status.get("steps", 0)
         if status.get("phase") == "start":
             facts, description, step, steps = "", "starting", None, None

@@ -1,6 +1,7 @@
 """Text into token shards, once: flat little-endian integers beside one JSON index, memory-mapped ever after.
 
-    <cache_dir>/<key>/index.json                  version, tokenizer, baselines, and per shard tokens, bytes, sha256
+    <cache_dir>/<key>/index.json                  version, tokenizer, baselines, files that are not UTF-8, and per shard
+                                                  tokens, bytes, sha256
     <cache_dir>/<key>/train-00000.bin ...         uint16 or uint32 by vocabulary; documents end in the eos token
     <cache_dir>/<key>/validation-00000.bin ...    a split by document: a document's content decides its side
 
@@ -14,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import sysconfig
 import tempfile
 import time
 import zlib
@@ -26,15 +26,14 @@ import numpy as np
 from orchestrator.config import DataConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
 from orchestrator.train import storage
+from orchestrator.train.texts import documents, find_files
 from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
 
-VERSION = 1
+VERSION = 2
 SHARD_TOKENS = 1 << 28
 LOCK_TIMEOUT_S = 3600.0
 """A process that tokenises for others is given up when it has written nothing for this long."""
 TELL_CHARACTERS = 1 << 22
-LOOKED_AT = 1 << 13
-"""Bytes of a file by which text is told from what is none."""
 SPLITS = ("train", "validation")
 
 
@@ -69,93 +68,13 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
     return target
 
 
-def find_files(path: str, key: str = "data.path") -> list[str]:
-    """Files that `data.path` means, sorted: globs, comma separated, `stdlib`, or one folder of it: `stdlib:encodings`.
-    `key` is what an error names.
-    """
-    if path.split(":")[0] == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"], path.removeprefix("stdlib").removeprefix(":"))
-        if not root.is_dir():
-            raise BadRequest(f"{key}={path}: the library has no folder of that name; use stdlib")
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-        return sorted(str(file) for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
-    found = set()
-    for pattern in filter(None, (part.strip() for part in path.split(","))):
-        matches = storage.glob(pattern)
-        if not matches and os.path.isdir(storage.local_path(pattern) or ""):
-            raise BadRequest(f"{key}={pattern}: is a folder; name its files, as in "
-                             f"'{storage.join(pattern, '**/*.txt')}'")
-        if not matches:
-            raise BadRequest(f"{key}={pattern}: matches no file; give a path or glob of text, .jsonl or .parquet "
-                             "files, or stdlib")
-        found.update(matches)
-    if not found:
-        raise BadRequest(f"{key}={path!r}: names no file; give a glob, or stdlib")
-    return sorted(found)
-
-
-def documents(file: str, text_key: str, key: str = "data.text_key=") -> Iterator[str]:
-    """The texts in one file: a line's field of .jsonl, a row's of .parquet, else the whole file. `key` is how an error
-    names the field."""
-    if file.endswith((".jsonl", ".ndjson")):
-        for number, line in enumerate(_lines(file), 1):
-            if line.strip():
-                yield _field(line.decode("utf-8", "replace"), text_key, f"{file}:{number}", key)
-    elif file.endswith(".parquet"):
-        yield from _parquet_texts(file, text_key, key)
-    else:
-        raw = storage.read_bytes(file)
-        if b"\0" in raw[:LOOKED_AT]:
-            raise BadRequest(f"{file}: is no text, it holds zero bytes; unpack what is compressed, convert other "
-                             "encodings to UTF-8, or leave it out")
-        yield raw.decode("utf-8", "replace")
-
-
-def _field(line: str, text_key: str, where: str, key: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"{where}: is not JSON ({error.msg}); one object per line is wanted") from None
-    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-        raise BadRequest(f"{where}: has no text under {key}{text_key}; its keys are "
-                         f"{list(row) if isinstance(row, dict) else type(row).__name__}")
-    return row[text_key].encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
-
-
-def _lines(file: str) -> Iterator[bytes]:
-    """Ended by b"\\n" alone: JSON may hold any other end of a line inside a text."""
-    rest = b""
-    for chunk in storage.read_chunks(file):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    yield rest
-
-
-def _parquet_texts(file: str, text_key: str, key: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise NotFit(f"{file}: reading Parquet needs pyarrow; pip install pyarrow") from None
-    with storage.open_read(file) as handle:
-        try:
-            table = parquet.ParquetFile(handle)
-            if text_key not in table.schema_arrow.names:
-                raise BadRequest(f"{file}: has no column {key}{text_key}; its columns are "
-                                 f"{table.schema_arrow.names}")
-            for batch in table.iter_batches(columns=[text_key]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-        except pyarrow.ArrowException as error:
-            raise BadRequest(f"{file}: is not readable Parquet ({error}); remove or repair it") from None
-
-
 def _build(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig, folder: Path,
            on_progress: Callable[[int, int], None]) -> None:
     """Write shards and index. A corpus of few documents may hold out none: then the one of lowest share is held out,
     and of a single document its end."""
     fraction = config.validation_fraction
-    writer = _Writer(folder, tokenizer)
-    for text, share in _read(sizes, config.text_key, on_progress):
+    writer, stray = _Writer(folder, tokenizer), set()
+    for text, share in _read(sizes, config.text_key, on_progress, stray):
         writer.add(text, "validation" if share < fraction else "train")
     if not writer.sound:
         texts = sorted(_read(sizes, config.text_key, on_progress), key=lambda item: item[1])
@@ -168,16 +87,18 @@ def _build(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig, fold
             writer.add(text, "train" if i else "validation")
     if not writer.sound:
         raise BadRequest(f"data.path={config.path}: has too little text for two splits ({len(sizes)} files); give more")
-    data = json.dumps(writer.index(), indent=1)
+    index = writer.index() | {"not_utf8": {"files": len(stray), "first": min(stray, default=None)}}
+    data = json.dumps(index, indent=1)
     (folder / "index.json").write_text(
         json.dumps({"sha256": hashlib.sha256(data.encode()).hexdigest(), "index": json.loads(data)}))
 
 
-def _read(sizes: dict[str, int], text_key: str, on_progress: Callable[[int, int], None]) -> Iterator[tuple[str, float]]:
+def _read(sizes: dict[str, int], text_key: str, on_progress: Callable[[int, int], None],
+          stray: set[str] | None = None) -> Iterator[tuple[str, float]]:
     """Every text of these files (name and bytes) that is not empty, with its share: a hash of its content in [0, 1)."""
     total, done, read, told = sum(sizes.values()), 0, 0, 0
     for file, size in sizes.items():
-        for text in documents(file, text_key):
+        for text in documents(file, text_key, stray=stray):
             read += len(text)
             if read - told > TELL_CHARACTERS:
                 told = read

@@ -35,6 +35,13 @@ def test_a_model_that_knows_nothing_needs_the_vocabularys_bits(checkpoint, tmp_p
     assert result["total"]["perplexity"] == pytest.approx(264, rel=1e-5)
 
 
+def test_text_that_is_not_utf8_is_scored_and_said_so(checkpoint, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    out, err = evaluate(capsys, checkpoint, f"text={tmp_path}/a.txt")
+    assert "a.txt" in out and err == (f"warning: text={tmp_path}/a.txt: 1 file is not UTF-8 ({tmp_path}/a.txt): stray "
+                                      "bytes are read as U+FFFD; convert to UTF-8 (iconv), or leave out\n")
+
+
 @pytest.mark.parametrize("arguments, words", [
     ([], "takes text=FILE or tasks=NAME"),
     (["text=nowhere.txt"], "text=nowhere.txt: matches no file"),

@@ -79,6 +79,9 @@ def test_prompts_come_from_stdin_and_from_files_in_their_order(checkpoint, tmp_p
     rows = [json.loads(line) for line in
             generate(capsys, checkpoint, "max_tokens=12", f"file={tmp_path / 'p.jsonl'}")[0].splitlines()]
     assert [row["prompt"] for row in rows] == ["class A", "def "] and rows[1]["text"] + "\n" == alone
+    (tmp_path / "q.txt").write_bytes(b"caf\xe9")
+    assert f"1 file is not UTF-8 ({tmp_path}/q.txt)" in generate(capsys, checkpoint, "max_tokens=2",
+                                                                 f"file={tmp_path / 'q.txt'}")[1]
 
 
 def test_speculation_is_compared_with_plain_decoding_in_one_run(checkpoint, capsys):

@@ -35,3 +35,11 @@ def test_a_run_that_waits_for_a_place_says_for_which_ranks_and_how_long(tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(": waiting, step 3 of 9, attempt 1")
     assert lines[1] == "waits for a place for rank 0 (died), 60 s at most"
+
+
+def test_status_says_what_every_run_on_the_data_is_told(tmp_path, capsys):
+    rank = {"rank": 0, "node_rank": 0, "host": "h", "pid": 7, "notice": "warning: data.path=x: 1 file is not UTF-8"}
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "status.json").write_text(json.dumps({"time": 10.0, "attempt": 1, "ranks": [rank]}))
+    show_status(str(tmp_path))
+    assert capsys.readouterr().out.splitlines()[1] == rank["notice"]

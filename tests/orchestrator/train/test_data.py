@@ -17,10 +17,12 @@ import pytest
 import torch.distributed as dist
 
 from model.config import ModelConfig
-from orchestrator.config import DataConfig, DataKind, TrainConfig
+from orchestrator.cluster.preflight import check_data
+from orchestrator.config import Config, DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, PeerLost
-from orchestrator.train import data, storage, tokens
+from orchestrator.train import data, storage, texts, tokens
 from orchestrator.train.control import Control
+from orchestrator.train.progress import Progress
 from orchestrator.train.tokenizer import BYTE_EOS
 
 ROOT = Path(__file__).parents[3]
@@ -213,6 +215,25 @@ def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, me
         prepare(config_for(tmp_path, name))
 
 
+def test_bytes_that_are_not_utf8_are_read_and_every_run_on_them_is_told(folder):
+    assert prepare(config_for(folder)).notice is None
+    (folder / "050.txt").write_bytes("na\u00efve caf\u00e9 ".encode("latin-1") * 20)
+    (folder / "060.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "plain"}\n')
+    config = config_for(folder, path=f"{folder}/*.txt,{folder}/*.jsonl")
+    corpus = prepare(config)
+    assert corpus.notice == (f"warning: data.path={config.path}: 2 files are not UTF-8 ({folder}/050.txt, ...): stray "
+                             "bytes are read as U+FFFD; convert to UTF-8 (iconv), or leave out")
+    found = documents_of(corpus.streams["train"]) + documents_of(corpus.streams["validation"])
+    assert "na\ufffdve caf\ufffd " * 20 in found and "caf\ufffd" in found and len(found) == 43
+    said = []
+    for _ in range(2):  # the second from the cache
+        progress = Progress(said.append)
+        check_data(Config(data=config, train=TrainConfig(seq_len=16)), progress, here=True)
+        progress.show({"phase": "step", "notice": corpus.notice})
+    assert [line for line in said if "warning" in line] == [corpus.notice] * 2
+    assert "1 file is not UTF-8 (a)" in texts.not_utf8("file=a", 1, "a")
+
+
 def test_a_cache_that_cannot_be_is_named(folder):
     with pytest.raises(NotFit, match=r"000\.txt/x: cannot be made or written \(Not a directory\); choose another"):
         prepare(config_for(folder, cache_dir=str(folder / "000.txt" / "x")))
@@ -243,7 +264,7 @@ def test_any_fsspec_place_and_several_globs_will_do(folder):
 
 
 def test_stdlib_is_the_source_of_this_python_without_its_tests():
-    files = tokens.find_files("stdlib")
+    files = texts.find_files("stdlib")
     assert len(files) > 300 and any(file.endswith("/argparse.py") for file in files)
     assert not any("/test/" in file or "site-packages" in file for file in files)
 
@@ -256,10 +277,10 @@ def test_random_tokens_need_no_files_and_depend_on_seed_and_index_alone():
 
 
 def test_one_folder_of_the_library_is_a_corpus_too():
-    found = tokens.find_files("stdlib:encodings")
-    assert set(found) < set(tokens.find_files("stdlib")) and any(file.endswith("cp1252.py") for file in found)
+    found = texts.find_files("stdlib:encodings")
+    assert set(found) < set(texts.find_files("stdlib")) and any(file.endswith("cp1252.py") for file in found)
     with pytest.raises(BadRequest, match="data.path=stdlib:nothing: the library has no folder of that name"):
-        tokens.find_files("stdlib:nothing")
+        texts.find_files("stdlib:nothing")
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\r"])
@@ -267,7 +288,7 @@ def test_json_lines_end_in_a_newline_and_nothing_else(tmp_path, end):
     text = f"one{end}text"
     lines = [json.dumps({"text": text}, ensure_ascii=end == "\r"), '{"text": "b"}']
     (tmp_path / "t.jsonl").write_bytes("\r\n".join(lines).encode())
-    assert list(tokens.documents(str(tmp_path / "t.jsonl"), "text")) == [text, "b"]
+    assert list(texts.documents(str(tmp_path / "t.jsonl"), "text")) == [text, "b"]
 
 
 def test_who_waits_for_anothers_tokens_says_so_and_can_leave(tmp_path):

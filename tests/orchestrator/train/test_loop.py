@@ -209,6 +209,14 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_continues(ranks
     assert losses(tmp_path)[6] == losses(whole)[6]
 
 
+def test_a_rank_publishes_what_the_run_is_to_be_told_of_its_data(text, tmp_path):
+    (tmp_path / "a.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 400)
+    control = Control()
+    train(RankInfo(), make_config(text, tmp_path / "run", data__path=f"{text}/*.txt,{tmp_path}/a.txt", train__steps=1,
+                                  train__validate_every=0), control)
+    assert f"1 file is not UTF-8 ({tmp_path}/a.txt)" in control.status()["notice"]
+
+
 def test_resume_refuses_another_model_and_another_order_of_samples(text, whole, tmp_path):
     path = checkpoint_of(whole, 6)
     other = make_config(text, tmp_path, resume=path, model__dim=32)
