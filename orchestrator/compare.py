@@ -27,7 +27,7 @@ from orchestrator.report_plots import Series, line_chart
 from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import STYLE, figure, table
 from orchestrator.train import storage
-from orchestrator.train.finish import read_summary
+from orchestrator.train.finish import earlier_end
 from orchestrator.words import plain, quoted
 
 HELP = """\
@@ -211,7 +211,7 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
     for seed in seeds:
         for name, words in commands.items():
             path, done = storage.join(out, f"{name}-seed{seed}"), done + 1
-            if (read_summary(path) or {}).get("status") != "completed":  # those that failed have a summary, too
+            if (earlier_end(path) or {}).get("status") != "completed":  # those that failed have a summary, too
                 print(f"\nrun {done} of {total}: {name}, seed {seed}", flush=True)
                 code = _train([*words, f"seed={seed}", f"run.dir={quoted(path)}", "resume=auto"])
                 if code in STOPPED:

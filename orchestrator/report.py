@@ -64,6 +64,8 @@ def _header(runs: list[Run], title: str) -> str:
                          + (f" and {spares} to spare" if spares else ""))
         if s["attempts"]:
             parts.append(f"{s['attempts']} attempt" + "s" * (s["attempts"] != 1))
+        if run.note:
+            parts.append(run.note)
         name = f"<b>{escape(run.label)}</b> " if len(runs) > 1 else ""
         lines.append(f'<p class="sub">{name}<span class="status {escape(s["status"])}">{escape(s["status"])}</span> '
                      f"{escape('; '.join(parts))}</p>")
@@ -293,6 +295,7 @@ def markdown(runs: list[Run]) -> str:
     for figures in zip(*columns, strict=True):
         lines.append(_row([figures[0].name, *(f"{f.value} ({f.note})" if f.note else f.value for f in figures)]))
     for run in runs:
+        lines += ["", f"{run.label}: {run.note}."] if run.note else []
         lines += ["", f"## Where the time went: {run.label}", ""]
         lines += [_row(["bucket", "device-seconds", "share", "cost", "predicted at the optimal interval"]),
                   _row(["---", "---:", "---:", "---:", "---:"])]

@@ -1,13 +1,12 @@
 """A run directory read back for the report: its files, its headline figures, its balance. No prose, no drawing."""
 
-import json
 from dataclasses import dataclass
 
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import format_number
 from orchestrator.train import storage
-from orchestrator.train.finish import SUMMARY, format_usd
+from orchestrator.train.finish import SUMMARY, format_usd, read_summary
 from orchestrator.train.metrics import EVENTS, METRICS, read_rows
 
 LAST_STEPS = 50
@@ -25,6 +24,8 @@ class Run:
     """Text of config.yaml."""
     is_finished: bool
     label: str = ""
+    note: str = ""
+    """What stands in for a file that is damaged."""
 
     def column(self, key: str) -> list:
         return [row.get(key) for row in self.rows]
@@ -54,15 +55,15 @@ class Share:
 def read_run(path: str) -> Run:
     """Read a run directory; one that is still running or was killed is summed up from its rows."""
     rows = [row for row in read_rows(_text(path, METRICS)) if "step" in row]
-    events, config, summary = read_rows(_text(path, EVENTS)), _text(path, "config.yaml"), _text(path, SUMMARY)
-    if not (rows or events or config or summary):
+    events, config, written, note = read_rows(_text(path, EVENTS)), _text(path, "config.yaml"), {}, ""
+    try:
+        written = read_summary(path) or {}
+    except NotTrustworthy:
+        note = f"{SUMMARY} is damaged: summed up from the rows"
+    if not (rows or events or config or written or note):
         raise BadRequest(f"report: {path}: is not a run directory (no config.yaml, metrics.jsonl or summary.json "
                          "there); give the directory that `sparing train` printed")
-    try:
-        written = json.loads(summary) if summary else {}
-    except json.JSONDecodeError:
-        written = {}
-    return Run(path, _filled(written, rows, path), rows, events, config, is_finished=bool(written))
+    return Run(path, _filled(written, rows, path), rows, events, config, is_finished=bool(written), note=note)
 
 
 def headline_figures(summary: dict) -> list[Figure]:

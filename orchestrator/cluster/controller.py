@@ -122,14 +122,14 @@ class Controller:
         released_at = steady()
         if ranks is None:  # nothing was held, nothing is charged
             placed_at = released_at
+        failure = None
         if error is not None:
             for event in self.events:
                 append_event(config.run.dir, **event)
-            append_event(config.run.dir, "run_failed", cause=str(error), rank=getattr(error, "rank", None),
-                         node=getattr(error, "node", None))
+            failure = {"cause": str(error), "rank": getattr(error, "rank", None), "node": getattr(error, "node", None)}
         summary = finish_run(config, result, placed_at=placed_at, released_at=released_at,
                              devices=self._size, attempts=self.attempt, spares=self.held[-1][2],
-                             refused=isinstance(error, BadRequest))
+                             refused=isinstance(error, BadRequest), failure=failure)
         if error is not None:
             raise error
         return summary

@@ -1,12 +1,11 @@
 """`sparing status RUN`: what a live run is doing, from the status.json its controller keeps."""
 
-import json
 import time
 from itertools import count, groupby
 
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
-from orchestrator.train.finish import format_usd, headline, read_summary
+from orchestrator.train.finish import format_usd, headline, read_kept, read_summary
 from orchestrator.train.run_dir import CONFIG, STATUS
 
 WIDTH = 150
@@ -22,11 +21,10 @@ def show_status(run_dir: str) -> None:
         raise BadRequest(f"{run_dir}: is no run directory (it has no {CONFIG}); name one, as in runs/NAME")
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.width = console.width if console.is_terminal else WIDTH
-    path, summary = storage.join(run_dir, STATUS), read_summary(run_dir)
-    if not storage.exists(path):
+    status, summary = read_kept(run_dir, STATUS), read_summary(run_dir)
+    if status is None:
         console.print("no ranks have been placed by Ray" if summary is None else "\n".join(headline(summary)))
         return
-    status = json.loads(storage.read_bytes(path))
     ended = summary is not None and summary["released_at"] >= status["time"]
     now = summary["released_at"] if ended else time.time()
     lead = status["ranks"][0]

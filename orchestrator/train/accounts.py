@@ -26,7 +26,7 @@ from orchestrator.train.cadence import Cadence
 from orchestrator.train.control import Recovery, steady
 from orchestrator.train.data import Corpus
 from orchestrator.train.expected import expected
-from orchestrator.train.finish import read_summary, summarise
+from orchestrator.train.finish import earlier_end, summarise
 
 PREDICTED = ("step_time_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "memory_peak_gib", "steps_usd")
 """Logged as lines beside what is measured."""
@@ -243,9 +243,9 @@ class Accounts:
         if self.tracker is not None and not held:
             if recovery is None:
                 ledger.catch_up(self.tracker.dropped.charged_s, "lost_work")
-            summary = read_summary(self.config.run.dir)
-            if summary is not None:
-                ledger.catch_up(summary["measured"]["charged_s"], "restart")
+            earlier = earlier_end(self.config.run.dir)
+            if earlier is not None:
+                ledger.catch_up(earlier["measured"]["charged_s"], "restart")
         self.unbooked_s = ledger.settled_s - math.fsum(ledger.buckets_s.values())
         for at, devices, spares in history:
             if at > since:

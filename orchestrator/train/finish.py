@@ -3,15 +3,17 @@
 Every key is always there; what is not known is null. A run that failed is summed up from the rows it left.
 """
 
+import contextlib
 import json
 import math
 
 from model import count
 from orchestrator.config import Config
+from orchestrator.errors import NotTrustworthy
 from orchestrator.plan import cost
 from orchestrator.plan.cost import Ledger
 from orchestrator.train import storage
-from orchestrator.train.metrics import METRICS, read_rows
+from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
 
 SUMMARY = "summary.json"
 BILL = ("device_hours", "gpu_hours", "usd_total", "usd_per_million_tokens", "goodput", "buckets_s", "attempts",
@@ -19,35 +21,65 @@ BILL = ("device_hours", "gpu_hours", "usd_total", "usd_per_million_tokens", "goo
 """What an attempt adds to, whatever comes of it."""
 
 
-def finish_run(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
-               attempts: int, spares: int = 0, refused: bool = False) -> dict:
+def finish_run(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int, attempts: int,
+               spares: int = 0, refused: bool = False, failure: dict | None = None) -> dict:
     """Sum the run up and write it into the run directory. placed_at, released_at: unix times of the last attempt;
     devices, spares: held at its end, with a rank and without. refused: the attempt was asked for what cannot be, which
-    takes nothing from a run that is complete but the money."""
+    takes nothing from a run that is complete but the money. failure: what the event of a failed attempt says."""
+    earlier = earlier_end(config.run.dir)
     if result.get("ledger") is None or result.get("tokens_per_s") is None:
         rows_at = storage.join(config.run.dir, METRICS)
         rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
     if result.get("ledger") is not None and result.get("tokens_per_s") is None:  # it went on where nothing was to do
         result = result | _rates(rows)
     if result.get("ledger") is None:
-        earlier = read_summary(config.run.dir) or {"attempts": attempts}
-        earlier_s = earlier["measured"]["charged_s"] if earlier["attempts"] < attempts else 0.0
+        earlier_s = earlier["measured"]["charged_s"] if earlier and earlier["attempts"] < attempts else 0.0
         left = _result_from_rows(rows, earlier_s=earlier_s, held_s=released_at - placed_at, released_at=released_at,
                                  devices=devices, spares=spares)
         result = left | {key: value for key, value in result.items() if value is not None}
     summary = summarise(config, result, placed_at=placed_at, released_at=released_at, devices=devices,
                         attempts=attempts, spares=spares)
-    if refused and (earlier := read_summary(config.run.dir)) and earlier["status"] == "completed":
+    if refused and earlier and earlier["status"] == "completed":
         measured = earlier["measured"] | {key: summary["measured"][key] for key in ("charged_s", "wall_s")}
         summary = earlier | {key: summary[key] for key in BILL if key in summary} | {"measured": measured}
+    append_event(config.run.dir, "run_ended" if failure is None else "run_failed", **(failure or {}), attempt=attempts,
+                 charged_s=summary["measured"]["charged_s"])
     storage.write_bytes(storage.join(config.run.dir, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 
 def read_summary(run_dir: str) -> dict | None:
     """The summary an earlier attempt left, if any."""
-    path = storage.join(run_dir, SUMMARY)
-    return json.loads(storage.read_bytes(path)) if storage.exists(path) else None
+    return read_kept(run_dir, SUMMARY)
+
+
+def read_kept(run_dir: str, name: str) -> dict | None:
+    """A JSON object that a run keeps in its directory, if it is there; `NotTrustworthy` where it is damaged."""
+    path = storage.join(run_dir, name)
+    if not storage.exists(path):
+        return None
+    try:
+        kept = json.loads(storage.read_bytes(path))
+    except ValueError:
+        kept = None
+    if not isinstance(kept, dict):
+        raise NotTrustworthy(f"{path}: is damaged, no JSON object; `sparing report {run_dir}` sums up from the rows, "
+                             "and resume=auto goes on and writes it anew")
+    return kept
+
+
+def earlier_end(run_dir: str) -> dict | None:
+    """The summary of the last attempt that ended. Where it is damaged or gone, what the event of that end says in its
+    stead: `attempts` and `charged_s`, so that a bill never goes back."""
+    with contextlib.suppress(NotTrustworthy, KeyError, TypeError):
+        if (summary := read_summary(run_dir)) and summary["attempts"] and summary["measured"]["charged_s"] >= 0:
+            return summary
+    path = storage.join(run_dir, EVENTS)
+    events = read_rows(storage.read_bytes(path).decode(errors="replace")) if storage.exists(path) else []
+    for event in reversed(events):
+        if event.get("kind") in ("run_ended", "run_failed") and event.get("charged_s") is not None:
+            return {"status": None, "attempts": event["attempt"], "measured": {"charged_s": event["charged_s"]}}
+    return None
 
 
 def summarise(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,

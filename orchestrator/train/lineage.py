@@ -9,7 +9,7 @@ import os
 import re
 
 from orchestrator.config import Config, DataConfig, DataKind, from_dict, to_dict
-from orchestrator.errors import BadRequest, NotFit
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
 from orchestrator.train import storage
 from orchestrator.train.finish import read_summary
 from orchestrator.train.manifest import MANIFEST, CorruptManifest, Manifest, read_manifest
@@ -39,7 +39,8 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
     if found is None:
         return None
     path, state = found[0], found[1].state
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a state that no run has written: the ranks say so
+    # The ranks say so of a state that no run has written, and a damaged summary does not keep a run from going on.
+    with contextlib.suppress(KeyError, TypeError, AttributeError, NotTrustworthy):
         check_same(config, path, state)
         return _complete(config, progress, state["progress"]["step"])
     return None

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from orchestrator.config import Config, to_dict
-from orchestrator.errors import BadRequest, NotFit
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
 from orchestrator.train import storage
-from orchestrator.train.finish import SUMMARY
+from orchestrator.train.finish import SUMMARY, read_kept
 from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
 
 CONFIG, LOCK, STATUS = "config.yaml", "lock.json", "status.json"
@@ -156,8 +156,9 @@ def _is_live(run_dir: str, held: str, *, is_free: Callable[[], bool]) -> bool:
 
 
 def _last_sign(run_dir: str, holder: dict) -> float:
-    path = storage.join(run_dir, STATUS)
-    seen = json.loads(storage.read_bytes(path))["time"] if storage.exists(path) else 0.0
+    seen = 0.0
+    with contextlib.suppress(NotTrustworthy, KeyError):
+        seen = (read_kept(run_dir, STATUS) or {"time": 0.0})["time"]
     return max(seen, holder.get("since", 0.0))
 
 

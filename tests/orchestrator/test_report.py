@@ -185,6 +185,16 @@ def test_a_row_torn_by_a_crash_is_left_out(write_run):
     write_report([run])
 
 
+@pytest.mark.parametrize("content", ["", '{"status": "comp', "[]"])
+def test_a_damaged_summary_is_said_and_the_rows_are_summed_up(write_run, content):
+    run = write_run(steps=20)
+    pathlib.Path(run, "summary.json").write_text(content)
+    page, _ = read_page(write_report([run]))
+    said = "summary.json is damaged: summed up from the rows"
+    assert said in page and said in pathlib.Path(run, "report.md").read_text() and "unfinished" in page
+    assert read_run(run).summary["steps"] == 20
+
+
 def test_several_runs_are_compared_on_one_page(write_run, tmp_path):
     runs = [write_run("moe"), write_run("dense", seed=1, loss_to=1.8), write_run("killed", summary=False, steps=90)]
     page, _ = read_page(write_report(runs, out=str(tmp_path / "all.html")))

@@ -93,6 +93,7 @@ def test_what_nobody_can_help_ends_the_run_with_its_exit_code(tmp_path, script, 
     assert isinstance(end, error) and end.exit_code == code
     failed = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()][-1]
     assert failed["kind"] == "run_failed" and failed["rank"] is not None and failed["cause"]
+    assert failed["charged_s"] == json.loads((tmp_path / "summary.json").read_text())["measured"]["charged_s"]
 
 
 def test_a_run_that_fails_tells_of_no_decision_that_its_ranks_have_told(tmp_path):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from orchestrator.__main__ import main
 from orchestrator.cluster.status import show_status
 
 
@@ -43,3 +44,14 @@ def test_status_says_what_every_run_on_the_data_is_told(tmp_path, capsys):
     (tmp_path / "status.json").write_text(json.dumps({"time": 10.0, "attempt": 1, "ranks": [rank]}))
     show_status(str(tmp_path))
     assert capsys.readouterr().out.splitlines()[1] == rank["notice"]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "status.json"])
+@pytest.mark.parametrize("content", ["", '{"time": 1', "[]", b"\xff"])
+def test_a_damaged_file_is_said_in_one_line(tmp_path, capsys, name, content):
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["status", str(tmp_path)]) == 17
+    out, err = capsys.readouterr()
+    assert not out and err == (f"error: {tmp_path}/{name}: is damaged, no JSON object; `sparing report {tmp_path}` "
+                               "sums up from the rows, and resume=auto goes on and writes it anew\n")

@@ -6,7 +6,8 @@ import pytest
 from model import count
 from orchestrator.config import Config
 from orchestrator.plan.cost import BUCKETS, Ledger
-from orchestrator.train.finish import finish_run, format_usd, headline
+from orchestrator.train import finish as finish_module
+from orchestrator.train.finish import finish_run, format_usd, headline, read_summary
 
 DEVICES, PEAK, PLACED = 4, 5e10, 1e9
 
@@ -178,3 +179,32 @@ def test_a_refused_request_takes_nothing_from_a_complete_run_but_money(tmp_path)
     assert {key: after[key] for key in ("status", "steps", "loss", "bits_per_byte", "mfu")} == {
         key: before[key] for key in ("status", "steps", "loss", "bits_per_byte", "mfu")}
     assert finish_run(config, {"status": "failed"}, **attempt)["status"] == "failed", "one that broke down is another"
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "comp', "[1]", "{}", None],
+                         ids=["empty", "torn", "no object", "without keys", "gone"])
+def test_a_bill_goes_on_behind_a_summary_that_is_damaged_or_gone(tmp_path, content):
+    """What each end was charged stands in its event, too: `run_failed`, else `run_ended`."""
+    config, charged = config_for(tmp_path), []
+    for attempt, failure in enumerate([None, {"cause": "x", "rank": 1}, None, None], 1):
+        summary = finish_run(config, {"status": "failed"}, placed_at=PLACED, released_at=PLACED + 100, devices=DEVICES,
+                             attempts=attempt, failure=failure)
+        charged.append(summary["measured"]["charged_s"])
+        assert summary == json.loads((tmp_path / "summary.json").read_text())
+        (tmp_path / "summary.json").write_text(content or "")
+        if content is None:
+            (tmp_path / "summary.json").unlink()
+    assert charged == pytest.approx([DEVICES * 100 * attempt for attempt in (1, 2, 3, 4)])
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["attempt"]) for event in events] == [
+        ("run_ended", 1), ("run_failed", 2), ("run_ended", 3), ("run_ended", 4)]
+    assert [event["charged_s"] for event in events] == charged and events[1]["cause"] == "x"
+
+
+def test_the_end_of_an_attempt_reads_the_earlier_one_once(tmp_path, monkeypatch):
+    config, read = config_for(tmp_path), []
+    finish(config, result_of(config))
+    monkeypatch.setattr(finish_module, "read_summary", lambda run_dir: read.append(run_dir) or read_summary(run_dir))
+    finish_run(config, {"status": "failed"}, refused=True, placed_at=PLACED + 200, released_at=PLACED + 210,
+               devices=DEVICES, attempts=2)
+    assert read == [str(tmp_path)]

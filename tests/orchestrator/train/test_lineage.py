@@ -159,3 +159,19 @@ def test_on_a_cluster_a_place_that_the_driver_cannot_see_is_left_to_the_ranks(ru
     assert lineage.look_back(seen, progress, here=False) is None
     with pytest.raises(storage.StorageDenied):
         lineage.look_back(seen, progress, here=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", None], ids=["damaged", "no object", "gone"])
+def test_a_run_goes_on_behind_a_damaged_summary_and_its_bill_too(run, capsys, monkeypatch, content):
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["kind"] == "run_ended"
+    events[-1]["charged_s"] += 1000  # as if its release had taken long
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / "summary.json").write_text(content or "")
+    if content is None:
+        (run / "summary.json").unlink()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
+    assert main(["train", f"run.dir={run}", "resume=auto", "train.steps=9"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["steps"] == 9
+    assert summary["measured"]["charged_s"] > events[-1]["charged_s"], "what is charged never goes back"

@@ -131,6 +131,15 @@ def test_a_place_without_locks_is_named(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("status", ["", "[]", "{}"])
+def test_a_damaged_status_is_no_sign_of_life(tmp_path, status):
+    url = f"memory://{tmp_path.name}/run"
+    storage.write_bytes(storage.join(url, "lock.json"), b'{"host": "elsewhere", "pid": 7, "since": 0}')
+    storage.write_bytes(storage.join(url, "status.json"), status.encode())
+    with claim_run_dir(config_for(url)) as claim:
+        assert claim.attempt == 1
+
+
 def test_a_bad_name_and_an_unwritable_place_are_refused(tmp_path):
     config = config_for(tmp_path)
     config.run.name = "../up"
