@@ -35,7 +35,6 @@ from orchestrator.train.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     CorruptManifest,
-    Damaged,
     Entry,
     Manifest,
     ShardFile,
@@ -44,27 +43,12 @@ from orchestrator.train.manifest import (
     expert_census,
     parse,
 )
-from orchestrator.train.shards import Loader, Piece, check_shard, snapshot, write_shard
+from orchestrator.train.shards import Piece, check_shard, snapshot, write_shard
 
 logger = logging.getLogger(__name__)
 
 MAX_INDEX_BYTES = 7 << 20
 """TCPStore refuses values above 8 MiB. An index compresses about tenfold: some 500,000 pieces of one rank."""
-
-
-def newest_loadable(directory: str, on_skip: Callable[[str, str], None], *, content: bool = True) -> str | None:
-    """The newest whole checkpoint: every shard there, of its size and (with `content`) its hash.
-
-    A damaged one is told to `on_skip(path, reason)` and the next older one is tried. Storage that does not answer, or
-    a newer format, is an error instead: going back in silence would cost the steps since.
-    """
-    for path in reversed(list_checkpoints(directory)):
-        try:
-            Loader(path).check(content=content)
-            return path
-        except Damaged as error:
-            on_skip(path, str(error))
-    return None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ sample. grain permutes the samples anew each epoch; a run's position is the numb
 import hashlib
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,19 +17,23 @@ import numpy as np
 
 from model.config import ModelConfig
 from orchestrator.config import DataConfig, DataKind, TrainConfig
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.plan.layout import batch_size_at
 from orchestrator.train.texts import not_utf8
-from orchestrator.train.tokens import build_index, read_index
+from orchestrator.train.tokens import BLOCK_BYTES, build_index, checksums_of, read_index
 
 
 class TokenStream:
-    """The shards of one split, memory-mapped, as one long row of tokens."""
+    """The shards of one split, memory-mapped, as one long row of tokens. What is read is compared with its checksums,
+    so that a shard that was altered, even a moment ago, ends the run instead of teaching it something else."""
 
     def __init__(self, folder: Path, dtype: str, shards: list[dict]):
-        self.maps = [np.memmap(folder / shard["file"], dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
-                     for shard in shards]
-        self.ends = np.cumsum([len(part) for part in self.maps])
+        self.folder, self.dtype = folder, np.dtype(dtype).newbyteorder("<")
+        self.files = [folder / shard["file"] for shard in shards]
+        self.maps = [np.memmap(file, dtype=np.uint8, mode="r") for file in self.files]
+        self.checksums = [np.memmap(checksums_of(file), dtype="<u4", mode="r") for file in self.files]
+        self.sizes = [shard["tokens"] for shard in shards]
+        self.ends = np.cumsum(self.sizes)
         self.num_tokens = int(self.ends[-1])
         self.num_bytes = sum(shard["bytes"] for shard in shards)
 
@@ -37,11 +42,23 @@ class TokenStream:
         assert 0 <= start and start + length <= self.num_tokens, (start, length, self.num_tokens)
         parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
         while length:
-            offset = start - (self.ends[shard] - len(self.maps[shard]))
-            part = self.maps[shard][offset : offset + length]
+            offset = start - int(self.ends[shard] - self.sizes[shard])
+            part = self._checked(shard, offset, min(length, self.sizes[shard] - offset))
             parts.append(part)
             start, length, shard = start + len(part), length - len(part), shard + 1
         return np.concatenate(parts).astype(np.int64)
+
+    def _checked(self, shard: int, offset: int, length: int) -> np.ndarray:
+        """Tokens of one shard, out of a copy of their blocks that is compared."""
+        begin, end = offset * self.dtype.itemsize, (offset + length) * self.dtype.itemsize
+        first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+        data = self.maps[shard][first * BLOCK_BYTES : last * BLOCK_BYTES].tobytes()
+        for block in range(first, last):
+            at = (block - first) * BLOCK_BYTES
+            if zlib.crc32(memoryview(data)[at : at + BLOCK_BYTES]) != self.checksums[shard][block]:
+                raise NotTrustworthy(f"{self.files[shard]}: its content is not what was written; delete {self.folder} "
+                                     "and it is made again")
+        return np.frombuffer(data, self.dtype, length, begin - first * BLOCK_BYTES)
 
 
 @dataclass(frozen=True)

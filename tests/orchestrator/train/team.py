@@ -1,10 +1,13 @@
 """Savers of several ranks in one process that share a HashStore; each has its own thread, as in a real run."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
-from orchestrator.train import manifest
-from orchestrator.train.checkpoint import Loader, Piece, Saver
+from orchestrator.train import lineage, manifest
+from orchestrator.train.checkpoint import Saver
+from orchestrator.train.shards import Loader, Piece
 
 EXPERTS = {"layers.1": 8, "layers.2": 8, "mtp.0.block": 8}
 STATE = {"step": 3, "tokens": 12345678901, "loss": 2.0625, "wandb": {"id": "abc"}, "model": {"dim": 8, "n_layers": 3}}
@@ -51,6 +54,21 @@ def assert_holds(path, tensors):
         read = loader.read(key)
         assert read.dtype == tensor.dtype and torch.equal(read, tensor), key
     loader.close()
+
+
+def newest_loadable(directory: str, on_skip: Callable[[str, str], None], *, content: bool = True) -> str | None:
+    """The newest whole checkpoint: every shard there, of its size and (with `content`) its hash.
+
+    A damaged one is told to `on_skip(path, reason)` and the next older one is tried. Storage that does not answer, or
+    a newer format, is an error instead: going back in silence would cost the steps since.
+    """
+    for path in reversed(lineage.list_checkpoints(directory)):
+        try:
+            Loader(path).check(content=content)
+            return path
+        except manifest.Damaged as error:
+            on_skip(path, str(error))
+    return None
 
 
 def flip_bit(path, chance):

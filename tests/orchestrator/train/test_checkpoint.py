@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
-from orchestrator.train import checkpoint, lineage, manifest, storage
-from orchestrator.train.checkpoint import Loader
-from tests.orchestrator.train.team import STATE, Team, assert_holds, flip_bit, pieces_of
+from orchestrator.train import lineage, manifest, storage
+from orchestrator.train.shards import Loader
+from tests.orchestrator.train.team import STATE, Team, assert_holds, flip_bit, newest_loadable, pieces_of
 
 
 def test_four_ranks_write_what_two_and_one_read(root, save, tensors):
@@ -119,7 +119,7 @@ def test_the_newest_whole_checkpoint_is_resumed_and_the_damaged_are_named(root, 
     shard = storage.join(paths[2], "rank-00001.safetensors")
     storage.write_bytes(shard, storage.read_bytes(shard)[:-4] + b"\1\2\3\4")
     storage.write_bytes(storage.join(paths[3], "manifest.json"), b"{}")
-    found = checkpoint.newest_loadable(root, lambda path, reason: skipped.append((path, reason)))
+    found = newest_loadable(root, lambda path, reason: skipped.append((path, reason)))
     assert found == paths[1] and [path for path, _ in skipped] == [paths[3], paths[2]]
     assert "rank-00001.safetensors" in skipped[1][1] and "manifest.json" in skipped[0][1]
     assert lineage.find_latest(root) == paths[2], "its manifest is sound; only a hash tells"
@@ -132,12 +132,12 @@ def test_a_newer_format_is_not_skipped_in_silence(tmp_path, saved):
     with open(file, "w") as new:
         json.dump(raw | {"version": 99}, new)
     with pytest.raises(manifest.FutureFormat, match="format version 99"):
-        checkpoint.newest_loadable(str(tmp_path), lambda path, reason: None)
+        newest_loadable(str(tmp_path), lambda path, reason: None)
 
 
 def test_nothing_to_resume_is_none_and_a_wrong_path_is_named(root, tmp_path):
     assert lineage.find_latest(root) is None
-    assert checkpoint.newest_loadable(root, lambda path, reason: None) is None
+    assert newest_loadable(root, lambda path, reason: None) is None
     with pytest.raises(manifest.CheckpointNotFound, match="no checkpoint here"):
         Loader(storage.join(root, "nowhere"))
 

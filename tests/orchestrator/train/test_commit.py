@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from orchestrator.errors import NotFit
 from orchestrator.train import checkpoint, lineage, manifest, storage
-from orchestrator.train.checkpoint import Loader, Piece, Saver
+from orchestrator.train.checkpoint import Saver
+from orchestrator.train.shards import Loader, Piece
 from tests.orchestrator.train.team import EXPERTS, STATE, Team, assert_holds, flip_bit, pieces_of
 
 

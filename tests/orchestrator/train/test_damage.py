@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from orchestrator.errors import BadRequest
-from orchestrator.train import checkpoint, manifest
-from orchestrator.train.checkpoint import Loader, Piece, Saver
+from orchestrator.train import manifest
+from orchestrator.train.checkpoint import Saver
 from orchestrator.train.manifest import CorruptManifest, CorruptShard, Damaged, MissingShard, TruncatedShard
+from orchestrator.train.shards import Loader, Piece
+from tests.orchestrator.train.team import newest_loadable
 
 FLIPS = int(os.environ.get("BIT_FLIPS", 300))
 SHARD = "rank-00000.safetensors"
@@ -104,7 +106,7 @@ def test_a_checkpoint_without_its_manifest_was_never_one(saved, tmp_path):
     os.unlink(f"{saved}/manifest.json")
     with pytest.raises(manifest.NotCommitted, match="never finished"):
         read_all(saved)
-    assert checkpoint.newest_loadable(str(tmp_path), lambda path, reason: None) is None
+    assert newest_loadable(str(tmp_path), lambda path, reason: None) is None
 
 
 def forge(path, *, shard=None, name=SHARD, num_bytes=None, shape=(16, 8)):

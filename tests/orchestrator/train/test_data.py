@@ -95,20 +95,55 @@ def test_concurrent_processes_build_the_shards_once(folder):
 
 def test_damage_is_found_and_named(folder):
     place = tokens.build_index(config_for(folder))
-    shard = place / "train-00000.bin"
+    shard, stream = place / "train-00000.bin", prepare(config_for(folder)).streams["train"]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    with pytest.raises(NotTrustworthy, match=r"train-00000\.bin: its content is not what was written; delete"):
-        tokens.verify_shards(place)
+    for found in (stream, prepare(config_for(folder)).streams["train"]):  # altered behind its back, and before
+        with pytest.raises(NotTrustworthy, match=r"train-00000\.bin: its content is not what was written; delete"):
+            found.read(45, 10)
     shard.write_bytes(whole[:-2])
     with pytest.raises(NotTrustworthy, match=r"train-00000\.bin: has \d+ bytes, the index says \d+; delete"):
         prepare(config_for(folder))
     shard.write_bytes(whole)
-    tokens.verify_shards(place)
+    assert len(stream.read(0, stream.num_tokens)) == stream.num_tokens
+    sums = place / "train-00000.crc"
+    checks = sums.read_bytes()
+    sums.write_bytes(checks[:-4])
+    with pytest.raises(NotTrustworthy, match=r"train-00000\.crc: has \d+ bytes, the index says \d+; delete"):
+        tokens.read_index(place)
+    sums.write_bytes(checks)
     index = place / "index.json"
     index.write_text(index.read_text().replace('"eos": 256', '"eos": 255'))
     with pytest.raises(NotTrustworthy, match=r"index\.json: is damaged; delete"):
         tokens.read_index(place)
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_by_what_reads_there_and_by_nothing_else(folder, monkeypatch):
+    """Shards of several blocks, whose documents and reads go across their ends."""
+    monkeypatch.setattr(tokens, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(data, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 2000)
+    stream, chance = prepare(config_for(folder)).streams["train"], random.Random(1)
+    whole = stream.read(0, stream.num_tokens)
+    assert len(stream.files) > 2 and min(map(len, stream.checksums)) > 1
+    starts = [0, *stream.ends]
+    for _ in range(200):
+        shard = chance.randrange(len(stream.files))
+        file, size = stream.files[shard], 2 * stream.sizes[shard]
+        byte, at = chance.randrange(size), chance.randrange(stream.num_tokens - 40)
+        before = file.read_bytes()
+        with open(file, "r+b") as altered:
+            altered.seek(byte)
+            altered.write(bytes([before[byte] ^ 1 << chance.randrange(8)]))
+        first, last = (int(starts[shard]) + min(edge, size) // 2 for edge in (byte // 64 * 64, byte // 64 * 64 + 64))
+        if at < last and at + 40 > first:
+            with pytest.raises(NotTrustworthy, match=f"{file.name}: its content is not what was written"):
+                stream.read(at, 40)
+        else:
+            assert (stream.read(at, 40) == whole[at : at + 40]).all()
+        with pytest.raises(NotTrustworthy, match=file.name):
+            stream.read(int(starts[shard]) + byte // 2, 1)
+        file.write_bytes(before)
 
 
 def test_the_same_texts_in_three_formats_make_the_same_documents(folder):

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 
-from orchestrator.train import checkpoint, lineage
-from orchestrator.train.checkpoint import Loader, Piece, Saver
+from orchestrator.train import lineage
+from orchestrator.train.checkpoint import Saver
+from orchestrator.train.shards import Loader, Piece
+from tests.orchestrator.train.team import newest_loadable
 
 CALLS = ("fsync", "replace", "link", "unlink", "rmdir")
 SCRIPTED_KILLS, RANDOM_KILLS = 50, 30
@@ -142,8 +144,7 @@ def check(directory, at_least):
         loader.close()
     newest = lineage.step_of(paths[-1]) if paths else 0
     assert newest >= at_least, f"step {at_least} was committed, {newest} is the newest after the kill"
-    assert paths == [] or paths[-1] == checkpoint.newest_loadable(directory,
-                                                                  lambda path, why: sys.exit(f"{path}: {why}"))
+    assert paths == [] or paths[-1] == newest_loadable(directory, lambda path, why: sys.exit(f"{path}: {why}"))
     return newest
 
 

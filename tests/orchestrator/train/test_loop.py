@@ -217,6 +217,23 @@ def test_a_rank_publishes_what_the_run_is_to_be_told_of_its_data(text, tmp_path)
     assert f"1 file is not UTF-8 ({tmp_path}/a.txt)" in control.status()["notice"]
 
 
+def test_a_token_shard_that_is_altered_during_a_run_ends_it(text, tmp_path):
+    config, control = make_config(text, tmp_path / "run", data__cache_dir=str(tmp_path / "cache")), Control()
+    update = control.update
+
+    def watched(**fields):
+        update(**fields)
+        if fields.get("step") == 2 and fields.get("loss"):
+            (shard,) = (tmp_path / "cache").glob("*/train-00000.bin")
+            with open(shard, "r+b") as file:
+                file.write(bytes(shard.stat().st_size))
+
+    control.update = watched
+    with pytest.raises(NotTrustworthy, match=r"train-00000\.bin: its content is not what was written; delete") as found:
+        train(RankInfo(), config, control)
+    assert found.value.exit_code == 17 and max(rows(tmp_path / "run")) in (2, 3), "one batch is read ahead"
+
+
 def test_resume_refuses_another_model_and_another_order_of_samples(text, whole, tmp_path):
     path = checkpoint_of(whole, 6)
     other = make_config(text, tmp_path, resume=path, model__dim=32)

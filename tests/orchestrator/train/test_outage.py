@@ -18,10 +18,12 @@ from model.config import ModelConfig
 from orchestrator.config import Config, WandbMode
 from orchestrator.errors import NotFit, PeerLost, Transient
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.train import checkpoint, lineage, storage
-from orchestrator.train.checkpoint import Loader, Piece, Saver
+from orchestrator.train import lineage, storage
+from orchestrator.train.checkpoint import Saver
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
+from orchestrator.train.shards import Loader, Piece
+from tests.orchestrator.train.team import newest_loadable
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -162,7 +164,7 @@ def test_an_outage_costs_its_checkpoint_and_the_one_before_stands(proxy, fault):
     second = save(saver, 2)
     proxy.script = []
     assert first.ok and not second.ok and "storage did not answer" in second.error and "rank-00000" in second.error
-    assert checkpoint.newest_loadable(proxy.root, lambda path, reason: None) == first.path
+    assert newest_loadable(proxy.root, lambda path, reason: None) == first.path
     third = save(saver_of(proxy), 3)
     assert third.ok and lineage.list_checkpoints(proxy.root) == [first.path, third.path]
 
