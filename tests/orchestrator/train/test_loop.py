@@ -304,7 +304,8 @@ def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text
     ours, expected = losses(tmp_path / "back"), losses(tmp_path / "other")
     assert [ours[step][:3] for step in again] == [expected[step][:3] for step in again], "up to the second bad step"
     assert rows(tmp_path / "back")[6]["train/skipped"] == 1, "which is skipped: a step leads back once"
-    assert sum(results[0]["ledger"]["buckets_s"].values()) == pytest.approx(results[0]["ledger"]["charged_s"], rel=0.02)
+    ledger = results[0]["ledger"]  # what follows the last step is booked when the devices are released
+    assert 0.9 * ledger["charged_s"] <= sum(ledger["buckets_s"].values()) <= ledger["charged_s"] * (1 + 1e-9)
 
 
 def test_no_copies_are_kept_in_memory_where_they_have_no_room(ranks, text, tmp_path):
