@@ -216,12 +216,15 @@ def _export(arguments: list[str]) -> int:
 
 def _import(arguments: list[str]) -> int:
     import shlex
+    from functools import partial
 
     from orchestrator.arguments import positional
     from orchestrator.train.export import TOKENIZER, import_hf
+    from orchestrator.train.progress import Progress
 
     source, out = positional("import", arguments, 2, HELP["import"])
-    path = import_hf(source, out)
+    with Progress() as progress:
+        path = import_hf(source, out, on_progress=partial(progress.amount, "importing", "M parameters"))
     beside = os.path.join(out, TOKENIZER)
     words = [f"model={os.path.join(source, 'config.json')}", f"resume={out}"]
     words += [f"data.tokenizer={beside}"] * os.path.isfile(beside)

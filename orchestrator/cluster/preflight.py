@@ -1,6 +1,7 @@
 """What must hold before a device is paid for: room on the cluster, and data that can be used."""
 
 import time
+from functools import partial
 
 import ray
 
@@ -54,7 +55,8 @@ def check_data(config: Config, progress: Progress, *, here: bool) -> None:
         return
     if here:
         corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len,
-                              n_extra=1 + config.model.n_mtp_layers, on_progress=progress.tokenising)
+                              n_extra=1 + config.model.n_mtp_layers,
+                              on_progress=partial(progress.amount, "tokenising", "MB"))
         progress.warn(corpus.notice)
     else:
         texts.find_files(config.data.path)

@@ -23,7 +23,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -74,6 +74,8 @@ class _Job:
     """time.monotonic() by which everything of this save has ended."""
     error: str | None = None
     """Why nothing can be written, known before the start."""
+    more: Iterable[list[Piece]] = ()
+    """Pieces of further files, each made when the file before it is written."""
 
     def remaining_s(self) -> float:
         return max(0.01, self.deadline - time.monotonic())
@@ -107,17 +109,21 @@ class Saver:
             self._claim = claim.take_claim(directory, fence)
             self._collect_torn(claim.RETRY_S)
 
-    def save(self, step: int, pieces: Iterable[Piece], state: dict, *, background: bool = True) -> None:
+    def save(self, step: int, pieces: Iterable[Piece], state: dict, *, background: bool = True,
+             more: Iterable[list[Piece]] = ()) -> None:
         """Copy `pieces` and (rank 0's) `state`, JSON values, then write them in a thread, or before returning if not
         in the background. Waits for the save before. How it ended is what `wait` and `results` say; never an exception.
+
+        more: of a rank alone, groups of pieces that never are in memory together, a file each.
         """
+        assert not more or self.world_size == 1, "the files of several ranks are numbered by rank"
         self.wait()
         stuck = self._thread is not None and self._thread.is_alive()
         self._sequence += 1
         self._started = time.monotonic()
         self._deadline = self._started + self.timeout_s
         job = _Job(step, self._sequence, snapshot(pieces), copy.deepcopy(state) if self.rank == 0 else {},
-                   self._deadline, "an earlier save has not ended" if stuck else None)
+                   self._deadline, "an earlier save has not ended" if stuck else None, more)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save-{step}", daemon=True)
         self._thread.start()
         if not background:
@@ -178,7 +184,9 @@ class Saver:
         try:
             if self._store is not None:
                 self._store.set(f"{job.sequence}/path", path)
-            manifest = self._merge([self._write(path, job), *self._gather(job)], job)
+            own = [self._write(path, job), *(self._write(path, replace(job, pieces=snapshot(pieces)), number)
+                                             for number, pieces in enumerate(job.more, 1))]
+            manifest = self._merge([*own, *self._gather(job)], job)
             data = dump(manifest)
             if len(data) > MAX_MANIFEST_BYTES:
                 raise NotFit(f"{path}: its manifest would have {len(data):,} bytes, must have at most "
@@ -202,9 +210,9 @@ class Saver:
             logger.warning("an old checkpoint in %s could not be deleted: %s", self.directory, failure)
         return path, sum(shard.bytes for shard in manifest.files.values())
 
-    def _write(self, path: str, job: _Job) -> dict:
+    def _write(self, path: str, job: _Job, number: int | None = None) -> dict:
         """Write this rank's shard; its report, fit for JSON, says what the manifest must know, or the error."""
-        name = f"rank-{self.rank:05d}.safetensors"
+        name = f"rank-{self.rank if number is None else number:05d}.safetensors"
         try:
             if job.error:
                 raise Transient(job.error)

@@ -6,7 +6,7 @@ An imported checkpoint holds weights alone; `resume=` on it starts a new run fro
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from orchestrator.train.lineage import TOKENIZER, newest_under, tokenizer_of
 from orchestrator.train.shards import Loader, Piece
 from orchestrator.train.tokenizer import bytes_as_files
 
+FILE_BYTES = 2 << 30
+"""Of an imported checkpoint's files, unless one tensor is larger."""
+IMPORT_S = 7 * 86400.0
+"""By when an import has ended: terabytes take hours."""
 BESIDE = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
 """What tells text from tokens and where a text ends; it travels with the weights."""
 
@@ -45,22 +49,35 @@ def export_checkpoint(checkpoint: str, out: str, *, dtype: torch.dtype = torch.f
     return path
 
 
-def import_hf(directory: str, out: str) -> str:
+def import_hf(directory: str, out: str, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> str:
     """Write a Hugging Face directory as a checkpoint of weights under `out`, its tokenizer beside; returns the
-    checkpoint's path."""
+    checkpoint's path. Tensors stream: a file or two of it are in memory at a time, not the model.
+
+    on_progress(done, total): parameters.
+    """
     if not os.path.isdir(directory):
         raise BadRequest(f"{directory}: is no directory; name one with config.json and model.safetensors")
     if storage.list_dir(out):
         raise BadRequest(f"{out}: is not empty; name a new directory")
     with _plain_errors():
         config, tensors = hf.load(directory)
-        pieces = [piece for name, tensor in tensors.items() for piece in _pieces(name, tensor)]
-    saver = Saver(out, rank=0, world_size=1, store=None, keep=0, fence="import", timeout_s=3600)
-    saver.save(0, pieces, {"weights_only": True, "config": to_dict(Config(model=config)), "progress": {}},
-               background=False)
+    refused: list[Exception] = []
+
+    def files() -> Iterator[list[Piece]]:
+        try:
+            yield from _grouped(_told(tensors, on_progress))
+        except (ValueError, OSError) as error:  # in the saver's thread, which would say that a save has failed
+            refused.append(error)
+            raise
+
+    saver = Saver(out, rank=0, world_size=1, store=None, keep=0, fence="import", timeout_s=IMPORT_S)
+    saver.save(0, [], {"weights_only": True, "config": to_dict(Config(model=config)), "progress": {}},
+               background=False, more=files())
     result = saver.wait()
     if not result.ok:
-        raise BadRequest(f"{out}: {result.error}")
+        storage.remove_tree(out)  # which was empty
+        with _plain_errors():
+            raise refused[0] if refused else BadRequest(f"{out}: {result.error}")
     _copy_tokenizer(os.path.join(directory, TOKENIZER), out)
     return result.path
 
@@ -112,11 +129,36 @@ class StateDict(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def _pieces(name: str, tensor: Tensor) -> list[Piece]:
+def _pieces(name: str, tensors: "hf.Assembled") -> Iterator[Piece]:
     if EXPERTS not in name:
-        return [Piece(f"model.{name}", tuple(tensor.shape), 0, tensor)]
-    prefix, matrix = name.rsplit(".", 1)
-    return [Piece(f"model.{prefix}.{e}.{matrix}", tuple(rows.shape), 0, rows) for e, rows in enumerate(tensor)]
+        tensor = tensors[name]
+        yield Piece(f"model.{name}", tuple(tensor.shape), 0, tensor)
+    else:
+        prefix, matrix = name.rsplit(".", 1)
+        for e, rows in enumerate(tensors.experts(name)):
+            yield Piece(f"model.{prefix}.{e}.{matrix}", tuple(rows.shape), 0, rows)
+
+
+def _told(tensors: "hf.Assembled", on_progress: Callable[[int, int], None]) -> Iterator[Piece]:
+    done, total = 0, sum(shape.numel() for shape in tensors.shapes.values())
+    for name in tensors:
+        for piece in _pieces(name, tensors):
+            done += piece.tensor.numel()
+            on_progress(done, total)
+            yield piece
+
+
+def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """In their order, as many as make a file."""
+    group, size = [], 0
+    for piece in pieces:
+        if group and size + piece.tensor.nbytes > FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += piece.tensor.nbytes
+    if group:
+        yield group
 
 
 @contextlib.contextmanager

@@ -48,12 +48,13 @@ class Progress:
             self.warned.add(line)
             self.say(line)
 
-    def tokenising(self, done: int, total: int) -> None:
-        facts = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
+    def amount(self, what: str, unit: str, done: int, total: int) -> None:
+        """So many millions of something that has been begun."""
+        facts = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} {unit}"
         if self.bar is not None:
-            self.bar.update(self.task, description="tokenising", completed=done, total=total, facts=facts)
-        elif self._due(("data", done == total)):
-            self.print_line(f"tokenising {facts}")
+            self.bar.update(self.task, description=what, completed=done, total=total, facts=facts)
+        elif self._due((what, done == total)):
+            self.print_line(f"{what} {facts}")
 
     def show(self, status: dict) -> None:
         """status: of rank 0, see `Control.status`."""
