@@ -111,21 +111,28 @@ def probe_s(device: torch.device) -> float:
 
 
 def link_s(mesh: Mesh, shift: int) -> float:
-    """Seconds until a block has come from the rank `shift` before this one, the best of a few. All ranks call it."""
-    rank, world, best = mesh.info.rank, mesh.layout.world_size, float("inf")
-    block = torch.zeros(LINK_BYTES, dtype=torch.uint8, device=mesh.device)
-    theirs = torch.empty_like(block)
+    """Seconds that a block takes from the rank `shift` before this one, the best of a few. All ranks call it. A single
+    byte goes before each block, so that a rank that is late is not taken for a slow link."""
+    best, sizes = float("inf"), (1, LINK_BYTES)
+    blocks = [[torch.zeros(size, dtype=torch.uint8, device=mesh.device) for _ in range(2)] for size in sizes]
     for _ in range(LINK_ROUNDS):
-        began = time.perf_counter()
-        works = dist.batch_isend_irecv([
-            dist.P2POp(dist.irecv, theirs, (rank - shift) % world, group=mesh.world),
-            dist.P2POp(dist.isend, block, (rank + shift) % world, group=mesh.world)])
-        works[0].wait()
-        theirs[0].item()  # on a GPU, only now it is here
-        best = min(best, time.perf_counter() - began)
-        for work in works[1:]:
-            work.wait()
+        for mine, theirs in blocks:
+            seconds = _pass_on(mesh, shift, mine, theirs)
+        best = min(best, seconds)
     return best
+
+
+def _pass_on(mesh: Mesh, shift: int, mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Send `mine` on; seconds until `theirs` has come."""
+    rank, world, began = mesh.info.rank, mesh.layout.world_size, time.perf_counter()
+    works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, theirs, (rank - shift) % world, group=mesh.world),
+                                    dist.P2POp(dist.isend, mine, (rank + shift) % world, group=mesh.world)])
+    works[0].wait()
+    theirs[0].item()  # on a GPU, only now it is here
+    seconds = time.perf_counter() - began
+    for work in works[1:]:
+        work.wait()
+    return seconds
 
 
 def _slowest(ratios: list[float]) -> int:
