@@ -155,6 +155,10 @@ class Hosts:
     def head(self) -> Node:
         return self.nodes[0]
 
+    def named(self, host: str) -> Node:
+        """The node of a host name, as a run's status has it."""
+        return next(node for node in self.nodes if node.name == host)
+
     @property
     def dashboard(self) -> str:
         return f"http://{self.head.address}:{DASHBOARD_PORT}"

@@ -67,13 +67,10 @@ log-probabilities, and two gradients of them."""
 def own(dtype: str, *, cpu: bool = False) -> Keeping:
     """What `train precision=DTYPE` keeps: fp32, bf16 or fp8, which is beside fp32 on a CPU, where nothing but tensors
     is counted and the attention kernel wants values as wide as keys."""
-    kept = SPARING
+    fp32 = replace(SPARING, cast=0, head_cast=0, element=4)
+    kept = {"fp32": fp32, "bf16": SPARING}.get(dtype)
     if dtype == "fp8":  # moments as conf/precision/fp8.yaml has them; tensor cores want a weight in two layouts
-        kept = replace(kept, cast=1 if cpu else 2, moments=4)
-    if dtype == "fp32":
-        kept = replace(kept, cast=0)
-    if dtype == "fp32" or (dtype == "fp8" and cpu):
-        kept = replace(kept, head_cast=0, element=4)
+        kept = replace(fp32, cast=1, moments=4) if cpu else replace(SPARING, moments=4)
     return replace(kept, padded_values=True, framework_gib=0.0) if cpu else kept
 
 

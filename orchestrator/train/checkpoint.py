@@ -12,6 +12,7 @@ Whatever fails on the way is a SaveResult with an error, and the previous checkp
 
 import contextlib
 import copy
+import itertools
 import json
 import logging
 import os
@@ -172,7 +173,7 @@ class Saver:
         """Another rank's part: learn the directory, write, report the index or what went wrong."""
         self._await(f"{job.sequence}/path", job)
         path = self._store.get(f"{job.sequence}/path").decode()
-        report = self._write(path, job)
+        report = self._write(path, job, self.rank)
         self._store.set(f"{job.sequence}/{self.rank}", _pack(report))
         if "error" in report:
             raise NotFit(report["error"])
@@ -184,8 +185,11 @@ class Saver:
         try:
             if self._store is not None:
                 self._store.set(f"{job.sequence}/path", path)
-            own = [self._write(path, job), *(self._write(path, replace(job, pieces=snapshot(pieces)), number)
-                                             for number, pieces in enumerate(job.more, 1))]
+            own = []
+            for number, pieces in enumerate(itertools.chain([job.pieces], map(snapshot, job.more))):
+                own.append(self._write(path, replace(job, pieces=pieces), number))
+                if "error" in own[-1]:  # the rest would be written for nothing
+                    break
             manifest = self._merge([*own, *self._gather(job)], job)
             data = dump(manifest)
             if len(data) > MAX_MANIFEST_BYTES:
@@ -210,9 +214,10 @@ class Saver:
             logger.warning("an old checkpoint in %s could not be deleted: %s", self.directory, failure)
         return path, sum(shard.bytes for shard in manifest.files.values())
 
-    def _write(self, path: str, job: _Job, number: int | None = None) -> dict:
-        """Write this rank's shard; its report, fit for JSON, says what the manifest must know, or the error."""
-        name = f"rank-{self.rank if number is None else number:05d}.safetensors"
+    def _write(self, path: str, job: _Job, number: int) -> dict:
+        """Write one shard, numbered by rank, or by group where a rank alone has several; its report, fit for JSON, says
+        what the manifest must know, or the error."""
+        name = f"rank-{number:05d}.safetensors"
         try:
             if job.error:
                 raise Transient(job.error)

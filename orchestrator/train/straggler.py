@@ -44,6 +44,7 @@ class Stragglers:
         self.mesh, self.every, self.tell = mesh, every if mesh.world is not None else 0, tell
         self.devices, self.links = Streak(SLOW_DEVICE), Streak(SLOW_LINK)
         self.nodes: list[int] = []
+        self.shift = 0
 
     def look(self, step: int) -> dict:
         """Metrics, where it is time to look."""
@@ -51,6 +52,7 @@ class Stragglers:
             return {}
         if not self.nodes:
             self.nodes = [int(node) for node in self._of_all(self.mesh.info.node_rank)]
+            self.shift = buddy_shift(self.nodes)
         return self._look_at_devices(step) | self._look_at_links(step)
 
     def _look_at_devices(self, step: int) -> dict:
@@ -64,9 +66,8 @@ class Stragglers:
         return {"perf/slowest_rank": slowest, "perf/slowest_rank_over_median": ratios[slowest]}
 
     def _look_at_links(self, step: int) -> dict:
-        shift = buddy_shift(self.nodes)
-        seconds = self._of_all(link_s(self.mesh, shift))
-        sources = [(rank - shift) % len(seconds) for rank in range(len(seconds))]
+        seconds = self._of_all(link_s(self.mesh, self.shift))
+        sources = [(rank - self.shift) % len(seconds) for rank in range(len(seconds))]
         inside = [self.nodes[rank] == self.nodes[source] for rank, source in enumerate(sources)]
         ratios = over_usual(seconds, inside)
         for rank in self.links.named(ratios):

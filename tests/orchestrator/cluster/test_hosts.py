@@ -105,7 +105,7 @@ def kill_rank(cluster, tmp_path: Path, rank: int) -> None:
     status = wait_until(lambda: (found := json.loads((tmp_path / "hosts" / "status.json").read_text()))["time"] > begun
                         and found, 30, "no new status")
     home = status["ranks"][rank]
-    next(node for node in cluster.nodes if node.name == home["host"]).signal(home["pid"], signal.SIGKILL)
+    cluster.named(home["host"]).signal(home["pid"], signal.SIGKILL)
 
 
 def decided(tmp_path: Path, kind: str, job: subprocess.Popen, number: int = 1) -> dict:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster_harness import ROOT, Hosts, Node, hosts, wait_until, why_no_hosts
 from tests.harness import write_corpus
-from tests.orchestrator.cluster.runs import FOUR, TWO, events, reached, start_here, trained
+from tests.orchestrator.cluster.runs import FOUR, TWO, events, start_here, trained, wait_for_step
 from tests.orchestrator.cluster.test_hosts import QUICK, decided, launched
 
 pytestmark = [pytest.mark.long, pytest.mark.hosts,
@@ -58,14 +58,8 @@ def start(cluster: Hosts, tmp_path: Path, run: list[str], *others: str) -> subpr
                             stderr=subprocess.STDOUT)
 
 
-def wait_for_step(tmp_path: Path, job: subprocess.Popen, step: int = STRUCK) -> None:
-    wait_until(lambda: reached(tmp_path / "hosts", step) or job.poll() is not None, 180, "no steps")
-    assert job.poll() is None, job.stdout.read()
-
-
 def node_of(cluster: Hosts, tmp_path: Path, rank: int) -> Node:
-    home = json.loads((tmp_path / "hosts" / "status.json").read_text())["ranks"][rank]
-    return next(node for node in cluster.nodes if node.name == home["host"])
+    return cluster.named(json.loads((tmp_path / "hosts" / "status.json").read_text())["ranks"][rank]["host"])
 
 
 def ended(job: subprocess.Popen, code: int = 0, timeout_s: float = 240) -> str:
@@ -76,7 +70,7 @@ def ended(job: subprocess.Popen, code: int = 0, timeout_s: float = 240) -> str:
 
 def test_a_frozen_raylet_loses_its_rank_and_what_lives_on_there_ends(cluster, run, clean, tmp_path):
     with start(cluster, tmp_path, run) as job:
-        wait_for_step(tmp_path, job)
+        wait_for_step(tmp_path / "hosts", STRUCK, job)
         node = node_of(cluster, tmp_path, 1)
         orphan = json.loads((tmp_path / "hosts" / "status.json").read_text())["ranks"][1]["pid"]
         (raylet,) = node.processes("raylet/raylet ")
@@ -98,7 +92,7 @@ def test_a_frozen_raylet_loses_its_rank_and_what_lives_on_there_ends(cluster, ru
 
 def test_a_slow_cable_is_named_and_the_run_goes_on(cluster, run, clean, tmp_path):
     with start(cluster, tmp_path, run) as job:
-        wait_for_step(tmp_path, job)
+        wait_for_step(tmp_path / "hosts", STRUCK, job)
         node = node_of(cluster, tmp_path, 1)
         slow = ["dev", node.link, "root", "tbf", "rate", "100mbit", "burst", "64kb", "latency", "400ms"]
         subprocess.run(["tc", "qdisc", "add", *slow], check=True)
@@ -113,7 +107,7 @@ def test_a_slow_cable_is_named_and_the_run_goes_on(cluster, run, clean, tmp_path
 
 def test_a_drained_node_ends_the_run_with_a_checkpoint_and_it_goes_on_elsewhere(cluster, run, clean, tmp_path):
     with start(cluster, tmp_path, run) as job:
-        wait_for_step(tmp_path, job)
+        wait_for_step(tmp_path / "hosts", STRUCK, job)
         node = node_of(cluster, tmp_path, 0)
         _, body = cluster.get("/api/v0/nodes")
         number = next(row["node_id"] for row in json.loads(body)["data"]["result"]["result"]
@@ -135,7 +129,7 @@ def test_when_the_head_is_lost_all_ranks_end_and_the_run_goes_on_under_a_new_one
     """The driver is on the head, and so are the controller and Ray's own memory of who exists. Ranks elsewhere train
     on until their lease is over."""
     with start(cluster, tmp_path, run, "train.steps=1000000") as job:
-        wait_for_step(tmp_path, job)
+        wait_for_step(tmp_path / "hosts", STRUCK, job)
         workers = cluster.nodes[1:]
         assert sum(len(node.processes(RANK)) for node in workers) == 2
         cluster.head.kill()

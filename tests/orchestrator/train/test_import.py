@@ -10,7 +10,7 @@ from model import hf
 from model.config import ModelConfig
 from model.transformer import Transformer
 from orchestrator.errors import BadRequest
-from orchestrator.train import export
+from orchestrator.train import checkpoint, export
 from orchestrator.train.export import StateDict, import_hf
 from orchestrator.train.shards import Loader
 
@@ -63,3 +63,20 @@ def test_what_is_refused_midway_leaves_nothing_and_may_be_tried_again(released, 
     assert not (tmp_path / "out").exists()
     (folder / "config.json").write_text(json.dumps(config))
     import_hf(str(folder), str(tmp_path / "out"))
+
+
+def test_nothing_is_written_behind_a_file_that_could_not_be(released, tmp_path, monkeypatch):
+    folder, _ = released
+    monkeypatch.setattr(export, "FILE_BYTES", 60_000)
+    tried, original = [], checkpoint.write_shard
+
+    def full(path, pieces, **options):
+        tried.append(path)
+        if len(tried) == 2:
+            raise OSError(28, "No space left on device")
+        return original(path, pieces, **options)
+
+    monkeypatch.setattr(checkpoint, "write_shard", full)
+    with pytest.raises(BadRequest, match="No space left on device"):
+        import_hf(str(folder), str(tmp_path / "out"))
+    assert len(tried) == 2 and not (tmp_path / "out").exists()
