@@ -17,20 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 COMMON = ["data=random", "tracker=off", "checkpoint.every=0", "train.validate_every=0", "train.validate_sequences=16",
           "optim.warmup_steps=1"]
 
 
-def run(overrides: list[str], *, torchrun: int = 0) -> tuple[list[dict], dict]:
-    """Train in a directory of its own; rows of metrics.jsonl and the summary."""
+def run(overrides: list[str], *, torchrun: int = 0,
+        program: Sequence[str] = ("-m", "orchestrator")) -> tuple[list[dict], dict]:
+    """Train in a directory of its own; rows of metrics.jsonl, and events."""
     with tempfile.TemporaryDirectory(prefix="sparing-bench-") as folder:
         run_dir = f"{folder}/run"
         launcher = [sys.executable]
         if torchrun:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-        command = [*launcher, "-m", "orchestrator", "train", *COMMON, *overrides, f"run.dir={run_dir}"]
+        command = [*launcher, *program, "train", *COMMON, *overrides, f"run.dir={run_dir}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parent.parent)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Permutation, Routing, permute, unpermute
+from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Routing, Sorted, permute
 from model.ops import grouped_mm, of_weight, swiglu, swiglu_backward
 from model.quantize import (
     AMAX_FLOOR,
@@ -98,12 +98,12 @@ class Fp8LocalDispatcher(LocalDispatcher):
     """What `AllToAllDispatcher` does to the values that it sends, without sending: FP8 on the way to the experts,
     bf16 on the way back, in backward as in forward (report section 3.3.3)."""
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
-        rows, counts, handle = permute(tokens, routing, self.n_routed_experts)
-        return wire(rows, _through_fp8, _through_bf16), counts, handle
+    def dispatch(self, tokens: Tensor, routing: Routing) -> Sorted:
+        rows, counts, permutation = permute(tokens, routing, self.n_routed_experts)
+        return Sorted(_Wire.apply(rows, _through_fp8, _through_bf16), counts, permutation)
 
-    def combine(self, out: Tensor, handle: Permutation) -> Tensor:
-        return unpermute(wire(out, _through_bf16, _through_fp8), handle)
+    def combine(self, out: Tensor, handle: Sorted) -> Tensor:
+        return super().combine(_Wire.apply(out, _through_bf16, _through_fp8), handle)
 
 
 KIN = {nn.Linear: Fp8Linear, FeedForward: Fp8FeedForward, GroupedExperts: Fp8GroupedExperts}
@@ -135,11 +135,6 @@ def _kernels() -> ModuleType:
     return fp8_kernels
 
 
-def wire(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-    """there(x), and back(gradient) in backward; both return what they are given in another place or precision."""
-    return _Wire.apply(x, there, back)
-
-
 def _through_fp8(x: Tensor) -> Tensor:
     return unpack(pack(x), x.shape[-1]).to(x.dtype)
 
@@ -149,6 +144,8 @@ def _through_bf16(x: Tensor) -> Tensor:
 
 
 class _Wire(torch.autograd.Function):
+    """there(x), and back(gradient) in backward; both return what they are given in another precision."""
+
     @staticmethod
     def forward(ctx, x: Tensor, there: Callable, back: Callable) -> Tensor:
         ctx.back = back

@@ -24,10 +24,14 @@ class Routing(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """`dispatch` then `combine`, once per layer and microbatch; the handle carries what the way back needs."""
+    """`dispatch`, `receive`, `combine`, once per layer and microbatch. What is computed between the first two, and its
+    backward, runs beside the rows' way to the experts."""
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor, object]:
-        """tokens [T, D] -> rows [R, D] sorted by local expert, counts [local experts], handle."""
+    def dispatch(self, tokens: Tensor, routing: Routing) -> object:
+        """tokens [T, D] set out for their experts -> handle, which carries what the other two need."""
+
+    def receive(self, handle: object) -> tuple[Tensor, Tensor]:
+        """Rows [R, D] sorted by local expert, counts [local experts]."""
 
     def combine(self, out: Tensor, handle: object) -> Tensor:
         """Expert outputs [R, D] -> their weighted sums per token [T, D]."""
@@ -42,17 +46,28 @@ class Permutation:
     weights: Tensor
 
 
+class Sorted(NamedTuple):
+    """The local dispatcher's handle."""
+
+    rows: Tensor
+    counts: Tensor
+    permutation: Permutation
+
+
 class LocalDispatcher:
     """All experts are here: sort by expert, dropless."""
 
     def __init__(self, n_routed_experts: int):
         self.n_routed_experts = n_routed_experts
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
-        return permute(tokens, routing, self.n_routed_experts)
+    def dispatch(self, tokens: Tensor, routing: Routing) -> Sorted:
+        return Sorted(*permute(tokens, routing, self.n_routed_experts))
 
-    def combine(self, out: Tensor, handle: Permutation) -> Tensor:
-        return unpermute(out, handle)
+    def receive(self, handle: Sorted) -> tuple[Tensor, Tensor]:
+        return handle.rows, handle.counts
+
+    def combine(self, out: Tensor, handle: Sorted) -> Tensor:
+        return unpermute(out, handle.permutation)
 
 
 def permute(tokens: Tensor, routing: Routing, n_experts: int) -> tuple[Tensor, Tensor, Permutation]:
@@ -213,10 +228,12 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         routing, balance_loss = self.router(x)
-        rows, counts, handle = self.dispatcher.dispatch(x.flatten(0, 1), routing)
+        handle = self.dispatcher.dispatch(x.flatten(0, 1), routing)
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        rows, counts = self.dispatcher.receive(handle)
         out = self.dispatcher.combine(self.experts(rows, counts), handle).view_as(x)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
+        if shared is not None:
+            out = out + shared
         if balance_loss is not None:
             out = AttachLoss.apply(out, balance_loss, self.balance_scale)
         return out

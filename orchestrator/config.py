@@ -71,12 +71,18 @@ class LayoutConfig:
     """Data-parallel degree."""
     ep: int = 1
     """Expert-parallel degree."""
+    ep_per_node: int = 0
+    """Consecutive ranks of an expert group that share a node. With it a token crosses to each node once and goes on to
+    its experts' ranks from there; 0: a copy for each of its experts, straight to their ranks."""
     schedule: Schedule = Schedule["1f1b"]
     microbatches: int = 1
     """Parts a data-parallel rank's share of the batch is cut into."""
     stages_per_rank: int = 2
     """Virtual stages of a rank under the interleaved schedules; V schedules use 2, the others 1."""
     recompute: Recompute = Recompute.none
+    overlap: bool = True
+    """dualpipev runs the forward and the backward of a pair at once, exchanges of one beside computation of the other;
+    false: in turn, with the same results."""
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Ranks onto nodes, as arithmetic over plain resource numbers: what to ask of Ray, what is missing, who is where."""
 
 import contextlib
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -159,7 +160,7 @@ def layouts(config: Config) -> dict[int, LayoutConfig]:
         if not config.cluster.min_ranks or full.pp * dp < config.cluster.min_ranks:
             break
         for ep in (ep for ep in range(min(full.ep, dp), 0, -1) if dp % ep == 0):
-            smaller = replace(full, dp=dp, ep=ep)
+            smaller = replace(full, dp=dp, ep=ep, ep_per_node=full.ep_per_node and math.gcd(full.ep_per_node, ep))
             cluster = replace(config.cluster, nodes=0, ranks_per_node=0)
             with contextlib.suppress(BadRequest):
                 check_run(replace(config, layout=smaller, cluster=cluster))

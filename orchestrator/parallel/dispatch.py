@@ -1,7 +1,7 @@
-"""Expert-parallel dispatch and combine: tokens to the ranks that hold their experts, and back.
+"""Expert-parallel dispatch and combine: a copy of a token for each of its experts, straight to their ranks.
 
-Dropless, with `all_to_all_single` and its autograd form. What the exchange returns is sorted by expert alone, so
-an expert sees its tokens in (source rank, token) order, the order of the one-process run.
+Dropless, by `all_to_all_single`. What the exchange returns is sorted by expert alone, so an expert sees its tokens in
+(source rank, token) order, the order of the one-process run. `node_limited` sends fewer bytes between nodes.
 Shapes: T tokens, D dim, K activated experts, E experts over all ranks, R rows that arrive here.
 """
 
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from model.fp8 import wire
 from model.moe import Permutation, Routing, inverse_of, permute, unpermute
 from model.ops import gather_rows
-from model.quantize import pack, unpack
+from orchestrator.parallel.exchange import AS_THEY_ARE, BF16, FP8, Journey
 
 
 @dataclass
 class Exchange:
-    """What the way back needs: the local sort, the sort by expert after arrival, and the row counts per rank."""
+    """The rows' way to the experts, and what the way back needs: the local sort and the sort by expert after arrival.
+    """
 
+    journey: Journey
+    ticket: Tensor
+    counts: Tensor
     permutation: Permutation
     order: Tensor
     back: Tensor
-    sent: list[int]
-    received: list[int]
 
 
 class AllToAllDispatcher:
@@ -41,42 +41,36 @@ class AllToAllDispatcher:
         self.n_routed_experts = n_routed_experts
         self.fp8 = fp8
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Exchange]:
-        """tokens [T, D] -> rows [R, D] sorted by local expert, counts [E / ranks], handle."""
+    def dispatch(self, tokens: Tensor, routing: Routing) -> Exchange:
         rows, counts, permutation = permute(tokens, routing, self.n_routed_experts)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
         ranks = self.group.size()
         per_source = arriving.view(ranks, -1)
         sent, received = torch.stack([counts.view(ranks, -1).sum(1), per_source.sum(1)]).tolist()
-        rows = self._exchange(rows, received, sent, to_experts=True)
+        journey = Journey(self.group, sent, received, *precisions(self.fp8))
+        ticket = journey.depart(as_experts_compute(rows, self.fp8))
         local = torch.arange(per_source.shape[1], device=tokens.device).repeat(ranks)
         order = local.repeat_interleave(arriving, output_size=sum(received)).argsort(stable=True)
-        back = inverse_of(order)
-        return gather_rows(rows, order, back), per_source.sum(0), Exchange(permutation, order, back, sent, received)
+        return Exchange(journey, ticket, per_source.sum(0), permutation, order, inverse_of(order))
+
+    def receive(self, handle: Exchange) -> tuple[Tensor, Tensor]:
+        rows = handle.journey.arrive(handle.ticket)
+        return gather_rows(rows, handle.order, handle.back), handle.counts
 
     def combine(self, out: Tensor, handle: Exchange) -> Tensor:
-        """Expert outputs [R, D] -> weighted sums [T, D] at the tokens' own ranks."""
-        rows = gather_rows(out, handle.back, handle.order)
-        rows = self._exchange(rows, handle.sent, handle.received, to_experts=False)
-        return unpermute(rows, handle.permutation)
+        rows = as_experts_compute(gather_rows(out, handle.back, handle.order), self.fp8)
+        home = handle.journey.home()
+        return unpermute(home.arrive(home.depart(rows)), handle.permutation)
 
-    def _exchange(self, rows: Tensor, received: list[int], sent: list[int], *, to_experts: bool) -> Tensor:
-        if not self.fp8:
-            if torch.is_autocast_enabled(rows.device.type):  # as the experts would: half the bytes
-                rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-            return all_to_all_single_autograd(rows, received, sent, self.group)
 
-        def in_fp8(x: Tensor, arriving: list[int], leaving: list[int]) -> Tensor:
-            return unpack(self._send(pack(x), arriving, leaving), x.shape[-1]).to(x.dtype)
+def precisions(fp8: bool) -> tuple:
+    """Of rows to the experts and of their gradients back."""
+    return (FP8, BF16) if fp8 else (AS_THEY_ARE, AS_THEY_ARE)
 
-        def in_bf16(x: Tensor, arriving: list[int], leaving: list[int]) -> Tensor:
-            return self._send(x.to(torch.bfloat16), arriving, leaving).to(x.dtype)
 
-        there, back = (in_fp8, in_bf16) if to_experts else (in_bf16, in_fp8)
-        return wire(rows, lambda x: there(x, received, sent), lambda grad: back(grad, sent, received))
-
-    def _send(self, rows: Tensor, arriving: list[int], leaving: list[int]) -> Tensor:
-        out = rows.new_empty(sum(arriving), rows.shape[-1])
-        dist.all_to_all_single(out, rows.contiguous(), arriving, leaving, group=self.group)
-        return out
+def as_experts_compute(rows: Tensor, fp8: bool) -> Tensor:
+    """Under autocast in its dtype, half the bytes. Eight bits are made of the rows as they are."""
+    if fp8 or not torch.is_autocast_enabled(rows.device.type):
+        return rows
+    return rows.to(torch.get_autocast_dtype(rows.device.type))

@@ -30,6 +30,8 @@ class Mesh:
     edp_mesh: DeviceMesh | None
     timeout: datetime.timedelta | None = None
     """Of every collective; None is torch's default."""
+    hops: tuple[dist.ProcessGroup, ...] = ()
+    """Where tokens go by node: this rank's group across the nodes of its expert group, then the one within a node."""
 
     def first_and_last_stage_group(self, last: int) -> dist.ProcessGroup | None:
         """The ranks of this data-parallel coordinate on pipeline ranks 0 and `last`; None if they are one rank."""
@@ -95,6 +97,7 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
     with _default_timeout(timeout):
         mesh = init_device_mesh(device.type, (layout.pp, layout.edp, layout.ep), mesh_dim_names=("pp", "edp", "ep"))
         dp_mesh = mesh["edp", "ep"]._flatten("dp")
+        hops = _hops(mesh["ep"], layout.ep_per_node) if layout.ep > 1 and layout.ep_per_node else ()
     pp = mesh.get_group("pp") if layout.pp > 1 else None
     if pp is not None:
         # NCCL connects a group when all its ranks come to its first operation; a pipeline's are between some of them.
@@ -104,8 +107,15 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
         ep=mesh.get_group("ep") if layout.ep > 1 else None,
         dp_mesh=dp_mesh if layout.dp > 1 else None,
         edp_mesh=mesh["edp"] if layout.edp > 1 else None,
-        timeout=timeout,
+        timeout=timeout, hops=hops,
     )
+
+
+def _hops(ep_mesh: DeviceMesh, per_node: int) -> tuple[dist.ProcessGroup, ...]:
+    """Groups of one rank are left out: nobody is to be talked to."""
+    ranks = ep_mesh.size()
+    nodes = ep_mesh._unflatten(0, (ranks // per_node, per_node), ("node", "in_node"))
+    return tuple(nodes.get_group(name) for name in ("node", "in_node") if nodes[name].size() > 1)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.ops import weights_kept
 from model.transformer import Transformer, moe_layers, routers
-from orchestrator.config import Config, LayoutConfig
+from orchestrator.config import Config, LayoutConfig, Schedule
 from orchestrator.parallel.mesh import Mesh
+from orchestrator.parallel.overlap import overlap_pairs
 from orchestrator.parallel.shard import Shard, build_stage, set_grad_sync, shards_of, tie_embedding_grads
 from orchestrator.parallel.stage import Stage
 from orchestrator.plan.layout import num_stages, split_stages, stages_of
@@ -153,7 +154,10 @@ class Pipeline:
         collected = _Collected()
         kind = torch_class(layout.schedule)
         single = len(stages) == 1
-        return kind(stages[0] if single else stages, micro, loss_fn=collected, scale_grads=False), collected
+        runtime = kind(stages[0] if single else stages, micro, loss_fn=collected, scale_grads=False)
+        if layout.schedule is Schedule.dualpipev and layout.overlap and self.mesh.ep is not None:
+            overlap_pairs(runtime, tokens.device)
+        return runtime, collected
 
 
 def build_pipeline(config: Config, mesh: Mesh, compute_dtype: torch.dtype) -> Pipeline:

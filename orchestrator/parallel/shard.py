@@ -21,6 +21,7 @@ from model.transformer import Transformer, moe_layers
 from orchestrator.config import PrecisionConfig
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import Mesh
+from orchestrator.parallel.node_limited import NodeLimitedDispatcher
 
 EMBEDDING = "tok_embeddings.weight"
 
@@ -60,7 +61,8 @@ def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, re
         to_fp8(stage, power_of_two=precision.power_of_two_scales)
     if mesh.ep is not None:
         for _, moe in moe_layers(stage):
-            moe.dispatcher = AllToAllDispatcher(mesh.ep, config.n_routed_experts, fp8=fp8)
+            moe.dispatcher = (NodeLimitedDispatcher(mesh.hops, config.n_routed_experts, fp8=fp8) if mesh.hops else
+                              AllToAllDispatcher(mesh.ep, config.n_routed_experts, fp8=fp8))
     if mesh.dp_mesh is not None:
         _apply_fsdp(stage, mesh)
     stage.to_empty(device=mesh.device)

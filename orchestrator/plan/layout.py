@@ -34,6 +34,8 @@ class Layout:
     pp: int = 1
     dp: int = 1
     ep: int = 1
+    ep_per_node: int = 0
+    """Consecutive ranks of an expert group that make a node; 0: nodes do not matter."""
 
     @property
     def world_size(self) -> int:
@@ -60,7 +62,7 @@ class Layout:
 
 
 def layout_of(config: Config) -> Layout:
-    return Layout(config.layout.pp, config.layout.dp, config.layout.ep)
+    return Layout(config.layout.pp, config.layout.dp, config.layout.ep, config.layout.ep_per_node)
 
 
 def stages_per_rank(schedule: Schedule, requested: int) -> int:
@@ -151,6 +153,7 @@ def _check_numbers(config: Config) -> None:
         ("train.max_bad_steps", train.max_bad_steps, 1),
         ("train.spike_sigmas", train.spike_sigmas, 0), ("train.spike_window", train.spike_window, 3),
         ("layout.pp", config.layout.pp, 1), ("layout.dp", config.layout.dp, 1), ("layout.ep", config.layout.ep, 1),
+        ("layout.ep_per_node", config.layout.ep_per_node, 0),
         ("layout.microbatches", config.layout.microbatches, 1),
         ("layout.stages_per_rank", config.layout.stages_per_rank, 1),
         ("checkpoint.keep", config.checkpoint.keep, 0), ("checkpoint.max_failures", config.checkpoint.max_failures, 0),
@@ -218,6 +221,8 @@ def _check_degrees(config: Config) -> None:
         require(model.n_routed_experts % layout.ep == 0, "layout.ep", layout.ep,
                 f"must divide model.n_routed_experts={model.n_routed_experts}",
                 f"use one of {divisors(model.n_routed_experts)}")
+    require(layout.ep % (layout.ep_per_node or 1) == 0, "layout.ep_per_node", layout.ep_per_node,
+            f"must divide layout.ep={layout.ep}", f"use one of {divisors(layout.ep)}, or 0")
     nodes, per_node = config.cluster.nodes, config.cluster.ranks_per_node
     ranks = layout.pp * layout.dp
     require(config.cluster.min_ranks <= ranks, "cluster.min_ranks", config.cluster.min_ranks,

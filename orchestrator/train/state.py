@@ -17,12 +17,13 @@ from orchestrator.train.shards import Loader, Piece
 
 
 def pieces_of(pipeline: Pipeline, optimizer: torch.optim.AdamW, *, with_copies: bool = False) -> list[Piece]:
-    """Everything this rank owns, or with copies everything it restores. The tensors alias live state: the saver
-    copies them before it returns."""
-    pieces = []
+    """Everything this rank owns, or with copies everything it restores, once: where first and last stage share a rank,
+    it has the embedding and its copies. The tensors alias live state: the saver copies them before it returns."""
+    pieces, seen = [], set()
     for shard in pipeline.shards:
-        if shard.is_copy and not with_copies:
+        if shard.name in seen or shard.is_copy and not with_copies:
             continue
+        seen.add(shard.name)
         pieces += _shard_pieces("model", shard, shard.value.detach())
         for name, moment in moments(optimizer, shard).items():
             pieces += _shard_pieces(f"optim.{name}", shard, moment)

@@ -156,6 +156,8 @@ def test_layouts_to_go_on_with_keep_the_pipeline_and_the_batch(tmp_path):
     config = config_of(tmp_path, min_ranks=1)
     shapes = {size: (layout.pp, layout.dp, layout.ep) for size, layout in layouts(config).items()}
     assert shapes == {4: (1, 4, 2), 2: (1, 2, 2), 1: (1, 1, 1)}, "a batch of 16 cannot be cut into three"
+    config.layout.ep_per_node = 2
+    assert {size: layout.ep_per_node for size, layout in layouts(config).items()} == {4: 2, 2: 2, 1: 1}
     assert list(layouts(config_of(tmp_path))) == [4] and list(layouts(config_of(tmp_path, min_ranks=2))) == [4, 2]
 
 

@@ -131,6 +131,15 @@ def test_tied_embeddings_equal_the_one_process_run(ranks, reference, pp, dp, ep,
     assert_equal_to_one_process(results, reference[depths, True])
 
 
+@pytest.mark.parametrize("pp, dp, ep, schedule, per_node", [
+    (1, 4, 4, "1f1b", 2), (1, 4, 2, "1f1b", 1), (2, 2, 2, "zbv", 1), (2, 2, 2, "dualpipev", 2)])
+def test_tokens_that_go_by_node_equal_the_one_process_run(ranks, reference, pp, dp, ep, schedule, per_node):
+    config = make_config(pp, dp, ep, schedule)
+    config.layout.ep_per_node = per_node
+    check_run(config)
+    assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
+
+
 def test_recompute_equals_keeping_activations(ranks, reference):
     config = make_config(2, 2, 2, "1f1b")
     config.layout.recompute = Recompute.full

@@ -69,6 +69,7 @@ def valid() -> Config:
 
 BAD = [
     ("layout.ep", 3, "must divide layout.dp=2"),
+    ("layout.ep_per_node", 3, r"must divide layout.ep=2; use one of \[1, 2\], or 0"),
     ("layout.pp", 5, "more than model.n_layers=4"),
     ("layout.microbatches", 1, "at least the 2 stages"),
     ("train.batch_size", 12, "use 8 or 16"),

@@ -146,6 +146,11 @@ def test_what_the_planner_allows_train_accepts_and_what_it_refuses_train_refuses
     assert min(seen.values()) > 3
 
 
+def test_experts_on_several_nodes_are_reached_by_node_as_the_plan_assumes(v3):
+    words = {ep: overrides_of(dataclasses.replace(v3, ep=ep, schedule="dualpipev")) for ep in (8, 64)}
+    assert "layout.ep_per_node=8" in words[64] and not any("ep_per_node" in word for word in words[8])
+
+
 def test_context_ranks_have_equal_parts_of_a_sequence():
     request = Request(model("llama_3_1_8b"), catalogue()["h100"], 24, 1e10, 32768, 48)
     assert {work.cp for work in layouts(request)} == {1, 2, 4, 8}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.config import ModelConfig
-from orchestrator.config import Config, OnSpike, WandbMode
+from orchestrator.config import Config, OnSpike, Schedule, WandbMode
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import data, loop, resume
@@ -285,12 +285,14 @@ def test_a_loss_spike_seen_by_one_rank_is_skipped_by_all_also_right_after_a_resu
     assert losses(tmp_path / "again")[6] == expected
 
 
-@pytest.mark.parametrize("in_memory", (False, True), ids=("from storage", "from memory"))
-def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text, tmp_path, in_memory):
+@pytest.mark.parametrize("in_memory, schedule", [(False, "1f1b"), (True, "1f1b"), (True, "dualpipev")],
+                         ids=("from storage", "from memory", "from memory, first and last stage on one rank"))
+def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text, tmp_path, in_memory, schedule):
     """Step 6 is bad; what was kept last is the state after step 4 on storage, or after step 3 in memory."""
     kept, again = (3, [4, 5, 6]) if in_memory else (4, [5, 6])
     config = make_config(text, tmp_path / "back", "pp2_ep2", train__steps=8, train__on_spike=OnSpike.rollback,
                          checkpoint__every=0 if in_memory else 4, checkpoint__memory_every=3)
+    config.layout.schedule = Schedule[schedule]
     results = run(ranks, train_with_bad_steps, config, [6, 6], in_memory)
     assert {(result["rollbacks"], result["skipped_steps"]) for result in results} == {(1, 2)}
     assert {result["earlier_models_alive"] for result in results} == {0}, "there is no room for two"
@@ -300,6 +302,7 @@ def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text
     assert [json.loads(line)["step"] for line in (tmp_path / "back" / "metrics.jsonl").read_text().splitlines()] \
         == [1, 2, 3, 4, 5, 6, 7, 8]
     other = make_config(text, tmp_path / "other", "pp2_ep2", train__steps=8, checkpoint__every=0)
+    other.layout = config.layout
     run(ranks, train_without_samples, other, kept * 16, (6 - kept) * 16)
     ours, expected = losses(tmp_path / "back"), losses(tmp_path / "other")
     assert [ours[step][:3] for step in again] == [expected[step][:3] for step in again], "up to the second bad step"
