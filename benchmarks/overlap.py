@@ -21,20 +21,19 @@ DELAY = "SPARING_BENCHMARK_DELAY_MS"
 def one_rank() -> None:
     """`sparing train` with exchanges held back."""
     from orchestrator.__main__ import main as sparing
-    from orchestrator.parallel import exchange
+    from orchestrator.parallel.exchange import Crossing
 
-    class HeldBack(exchange.Crossing):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.due = time.perf_counter() + float(os.environ[DELAY]) / 1e3
+    begin, wait = Crossing.__init__, Crossing.wait
 
-        def wait(self):
-            exchange.hand_over()
-            time.sleep(max(0.0, self.due - time.perf_counter()))
-            self.work.wait()
-            return self.precision.unpacked(self.arrived, self.dim).to(self.dtype)
+    def begin_and_note(crossing, *args):
+        begin(crossing, *args)
+        crossing.due = time.perf_counter() + float(os.environ[DELAY]) / 1e3
 
-    exchange.Crossing = HeldBack
+    def wait_until_due(crossing):
+        time.sleep(max(0.0, crossing.due - time.perf_counter()))
+        return wait(crossing)
+
+    Crossing.__init__, Crossing.wait = begin_and_note, wait_until_due
     sys.exit(sparing())
 
 

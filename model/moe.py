@@ -230,8 +230,7 @@ class MoE(nn.Module):
         routing, balance_loss = self.router(x)
         handle = self.dispatcher.dispatch(x.flatten(0, 1), routing)
         shared = None if self.shared_experts is None else self.shared_experts(x)
-        rows, counts = self.dispatcher.receive(handle)
-        out = self.dispatcher.combine(self.experts(rows, counts), handle).view_as(x)
+        out = self.dispatcher.combine(self.experts(*self.dispatcher.receive(handle)), handle).view_as(x)
         if shared is not None:
             out = out + shared
         if balance_loss is not None:

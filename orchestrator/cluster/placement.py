@@ -104,19 +104,22 @@ def environment(*, gpu: bool, beside_gpus: bool) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ""} if beside_gpus else {}
 
 
-def order_ranks(homes: list[tuple[str, int]], ep: int) -> list[int]:
+def order_ranks(homes: list[tuple[str, int]], ep: int, ep_per_node: int = 0) -> list[int]:
     """The workers in rank order, by (node, device) of each. Ranks go node by node in the order of the nodes' names, so
     that pipeline neighbours are on the same or the next node; a node first takes as many whole expert-parallel groups,
-    which are `ep` consecutive ranks, as it can hold, and what is left over makes up groups across nodes at the end.
-    Stable: the same homes give the same order."""
+    which are `ep` consecutive ranks, as it can hold, and what is left over makes up groups across nodes at the end: of
+    `ep_per_node` ranks of a node each where these are there, then of any. Stable: the same homes give the same order.
+    """
     in_order = sorted(range(len(homes)), key=lambda i: (_natural(homes[i][0]), homes[i][1], i))
     sizes, seen = Counter(node for node, _ in homes), Counter()
-    whole, rest = [], []
+    groups, blocks, rest = [], [], []
     for i in in_order:
         node = homes[i][0]
         seen[node] += 1
-        (whole if seen[node] <= sizes[node] // ep * ep else rest).append(i)
-    return whole + rest
+        in_groups = sizes[node] // ep * ep
+        in_blocks = in_groups + (sizes[node] - in_groups) // (ep_per_node or ep) * (ep_per_node or ep)
+        (groups if seen[node] <= in_groups else blocks if seen[node] <= in_blocks else rest).append(i)
+    return groups + blocks + rest
 
 
 def _natural(name: str) -> list:

@@ -18,7 +18,7 @@ from orchestrator.cluster import nodes, placement
 from orchestrator.cluster.group import Group
 from orchestrator.cluster.places import Places
 from orchestrator.cluster.worker import THREADS, Worker
-from orchestrator.config import Config, to_dict
+from orchestrator.config import Config, LayoutConfig, to_dict
 from orchestrator.errors import Transient
 from orchestrator.train.control import Recovery, steady
 
@@ -46,9 +46,9 @@ class Member:
 class Ranks:
     """Actors from their placement to their release."""
 
-    def __init__(self, request: placement.Request, places: Places, expert_group: int):
+    def __init__(self, request: placement.Request, places: Places, layout: LayoutConfig):
         """places: of the request's bundles, then of spares."""
-        self.request, self.places, self.expert_group = request, places, expert_group
+        self.request, self.places, self.layout = request, places, layout
         self.placed_at = steady()
         self.members: list[Member] = []
         self.reserve: list[Member] = []
@@ -182,7 +182,7 @@ class Ranks:
     def order(self, members: list[Member]) -> list[int]:
         """The members in rank order: stable by node, expert groups inside a node where one can hold them."""
         return placement.order_ranks([(f"{member.home['address']} {member.home['node']}", member.home["gpu"])
-                                      for member in members], self.expert_group)
+                                      for member in members], self.layout.ep, self.layout.ep_per_node)
 
     def release(self) -> None:
         for member in [*self.members, *self.reserve]:
@@ -305,7 +305,7 @@ def place(config: Config, request: placement.Request) -> Ranks:
     places = Places(bundles, spread=request.spread, apart=config.cluster.min_ranks > 0)
     try:
         places.wait(limit)
-        ranks = Ranks(request, places, config.layout.ep)
+        ranks = Ranks(request, places, config.layout)
         members = [ranks._start(i // each) for i in range(request.ranks)]
         homes = ray.get([member.worker.home.remote() for member in members],
                         timeout=max(10.0, limit - (ranks.placed_at - began)))

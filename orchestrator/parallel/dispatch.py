@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.moe import Permutation, Routing, inverse_of, permute, unpermute
 from model.ops import gather_rows
-from orchestrator.parallel.exchange import AS_THEY_ARE, BF16, FP8, Journey
+from orchestrator.parallel.exchange import Journey, as_experts_compute, precisions
 
 
 @dataclass
@@ -59,18 +59,7 @@ class AllToAllDispatcher:
         return gather_rows(rows, handle.order, handle.back), handle.counts
 
     def combine(self, out: Tensor, handle: Exchange) -> Tensor:
-        rows = as_experts_compute(gather_rows(out, handle.back, handle.order), self.fp8)
         home = handle.journey.home()
-        return unpermute(home.arrive(home.depart(rows)), handle.permutation)
-
-
-def precisions(fp8: bool) -> tuple:
-    """Of rows to the experts and of their gradients back."""
-    return (FP8, BF16) if fp8 else (AS_THEY_ARE, AS_THEY_ARE)
-
-
-def as_experts_compute(rows: Tensor, fp8: bool) -> Tensor:
-    """Under autocast in its dtype, half the bytes. Eight bits are made of the rows as they are."""
-    if fp8 or not torch.is_autocast_enabled(rows.device.type):
-        return rows
-    return rows.to(torch.get_autocast_dtype(rows.device.type))
+        ticket = home.depart(as_experts_compute(gather_rows(out, handle.back, handle.order), self.fp8))
+        del out  # nobody waits for it while it is on its way
+        return unpermute(home.arrive(ticket), handle.permutation)

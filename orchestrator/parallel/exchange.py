@@ -38,20 +38,22 @@ class Crossing:
         self.work = dist.all_to_all_single(self.arrived, self.sent, arriving, leaving, group=group, async_op=True)
 
     def wait(self) -> Tensor:
-        hand_over()
         self.work.wait()
+        del self.sent  # before there is another copy
         return self.precision.unpacked(self.arrived, self.dim).to(self.dtype)
 
 
 @dataclass
 class Journey:
-    """Rows to other ranks of `group`, and their gradients back. `sent` and `received` count the rows by rank."""
+    """Rows to other ranks of `group`, and their gradients back. `sent` and `received` count the rows by rank; what is
+    `small` travels beside other rows and is not worth the other half's turn."""
 
     group: dist.ProcessGroup
     sent: list[int]
     received: list[int]
     there: Precision = AS_THEY_ARE
     back: Precision = AS_THEY_ARE
+    small: bool = False
     crossing: Crossing | None = None
 
     def home(self) -> "Journey":
@@ -66,8 +68,22 @@ class Journey:
         return _Arrive.apply(ticket, self)
 
     def awaited(self) -> Tensor:
+        if not self.small:
+            hand_over()
         crossing, self.crossing = self.crossing, None
         return crossing.wait()
+
+
+def precisions(fp8: bool) -> tuple[Precision, Precision]:
+    """Of rows to the experts and of their gradients back."""
+    return (FP8, BF16) if fp8 else (AS_THEY_ARE, AS_THEY_ARE)
+
+
+def as_experts_compute(rows: Tensor, fp8: bool) -> Tensor:
+    """Under autocast in its dtype, half the bytes. Eight bits are made of the rows as they are."""
+    if fp8 or not torch.is_autocast_enabled(rows.device.type):
+        return rows
+    return rows.to(torch.get_autocast_dtype(rows.device.type))
 
 
 class _Depart(torch.autograd.Function):

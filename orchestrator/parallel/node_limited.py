@@ -2,8 +2,8 @@
 ranks that hold them, once to each (V3 report, section 3.2.2).
 
 On the way back each rank adds up, weighted, what its experts made of a token, and each node what its ranks did, so that
-the bytes are as few. Sums over experts are therefore taken in another order than in one process. A place below is a
-node, a rank or, at the end, an expert; a token goes to each at most once, which is a pair.
+the bytes are as few. Sums over experts are therefore taken in another order than in one process; what an expert sees is
+the same. A place below is a node, a rank or, at the end, an expert; a token goes to each at most once, which is a pair.
 Shapes: T tokens, D dim, K activated experts, N places, P pairs.
 """
 
@@ -16,28 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.moe import Routing
-from orchestrator.parallel.dispatch import as_experts_compute, precisions
-from orchestrator.parallel.exchange import Journey
+from orchestrator.parallel.exchange import Journey, as_experts_compute, precisions
 
 
 class Pairs(NamedTuple):
-    """Sorted by place, then by token."""
+    """Sorted by place, then by token, of which each pair has one, [P]."""
 
+    place: Tensor
     token: Tensor
-    """Of each pair, [P]."""
-    counts: Tensor
-    """Pairs of each place, [N]."""
     by_token: Tensor
     """The pairs sorted by token, [P]."""
     starts: Tensor
     """Where each token's pairs begin among those, [T]."""
 
 
-def pairs_of(wanted: Tensor) -> Pairs:
-    """wanted [T, N]: whether a token goes to a place."""
-    token = wanted.T.nonzero()[:, 1]
+def pairs_of(wanted: Tensor, num: int, order: Tensor | None = None) -> Pairs:
+    """wanted [T, N]: whether a token goes to a place. `num` times it does: a GPU that is not asked need not be waited
+    for. order [T]: of tokens at a place, if not as they come."""
+    place, token = (wanted if order is None else wanted[order]).T.nonzero_static(size=num).T.contiguous()
+    token = token if order is None else order[token]
     per_token = wanted.sum(1)
-    return Pairs(token, wanted.sum(0), token.argsort(stable=True), per_token.cumsum(0) - per_token)
+    return Pairs(place, token, token.argsort(stable=True), per_token.cumsum(0) - per_token)
 
 
 def copied(tokens: Tensor, pairs: Pairs) -> Tensor:
@@ -80,12 +79,14 @@ def _sums(rows: Tensor, pairs: Pairs) -> Tensor:
 
 @dataclass
 class Leg:
-    """One hop's exchange: rows and weights under way, the experts that their tokens chose."""
+    """One hop's exchange: weights and rows under way; the experts that their tokens chose and the ranks these are of.
+    """
 
     pairs: Pairs
     indices: Tensor
-    rows: Journey
+    origin: Tensor
     weights: Journey
+    rows: Journey
     tickets: tuple[Tensor, Tensor]
 
 
@@ -95,23 +96,28 @@ class Hop:
     def __init__(self, group: dist.ProcessGroup, share: int, *, fp8: bool):
         self.group, self.share, self.fp8 = group, share, fp8
 
-    def depart(self, tokens: Tensor, routing: Routing) -> Leg:
-        places = torch.where(routing.indices < 0, -1, routing.indices // self.share)
-        pairs = pairs_of(_wanted(places, self.group.size()))
-        arriving = torch.empty_like(pairs.counts)
-        dist.all_to_all_single(arriving, pairs.counts, group=self.group)
-        sent, received = torch.stack([pairs.counts, arriving]).tolist()
-        chosen = routing.indices.new_empty(sum(received), routing.indices.shape[1])
-        dist.all_to_all_single(chosen, routing.indices[pairs.token], received, sent, group=self.group)
+    def depart(self, tokens: Tensor, routing: Routing, origin: Tensor) -> Leg:
+        """origin [T]: where the tokens come from, as far as hops so far tell."""
+        wanted = _wanted(routing.indices // self.share, self.group.size())
+        leaving = wanted.sum(0)
+        arriving = torch.empty_like(leaving)
+        dist.all_to_all_single(arriving, leaving, group=self.group)
+        sent, received = torch.stack([leaving, arriving]).tolist()
+        pairs = pairs_of(wanted, sum(sent))
+        chosen = torch.cat([origin[:, None], routing.indices], 1)[pairs.token].int()
+        told = chosen.new_empty(sum(received), chosen.shape[1])
+        dist.all_to_all_single(told, chosen, received, sent, group=self.group)
+        source = torch.arange(self.group.size(), device=told.device).repeat_interleave(arriving, output_size=len(told))
+        # Weights leave first, so that in backward, too, they are awaited after the rows, at whose side they travel.
+        weights = Journey(self.group, sent, received, small=True)
         rows = Journey(self.group, sent, received, *precisions(self.fp8))
-        weights = Journey(self.group, sent, received)
-        tickets = (rows.depart(as_experts_compute(copied(tokens, pairs), self.fp8)),
-                   weights.depart(copied(routing.weights, pairs)))
-        return Leg(pairs, chosen, rows, weights, tickets)
+        tickets = (weights.depart(copied(routing.weights, pairs)),
+                   rows.depart(as_experts_compute(copied(tokens, pairs), self.fp8)))
+        return Leg(pairs, told[:, 1:].long(), told[:, 0] * self.group.size() + source, weights, rows, tickets)
 
     def arrive(self, leg: Leg) -> tuple[Tensor, Routing]:
         """Tokens, and which of this rank's experts they chose with which weights; -1 where one is elsewhere."""
-        rows, weights = leg.rows.arrive(leg.tickets[0]), leg.weights.arrive(leg.tickets[1])
+        rows, weights = leg.rows.arrive(leg.tickets[1]), leg.weights.arrive(leg.tickets[0])
         here = leg.indices - self.group.rank() * self.share
         return rows, Routing(torch.where((here >= 0) & (here < self.share), here, -1), weights)
 
@@ -145,21 +151,25 @@ class NodeLimitedDispatcher:
             self.hops.append(Hop(group, self.share, fp8=fp8))
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Trip:
-        return Trip([self.hops[0].depart(tokens, routing)])
+        nowhere = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        return Trip([self.hops[0].depart(tokens, routing, nowhere)])
 
     def receive(self, handle: Trip) -> tuple[Tensor, Tensor]:
         tokens, routing = self.hops[0].arrive(handle.legs[0])
         for hop in self.hops[1:]:
-            handle.legs.append(hop.depart(tokens, routing))
+            handle.legs.append(hop.depart(tokens, routing, handle.legs[-1].origin))
             tokens, routing = hop.arrive(handle.legs[-1])
         wanted = _wanted(routing.indices, self.share)
-        handle.pairs = pairs_of(wanted)
+        counts = wanted.sum(0)
+        in_order = handle.legs[-1].origin.argsort(stable=True)  # as in one process: by source rank, then by token
+        handle.pairs = pairs = pairs_of(wanted, int(counts.sum()), in_order)
         spread = routing.weights.new_zeros(len(tokens), self.share + 1).scatter(
             1, routing.indices.remainder(self.share + 1), routing.weights)
-        handle.weights = spread[:, :-1].T[wanted.T]
-        return copied(tokens, handle.pairs), handle.pairs.counts
+        handle.weights = spread[pairs.token, pairs.place]
+        return copied(tokens, pairs), counts
 
     def combine(self, out: Tensor, handle: Trip) -> Tensor:
+        """Weighted in the dtype that experts compute in, then summed."""
         out = summed(out * handle.weights[:, None].to(out.dtype), handle.pairs)
         for hop, leg in zip(reversed(self.hops), reversed(handle.legs), strict=True):
             out = hop.home(out, leg)

@@ -1,10 +1,10 @@
 """A forward and a backward at once: the exchanges of one run beside the computation of the other (V3 report, section
 3.2.1, figure 4).
 
-Two threads take turns and only one ever runs: it hands over where it would wait for an exchange. So the order of a
-rank's collectives is a fact of the program, the same on all ranks, and nothing else need know of threads. Forward:
-attention | dispatch | experts | combine; backward: attention, dispatch, experts and combine of another microbatch the
-other way round; each `|` is spent on the other's work.
+Two threads take turns and only one ever runs: it hands over where it would wait for the rows of an exchange. So the
+order of a rank's collectives is a fact of the program, the same on all ranks, and nothing else need know of threads. A
+layer's forward is [attention, router, shared experts | experts | sums], its backward the same the other way round; each
+`|` is an exchange and is spent on the other's work.
 """
 
 import functools
@@ -45,8 +45,9 @@ def take_turns(first: Callable[[], None], second: Callable[[], None], device: to
         other.result()
     finally:
         _turns = None
-    if turns.failure is not None:
-        raise turns.failure
+    failure, turns.failure = turns.failure, None
+    if failure is not None:
+        raise failure
 
 
 def hand_over() -> None:
@@ -69,9 +70,7 @@ class _Turns:
         try:
             self._wait_for_turn(half)
             work()
-        except _OtherFailed:
-            pass
-        except BaseException as failure:  # raised again where the pair was asked for
+        except BaseException as failure:  # of two the first is raised, where the pair was asked for
             self.failure = self.failure or failure
         finally:
             self.under_way.remove(half)
@@ -80,6 +79,8 @@ class _Turns:
 
     def hand_over(self) -> None:
         half = self.running
+        if self.failure is not None:
+            raise _OtherFailed
         if 1 - half in self.under_way:
             self._give_turn(1 - half)
             self._wait_for_turn(half)
@@ -103,19 +104,21 @@ _turns: _Turns | None = None
 
 @functools.cache
 def _partner(device: torch.device) -> ThreadPoolExecutor:
-    """One thread for the second halves; which GPU is current is a thread's own affair."""
-    current = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-    return ThreadPoolExecutor(1, "second half", initializer=current)
+    """One thread for the second halves. Each thread has a current GPU of its own. They share autocast's cache, which
+    goes when one of them leaves its outermost region: this one never does."""
+    def begin() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.autocast(device.type, enabled=False).__enter__()
+
+    return ThreadPoolExecutor(1, "second half", initializer=begin)
 
 
 def _forward(action: _Action, context: _PipelineContext) -> None:
     """As torch's runtime does it, with what torch offers a function of one's own."""
-    runtime, microbatch = context.schedule_ref, action.microbatch_index
-    stages = {stage.stage_index: stage for stage in runtime._stages}
-    stage = stages[action.stage_index]
-    runtime._assert_unsharded(stage)
+    runtime, stages, stage, microbatch = _of(action, context)
     if not stage.is_first and stage.stage_index - 1 not in stages:
-        _wait_batch_p2p(runtime.fwd_recv_ops.pop((action.stage_index, microbatch)))
+        _wait_batch_p2p(runtime.fwd_recv_ops.pop((stage.stage_index, microbatch)))
     out = stage.forward_one_chunk(microbatch, context.arg_mbs[microbatch], context.kwarg_mbs[microbatch],
                                   save_forward_output=False)
     runtime._maybe_compute_loss(stage, out, context.target_mbs, microbatch)
@@ -124,14 +127,19 @@ def _forward(action: _Action, context: _PipelineContext) -> None:
 
 
 def _backward(action: _Action, context: _PipelineContext) -> None:
-    runtime, microbatch = context.schedule_ref, action.microbatch_index
-    stages = {stage.stage_index: stage for stage in runtime._stages}
-    stage = stages[action.stage_index]
-    runtime._assert_unsharded(stage)
+    runtime, stages, stage, microbatch = _of(action, context)
     if not stage.is_last and stage.stage_index + 1 not in stages:
-        _wait_batch_p2p(runtime.bwd_recv_ops.pop((action.stage_index, microbatch)))
+        _wait_batch_p2p(runtime.bwd_recv_ops.pop((stage.stage_index, microbatch)))
     runtime.backward_counter[stage.stage_index] += 1
     stage.backward_one_chunk(microbatch, loss=runtime._maybe_get_loss(stage, microbatch), full_backward=True,
                              last_backward=runtime.backward_counter[stage.stage_index] == runtime._n_microbatches)
     if stage.stage_index - 1 in stages:
         stages[stage.stage_index - 1].set_local_bwd_input(stage.get_local_bwd_output(microbatch), microbatch)
+
+
+def _of(action: _Action, context: _PipelineContext) -> tuple:
+    """The runtime, its stages on this rank, the action's own, whose weights are whole, and its microbatch."""
+    runtime = context.schedule_ref
+    stages = {stage.stage_index: stage for stage in runtime._stages}
+    runtime._assert_unsharded(stages[action.stage_index])
+    return runtime, stages, stages[action.stage_index], action.microbatch_index

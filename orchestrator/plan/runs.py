@@ -63,9 +63,8 @@ def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str,
             "recompute": work.recompute.name}
     if work.pp > 1 and Schedule[work.schedule] in LOOPED_SCHEDULES:
         keys["stages_per_rank"] = work.stages_per_rank
-    domain = work.hardware.scale_up_devices
-    if work.ep > domain and work.ep % domain == 0:
-        keys["ep_per_node"] = domain
+    if work.ep > 1 and not work.stack.copies:
+        keys["ep_per_node"] = math.gcd(work.ep, work.hardware.scale_up_devices)
     train = {"batch_size": work.batch_size, "seq_len": work.seq_len} | ({} if steps is None else {"steps": steps})
     quantum = work.dp * work.microbatches
     asked = dict(word.split("=", 1) for word in others).get(VALIDATED, "")

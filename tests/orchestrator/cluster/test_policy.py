@@ -146,6 +146,12 @@ def test_nodes_of_odd_sizes_split_no_more_expert_groups_than_they_must():
     assert groups == [{"a"}, {"b"}, {"c"}, {"a", "d"}]
 
 
+def test_a_group_on_several_nodes_is_made_of_whole_parts_of_them():
+    homes = [(name, device) for name in ("a", "b") for device in range(6)]
+    nodes = [homes[i][0] for i in order_ranks(homes, ep=8, ep_per_node=4)]
+    assert nodes == ["a"] * 4 + ["b"] * 4 + ["a"] * 2 + ["b"] * 2
+
+
 def test_ranks_get_torchruns_numbers():
     infos = rank_infos([("b", 4), ("b", 5), ("a", -1), ("a", -1)], "10.0.0.1", 29400)
     assert [info.rank for info in infos] == [0, 1, 2, 3] and {info.world_size for info in infos} == {4}

@@ -140,9 +140,10 @@ def test_tokens_that_go_by_node_equal_the_one_process_run(ranks, reference, pp, 
     assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
 
 
-def test_recompute_equals_keeping_activations(ranks, reference):
+@pytest.mark.parametrize("per_node", [0, 1])
+def test_recompute_equals_keeping_activations(ranks, reference, per_node):
     config = make_config(2, 2, 2, "1f1b")
-    config.layout.recompute = Recompute.full
+    config.layout.recompute, config.layout.ep_per_node = Recompute.full, per_node
     assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
 
 

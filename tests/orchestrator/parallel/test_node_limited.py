@@ -23,16 +23,16 @@ CPU = torch.device("cpu")
 def test_copies_and_sums_are_each_others_gradient():
     wanted = torch.rand(12, 5, generator=torch.Generator().manual_seed(0)) < 0.4
     wanted[3], wanted[:, 2] = False, False
-    pairs = pairs_of(wanted)
+    pairs = pairs_of(wanted, int(wanted.sum()))
     x, rows = (torch.randn(n, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(n), requires_grad=True)
                for n in (12, int(wanted.sum())))
     place, token = wanted.T.nonzero(as_tuple=True)
-    assert pairs.counts.tolist() == wanted.sum(0).tolist() and torch.equal(copied(x, pairs), x[token])
+    assert torch.equal(pairs.place, place) and torch.equal(copied(x, pairs), x[token])
     plain = torch.zeros(12, 7, dtype=torch.float64).index_add(0, token, rows)
     torch.testing.assert_close(summed(rows, pairs), plain)
     assert torch.autograd.gradcheck(lambda x: copied(x, pairs), (x,))
     assert torch.autograd.gradcheck(lambda rows: summed(rows, pairs), (rows,))
-    nothing = pairs_of(torch.zeros(3, 5, dtype=torch.bool))
+    nothing = pairs_of(torch.zeros(3, 5, dtype=torch.bool), 0)
     assert summed(torch.empty(0, 7), nothing).tolist() == [[0.0] * 7] * 3
 
 
@@ -67,16 +67,17 @@ def run(info: RankInfo, case: str, num_tokens: int, per_node: int, dtype: torch.
             rows, counts = dispatcher.receive(handle)
             out = dispatcher.combine(apply_experts(rows, counts, first, experts), handle)
         out.float().square().sum().backward()
-        return handle, counts, [out.float(), tokens.grad, mine.weights.grad, experts.grad]
+        return (handle, rows.detach()), counts, [out.float(), tokens.grad, mine.weights.grad, experts.grad]
 
-    handle, counts, ours = both(NodeLimitedDispatcher(mesh.hops, EXPERTS), info.rank * share)
+    (handle, rows), counts, ours = both(NodeLimitedDispatcher(mesh.hops, EXPERTS), info.rank * share)
     _, all_counts, theirs = both(LocalDispatcher(EXPERTS), 0)
+    (_, copies), *_ = both(AllToAllDispatcher(mesh.ep, EXPERTS), info.rank * share)
     for grad in (ours[3], theirs[3], all_counts):
         dist.all_reduce(grad)
     errors = [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(ours, theirs, strict=True)]
     mine = routing.indices[:keep] // (EXPERTS // RANKS * per_node)
     nodes = sum(len(set(row)) for row in mine.tolist())
-    return {"errors": errors, "counts": counts.tolist(), "sent": sum(handle.legs[0].rows.sent), "nodes": nodes,
+    return {"errors": errors, "same_rows": torch.equal(rows, copies), "counts": counts.tolist(), "sent": sum(handle.legs[0].rows.sent), "nodes": nodes,
             "expected": all_counts[info.rank * share :][:share].tolist(), "hops": len(handle.legs)}
 
 
@@ -86,7 +87,7 @@ def run(info: RankInfo, case: str, num_tokens: int, per_node: int, dtype: torch.
 def test_it_equals_the_local_dispatcher_and_a_token_crosses_to_a_node_once(ranks, case, num_tokens, per_node):
     for result in ranks.run(run, case, num_tokens, per_node, torch.float32, world=RANKS):
         assert max(result["errors"]) < TOLERANCE, result
-        assert result["counts"] == result["expected"]
+        assert result["counts"] == result["expected"] and result["same_rows"], "in the order of one process"
         assert result["hops"] == (2 if per_node == 2 else 1)
         if per_node < RANKS:
             assert result["sent"] == result["nodes"]
@@ -98,7 +99,7 @@ def test_under_autocast_rows_travel_in_its_dtype(ranks):
 
 
 def bytes_out(info: RankInfo, per_node: int) -> int:
-    """Of rows and all that goes with them, to experts on the other of two nodes."""
+    """Of rows and their weights, to experts on the other of two nodes."""
     mesh, node, out = connect(Layout(1, RANKS, RANKS, per_node), info, CPU, timeout_s=30), info.rank // 2, 0
 
     class Counted(exchange.Crossing):

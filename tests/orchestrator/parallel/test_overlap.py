@@ -60,7 +60,28 @@ def test_a_pair_within_a_pair_is_refused():
         take_turns(lambda: take_turns(int, int, CPU), int, CPU)
 
 
-def make_config(pp: int, *, at_once: bool, fp8: bool = False) -> Config:
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_of_one_half_ends_the_other_whoever_has_its_turn(late):
+    """Ctrl-C reaches the thread of the first half even while the second half works."""
+    went_on = []
+
+    def first() -> None:
+        if not late:
+            raise KeyboardInterrupt
+        hand_over()
+
+    def second() -> None:
+        if late:
+            overlap._turns.failure = KeyboardInterrupt()
+        hand_over()
+        went_on.append("second")
+
+    with pytest.raises(KeyboardInterrupt):
+        take_turns(first, second, CPU)
+    assert not went_on
+
+
+def make_config(pp: int, *, at_once: bool, fp8: bool = False, per_node: int = 0) -> Config:
     config = Config()
     config.model = ModelConfig(
         vocab_size=VOCAB, dim=48, n_layers=8 if pp > 1 else 2, n_dense_layers=1, inter_dim=96, n_heads=4,
@@ -70,29 +91,29 @@ def make_config(pp: int, *, at_once: bool, fp8: bool = False) -> Config:
     config.layout.pp, config.layout.dp, config.layout.ep = pp, 2, 2
     config.layout.schedule = Schedule["dualpipev" if pp > 1 else "1f1b"]
     config.layout.microbatches, config.layout.overlap = 8 if pp > 1 else 1, at_once
-    config.precision.fp8 = fp8
+    config.precision.fp8, config.layout.ep_per_node = fp8, per_node
     config.train.batch_size, config.train.seq_len, config.train.validate_sequences = SEQUENCES, SEQ_LEN, SEQUENCES
     check_run(config)
     return config
 
 
-def step(info: RankInfo, config: Config) -> tuple[list, list, list[tuple]]:
+def step(info: RankInfo, config: Config, dtype: torch.dtype = torch.float32) -> tuple[list, list, list[tuple]]:
     """Losses and gradients of one step, and who did what: the half of a pair (None outside), the event."""
     happened = []
 
     def note(event: str) -> None:
         happened.append((overlap._turns.running if overlap._turns else None, event))
 
-    class Noted(exchange.Crossing):
-        def __init__(self, *args):
-            super().__init__(*args)
-            note("starts")
+    forward, start, awaited = FeedForward.forward, exchange.Crossing.__init__, exchange.Journey.awaited
 
-        def wait(self):
+    def noted_start(self, *args):
+        start(self, *args)
+        note("starts")
+
+    def noted_wait(self):
+        if not self.small:
             note("is awaited")
-            return super().wait()
-
-    forward = FeedForward.forward
+        return awaited(self)
 
     def noted_forward(self, x):
         note("shared experts")
@@ -102,11 +123,12 @@ def step(info: RankInfo, config: Config) -> tuple[list, list, list[tuple]]:
         return out
 
     mesh = connect(layout_of(config), info, CPU, timeout_s=60)
-    pipeline = build_pipeline(config, mesh, torch.float32)
+    pipeline = build_pipeline(config, mesh, dtype)
     batch = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 1 + config.model.n_mtp_layers),
                           generator=torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "Crossing", Noted)
+        patch.setattr(exchange.Crossing, "__init__", noted_start)
+        patch.setattr(exchange.Journey, "awaited", noted_wait)
         for layer in pipeline.stages[0].layers.values() if mesh.pp is None else ():
             if hasattr(layer, "moe"):
                 patch.setattr(layer.moe.shared_experts, "forward", partial(noted_forward, layer.moe.shared_experts))
@@ -114,9 +136,10 @@ def step(info: RankInfo, config: Config) -> tuple[list, list, list[tuple]]:
     return losses.tolist(), [(s.name, s.start, s.grad().clone().numpy()) for s in pipeline.shards], happened
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_at_once_equals_in_turn_and_each_exchange_runs_beside_the_other_half(ranks, fp8):
-    at_once, in_turn = (ranks.run(step, make_config(2, at_once=at_once, fp8=fp8), world=4)
+@pytest.mark.parametrize("fp8, per_node, dtype", [
+    (False, 0, torch.float32), (True, 0, torch.float32), (False, 1, torch.float32), (False, 2, torch.bfloat16)])
+def test_at_once_equals_in_turn_and_each_exchange_runs_beside_the_other_half(ranks, fp8, per_node, dtype):
+    at_once, in_turn = (ranks.run(step, make_config(2, at_once=at_once, fp8=fp8, per_node=per_node), dtype, world=4)
                         for at_once in (True, False))
     for (losses, grads, happened), (same_losses, same_grads, before) in zip(at_once, in_turn, strict=True):
         assert losses == same_losses
@@ -131,6 +154,33 @@ def test_at_once_equals_in_turn_and_each_exchange_runs_beside_the_other_half(ran
         assert beside > 3 * alone > 0, (beside, alone)
     for (*_, ours), (*_, theirs) in zip(at_once[::2], at_once[1::2], strict=True):
         assert ours == theirs, "ranks of an expert group exchange in the same order"
+
+
+def fail_in_a_pair(info: RankInfo, config: Config, half: int) -> tuple[str, list]:
+    """What a step ends with where an exchange fails in that half of a pair, and what the thread does afterwards."""
+    wait = exchange.Crossing.wait
+
+    def failing(self):
+        if overlap._turns and overlap._turns.running == half:
+            raise ConnectionError("the peer is gone")
+        return wait(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange.Crossing, "wait", failing)
+        try:
+            step(info, config)
+            told = "nothing"
+        except Exception as failure:
+            told = repr(failure.__cause__ or failure)
+    went_on = []
+    take_turns(partial(went_on.append, 1), partial(went_on.append, 2), CPU)
+    return told, went_on
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_an_exchange_that_fails_in_a_pair_fails_the_step_with_its_own_error(ranks, half):
+    for told, went_on in ranks.run(fail_in_a_pair, make_config(2, at_once=True), half, world=4):
+        assert "the peer is gone" in told and went_on == [1, 2]
 
 
 def test_shared_experts_run_beside_the_way_to_the_experts_and_its_gradient(ranks):

@@ -146,9 +146,14 @@ def test_what_the_planner_allows_train_accepts_and_what_it_refuses_train_refuses
     assert min(seen.values()) > 3
 
 
-def test_experts_on_several_nodes_are_reached_by_node_as_the_plan_assumes(v3):
-    words = {ep: overrides_of(dataclasses.replace(v3, ep=ep, schedule="dualpipev")) for ep in (8, 64)}
-    assert "layout.ep_per_node=8" in words[64] and not any("ep_per_node" in word for word in words[8])
+@pytest.mark.parametrize("name, ep, stack, per_node", [
+    ("deepseek_v3", 64, "deepseek", "8"), ("deepseek_v3", 8, "deepseek", "8"), ("glm_4_5", 20, "deepseek", "4"),
+    ("deepseek_v3", 1, "deepseek", None), ("deepseek_v3", 64, "megatron_core_014", None)])
+def test_tokens_go_as_the_plan_prices_them(v3, name, ep, stack, per_node):
+    """Once to each node and rank, or a copy for each expert."""
+    work = dataclasses.replace(v3, model=model(name), ep=ep, stack=stack_named(stack), schedule="dualpipev")
+    found = dict(word.split("=") for word in overrides_of(work))
+    assert found.get("layout.ep_per_node") == per_node
 
 
 def test_context_ranks_have_equal_parts_of_a_sequence():
