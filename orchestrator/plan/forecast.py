@@ -88,12 +88,14 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
         hardware, assumptions = on_cores(hardware, ranks, calibration)
     elif config.precision.compute_dtype is ComputeDtype.fp32:
         hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
+    on_tensor_cores = config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
     if not layout.overlap:
         assumptions = replace(assumptions, overlap_cost=math.inf)
     stack = replace(OWN, copies=not layout.ep_per_node)
     return Workload(config.model, hardware, train.seq_len, train.batch_size, layout.pp, layout.dp, layout.ep,
                     layout.schedule.name, layout.microbatches, stages_per_rank=layout.stages_per_rank,
-                    recompute=layout.recompute, zero=1, stack=stack, assumptions=assumptions, calibration=calibration)
+                    recompute=layout.recompute, zero=1, dtype="fp8" if on_tensor_cores else "bf16", stack=stack,
+                    assumptions=assumptions, calibration=calibration)
 
 
 def on_cores(hardware: HardwareConfig, ranks: int, calibration: Calibration) -> tuple[HardwareConfig, Assumptions]:
