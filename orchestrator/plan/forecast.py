@@ -21,7 +21,7 @@ CPU = Assumptions(gemm=1.0, best_bf16=1.0, attention_forward=1.0, attention_back
                   bucket_s=3e-3, crowded=0.9)
 """A CPU under eager torch, read off profiles of `tiny` on one core and off its CPU seconds under two to four ranks. The
 device is its own host, so dispatch is a gap between operators: a block has about 100 of them in forward, 60 more with
-experts. gloo over loopback: each exchange and each of FSDP2's blocks costs more than its bytes."""
+experts. gloo over loopback: each exchange and each of FSDP2's blocks costs more than its bytes, however tokens go."""
 OWN = Stack(name="sparing", gradient_bytes=6)
 """This program: gradients and gathered weights are fp32, so that there are two bytes more than a bf16 weight has."""
 CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 0.4
@@ -91,7 +91,7 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
     on_tensor_cores = config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
     if not layout.overlap:
         assumptions = replace(assumptions, overlap_cost=math.inf)
-    stack = replace(OWN, copies=not layout.ep_per_node)
+    stack = replace(OWN, copies=machine.device != "cpu" and not layout.ep_per_node)
     return Workload(config.model, hardware, train.seq_len, train.batch_size, layout.pp, layout.dp, layout.ep,
                     layout.schedule.name, layout.microbatches, stages_per_rank=layout.stages_per_rank,
                     recompute=layout.recompute, zero=1, dtype="fp8" if on_tensor_cores else "bf16", stack=stack,
