@@ -77,7 +77,8 @@ def run(info: RankInfo, case: str, num_tokens: int, per_node: int, dtype: torch.
     errors = [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(ours, theirs, strict=True)]
     mine = routing.indices[:keep] // (EXPERTS // RANKS * per_node)
     nodes = sum(len(set(row)) for row in mine.tolist())
-    return {"errors": errors, "same_rows": torch.equal(rows, copies), "counts": counts.tolist(), "sent": sum(handle.legs[0].rows.sent), "nodes": nodes,
+    return {"errors": errors, "same_rows": torch.equal(rows, copies),
+            "counts": counts.tolist(), "sent": sum(handle.legs[0].rows.sent), "nodes": nodes,
             "expected": all_counts[info.rank * share :][:share].tolist(), "hops": len(handle.legs)}
 
 
