@@ -80,7 +80,7 @@ def first_gradients_without_bf16(info: RankInfo, config: Config) -> tuple[list[f
         return first_gradients(info, config)
 
 
-@pytest.mark.parametrize("ep, per_node", [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("ep, per_node", [(2, 1), (4, 2)])
 def test_fp8_by_node_equals_the_one_process_run_but_for_sums_in_bf16(ranks, ep, per_node):
     """Ranks and nodes add up what experts made of a token before that is rounded to bf16, which moves gradients as far
     as leaving that rounding out does in one process (8% in the median). Without it they are the same, but for elements

@@ -132,7 +132,7 @@ def test_tied_embeddings_equal_the_one_process_run(ranks, reference, pp, dp, ep,
 
 
 @pytest.mark.parametrize("pp, dp, ep, schedule, per_node", [
-    (1, 4, 4, "1f1b", 2), (1, 4, 2, "1f1b", 1), (2, 2, 2, "zbv", 1), (2, 2, 2, "dualpipev", 2)])
+    (1, 4, 4, "1f1b", 2), (2, 2, 2, "dualpipev", 1)])
 def test_tokens_that_go_by_node_equal_the_one_process_run(ranks, reference, pp, dp, ep, schedule, per_node):
     config = make_config(pp, dp, ep, schedule)
     config.layout.ep_per_node = per_node

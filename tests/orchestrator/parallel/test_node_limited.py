@@ -82,8 +82,8 @@ def run(info: RankInfo, case: str, num_tokens: int, per_node: int, dtype: torch.
             "expected": all_counts[info.rank * share :][:share].tolist(), "hops": len(handle.legs)}
 
 
-@pytest.mark.parametrize("case", ["random", "one rank gets all", "a node gets none"])
-@pytest.mark.parametrize("num_tokens", [TOKENS, 0])
+@pytest.mark.parametrize("case, num_tokens", [("random", TOKENS), ("random", 0), ("one rank gets all", TOKENS),
+                                              ("a node gets none", TOKENS)])
 @pytest.mark.parametrize("per_node", [1, 2, 4])
 def test_it_equals_the_local_dispatcher_and_a_token_crosses_to_a_node_once(ranks, case, num_tokens, per_node):
     for result in ranks.run(run, case, num_tokens, per_node, torch.float32, world=RANKS):

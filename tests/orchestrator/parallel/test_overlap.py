@@ -137,7 +137,7 @@ def step(info: RankInfo, config: Config, dtype: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("fp8, per_node, dtype", [
-    (False, 0, torch.float32), (True, 0, torch.float32), (False, 1, torch.float32), (False, 2, torch.bfloat16)])
+    (False, 0, torch.float32), (True, 0, torch.float32), (False, 1, torch.bfloat16)])
 def test_at_once_equals_in_turn_and_each_exchange_runs_beside_the_other_half(ranks, fp8, per_node, dtype):
     at_once, in_turn = (ranks.run(step, make_config(2, at_once=at_once, fp8=fp8, per_node=per_node), dtype, world=4)
                         for at_once in (True, False))
