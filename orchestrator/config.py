@@ -72,8 +72,9 @@ class LayoutConfig:
     ep: int = 1
     """Expert-parallel degree."""
     ep_per_node: int = 0
-    """Consecutive ranks of an expert group that share a node. With it a token crosses to each node once and goes on to
-    its experts' ranks from there; 0: a copy for each of its experts, straight to their ranks."""
+    """Consecutive ranks of an expert group that share a node, or an NVLink domain of several machines. With it a token
+    crosses to each node once and goes on to its experts' ranks from there; 0: a copy for each of its experts, straight
+    to their ranks."""
     schedule: Schedule = Schedule["1f1b"]
     microbatches: int = 1
     """Parts a data-parallel rank's share of the batch is cut into."""

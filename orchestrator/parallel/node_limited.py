@@ -141,7 +141,7 @@ class NodeLimitedDispatcher:
     """Experts are sharded in equal consecutive shares over the ranks of an expert group, whose ranks are joined by
     `groups`, from the widest to the narrowest: across its nodes, then within a node (`Mesh.hops`).
 
-    fp8: as in `AllToAllDispatcher`; sums of what comes back are rounded to bf16 wherever they travel.
+    fp8: tokens travel in FP8 as in `AllToAllDispatcher`, all else in bf16: a sum is rounded wherever it travels.
     """
 
     def __init__(self, groups: list[dist.ProcessGroup], n_routed_experts: int, *, fp8: bool = False):

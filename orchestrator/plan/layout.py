@@ -224,8 +224,10 @@ def _check_degrees(config: Config) -> None:
     require(layout.ep % (layout.ep_per_node or 1) == 0, "layout.ep_per_node", layout.ep_per_node,
             f"must divide layout.ep={layout.ep}", f"use one of {divisors(layout.ep)}, or 0")
     nodes, per_node = config.cluster.nodes, config.cluster.ranks_per_node
-    require(per_node % (layout.ep_per_node or 1) == 0, "layout.ep_per_node", layout.ep_per_node,
-            f"must divide cluster.ranks_per_node={per_node}", f"use {math.gcd(per_node, layout.ep)}, or 0")
+    part = layout.ep_per_node
+    require(not part or not per_node or math.gcd(part, per_node) in (part, per_node), "layout.ep_per_node", part,
+            f"must divide cluster.ranks_per_node={per_node}, or be so many whole machines of one NVLink domain",
+            f"use {math.gcd(per_node, layout.ep)}, or 0")
     ranks = layout.pp * layout.dp
     require(config.cluster.min_ranks <= ranks, "cluster.min_ranks", config.cluster.min_ranks,
             f"must not exceed the {ranks} ranks of the layout", f"use at most {ranks}, or 0")

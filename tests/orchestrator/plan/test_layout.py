@@ -88,6 +88,20 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("per_node, fits", [(0, True), (4, True), (8, True), (16, True), (12, False)])
+def test_ranks_of_an_expert_groups_node_are_parts_of_machines_or_whole_ones(per_node, fits):
+    """Eight of one NVLink domain are half a machine, one, or two of a GB200's four."""
+    config = valid()
+    config.model.n_routed_experts = config.layout.dp = config.layout.ep = 48
+    config.layout.ep_per_node, config.cluster.ranks_per_node = 8, per_node
+    config.train.batch_size = config.train.validate_sequences = 48 * 4
+    if fits:
+        check_run(config)
+    else:
+        with pytest.raises(BadRequest, match=r"layout.ep_per_node=8: must divide cluster.ranks_per_node=12.*; use 12"):
+            check_run(config)
+
+
 @pytest.mark.parametrize("key, value, words", BAD)
 def test_a_request_that_cannot_be_names_key_value_rule_and_remedy(key, value, words):
     config = valid()
