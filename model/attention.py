@@ -1,4 +1,4 @@
-"""Attention: multi-head latent (MLA) and grouped-query (GQA), with rotary positions and YaRN.
+"""Attention: multi-head latent (MLA) and grouped-query (GQA), with rotary positions and their extension.
 
 Shapes: B sequences, S tokens, D dim, H heads, R rotary elements of a head.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import Attention, ModelConfig, QKNorm
+from model.config import Attention, ModelConfig, QKNorm, RopeScaling
 from model.ops import rms_norm
 
 if TYPE_CHECKING:
@@ -38,15 +38,20 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Angle per position of each rotating pair, [R/2], and the factor on cosine and sine.
 
-    YaRN (Peng et al. 2023, eq. 23; V3 report section 4.3): pairs that turn more than `beta_fast` times in the
-    original context keep their frequency, those that turn less than `beta_slow` times are interpolated by
-    `rope_factor`, the rest lie on a ramp between.
+    Context extension: pairs that turn more than `beta_fast` times in the original context keep their frequency, those
+    that turn less than `beta_slow` times are interpolated by `rope_factor`, the rest lie on a ramp between, over
+    the pairs in YaRN (Peng et al. 2023, eq. 23; V3 report section 4.3), over their turns in Llama 3.1 (its released
+    code).
     """
     rotary = _rotary_dim(config)
     exponents = torch.arange(0, rotary, 2, dtype=torch.float32) / rotary
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_factor <= 1:
         return frequencies, 1.0
+    if config.rope_scaling is RopeScaling.llama3:
+        turns = config.original_seq_len * frequencies / (2 * math.pi)
+        ramp = ((config.beta_fast - turns) / (config.beta_fast - config.beta_slow)).clamp(0, 1)
+        return frequencies / config.rope_factor * ramp + frequencies * (1 - ramp), 1.0
 
     def pair_that_turns(times: float) -> float:
         return rotary * math.log(config.original_seq_len / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
@@ -190,7 +195,7 @@ def build_attention(config: ModelConfig) -> nn.Module:
 def softmax_scale(config: ModelConfig) -> float:
     """1/sqrt(head size), times YaRN's squared attention factor where DeepSeek applies one."""
     scale = config.qk_head_dim**-0.5
-    if config.rope_factor > 1 and config.mscale_all_dim:
+    if config.rope_factor > 1 and config.rope_scaling is RopeScaling.yarn and config.mscale_all_dim:
         scale *= _mscale(config.rope_factor, config.mscale_all_dim) ** 2
     return scale
 

@@ -25,6 +25,13 @@ class QKNorm(Enum):
     full = "full"
 
 
+class RopeScaling(Enum):
+    """What lies between the frequencies that a context extension keeps and those it slows down."""
+
+    yarn = "yarn"
+    llama3 = "llama3"
+
+
 class ScoreFunc(Enum):
     """How gate logits become affinities: V3 uses the sigmoid (eq. 15), V2 and most others the softmax."""
 
@@ -80,11 +87,15 @@ class ModelConfig:
     rope_interleaved: bool = True
     """Pairs are (0,1),(2,3).. as in DeepSeek; otherwise (0,h/2),(1,h/2+1).. as in Llama."""
     rope_factor: float = 1.0
-    """YaRN context extension; 1 is none."""
+    """Context extension by so much; 1 is none."""
+    rope_scaling: RopeScaling = RopeScaling.yarn
+    """How frequencies are extended."""
     original_seq_len: int = 4096
-    """Context before extension (YaRN)."""
+    """Context before extension."""
     beta_fast: float = 32.0
+    """Pairs that turn more often in the original context keep their frequency. Llama 3.1 has 4 here."""
     beta_slow: float = 1.0
+    """Those that turn less often are slowed down by `rope_factor`."""
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
     """YaRN: 0 leaves the softmax scale alone."""
@@ -158,6 +169,9 @@ class ModelConfig:
             _require(self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
                      f"must divide n_heads={self.n_heads}", f"use one of {divisors(self.n_heads)}")
             rotary, key = int(self.head_dim * self.rotary_fraction), "head_dim"
+        if self.rope_factor > 1:
+            _require(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast,
+                     f"must be above beta_slow={self.beta_slow}", "use 32 with YaRN, 4 with rope_scaling=llama3")
         _require(rotary > 0 and rotary % 2 == 0, key, rotary, "must be an even number of rotating dimensions",
                  f"use {rotary + 1 if rotary > 0 else 2}")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.config import Attention, ModelConfig, QKNorm, ScoreFunc
+from model.config import Attention, ModelConfig, QKNorm, RopeScaling, ScoreFunc
 
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 """`quantization_config` of DeepSeek-V3's release (README_WEIGHTS.md)."""
@@ -30,7 +30,7 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> 
     return {"architectures": [family.architecture], "model_type": model_type,
             "torch_dtype": str(torch.bfloat16 if fp8 else dtype).removeprefix("torch."),
             **({"quantization_config": dict(FP8)} if fp8 else {}), **values, **family.constants,
-            "rope_theta": config.rope_theta, "rope_scaling": _yarn_to_hf(config),
+            "rope_theta": config.rope_theta, "rope_scaling": _scaling_to_hf(config),
             "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True,
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
@@ -53,7 +53,7 @@ def _config_from_hf(values: Mapping, name: str) -> ModelConfig:
     _check_quantization(values.get("quantization_config"))
     rope = values.get("rope_parameters") or {**(values.get("rope_scaling") or {}),
                                              "rope_theta": values.get("rope_theta", 10000.0)}
-    found = {"name": name, **family.implied, **_yarn_from_hf(rope)}
+    found = {"name": name, **family.implied, **_scaling_from_hf(rope)}
     for key, ours in (COMMON | family.keys).items():
         found[ours] = _FROM_HF.get(key, lambda value: value)(_look_up(key, {**rope, **values}))
     found.setdefault("inter_dim", 0)
@@ -197,7 +197,8 @@ def _check_expressible(config: ModelConfig) -> None:
     if config.n_routed_experts and config.n_activated_experts == 1 and config.norm_topk:
         raise ValueError("model.norm_topk=true: with n_activated_experts=1 transformers gives every chosen expert "
                          "weight 1, where this model keeps the affinity; use norm_topk=false, the same function here")
-    if config.rope_factor > 1 and not config.mscale_all_dim and config.mscale != 1:
+    yarn = config.rope_factor > 1 and config.rope_scaling is RopeScaling.yarn
+    if yarn and not config.mscale_all_dim and config.mscale != 1:
         raise ValueError(f"model.mscale={config.mscale}: must be 1 where mscale_all_dim=0, as in transformers; set it")
 
 
@@ -209,23 +210,29 @@ def _check_quantization(found: Mapping | None) -> None:
                              f"else is implemented; convert the model first or choose another")
 
 
-def _yarn_to_hf(config: ModelConfig) -> dict | None:
+def _scaling_to_hf(config: ModelConfig) -> dict | None:
     if config.rope_factor <= 1:
         return None
+    if config.rope_scaling is RopeScaling.llama3:
+        return {"rope_type": "llama3", "factor": config.rope_factor,
+                "original_max_position_embeddings": config.original_seq_len, "low_freq_factor": config.beta_slow,
+                "high_freq_factor": config.beta_fast}
     return {"type": "yarn", "rope_type": "yarn", "factor": config.rope_factor,
             "original_max_position_embeddings": config.original_seq_len, "beta_fast": config.beta_fast,
             "beta_slow": config.beta_slow, "mscale": config.mscale, "mscale_all_dim": config.mscale_all_dim}
 
 
-def _yarn_from_hf(rope: Mapping) -> dict[str, object]:
+def _scaling_from_hf(rope: Mapping) -> dict[str, object]:
     found, kind = {"rope_theta": rope["rope_theta"]}, rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return found
-    if kind != "yarn" or rope.get("attention_factor") is not None:
-        raise ValueError(f"config.json: rope_scaling={dict(rope)}: must be null or yarn without attention_factor; "
-                         f"other scalings are not implemented")
+    if kind not in ("yarn", "llama3") or rope.get("attention_factor") is not None:
+        raise ValueError(f"config.json: rope_scaling={dict(rope)}: must be null, llama3 or yarn without "
+                         f"attention_factor; other scalings are not implemented")
+    found |= {"rope_factor": _look_up("factor", rope), "rope_scaling": RopeScaling[kind],
+              "original_seq_len": _look_up("original_max_position_embeddings", rope)}
+    if kind == "llama3":
+        return found | {"beta_fast": _look_up("high_freq_factor", rope), "beta_slow": _look_up("low_freq_factor", rope)}
     all_dims = rope.get("mscale_all_dim") or 0.0
-    return found | {"rope_factor": _look_up("factor", rope),
-                    "original_seq_len": _look_up("original_max_position_embeddings", rope),
-                    "beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0,
+    return found | {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0,
                     "mscale": (rope.get("mscale") or 1.0) if all_dims else 1.0, "mscale_all_dim": all_dims}

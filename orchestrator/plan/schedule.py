@@ -4,6 +4,7 @@ The one place that touches torch's schedule table, whose name is private (DESIGN
 """
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -36,13 +37,15 @@ def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages:
     """Per pipeline rank, what it runs in order: each slot one Action, or a forward and a backward that overlap.
 
     The table is shared between callers: read it, do not change it. torch would also work out each rank's sends and
-    weight gathering, in a time that grows with the square of the microbatches, and leave them out of the table.
+    weight gathering, in a time that grows with the square of the microbatches, and leave them out of the table; and it
+    would look at a stage's every method to pretend one, which takes longer than the table.
     """
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
     from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
     per_rank = stages_per_rank(schedule, requested_stages)
-    with patch.object(_PipelineScheduleRuntime, "_prepare_schedule_with_comms"):
+    with (patch.object(_PipelineScheduleRuntime, "_prepare_schedule_with_comms"),
+          patch("unittest.mock.create_autospec", lambda *_, **__: SimpleNamespace())):
         table = get_schedule_ops(TORCH_NAMES[schedule], pp, microbatches, per_rank)
     rows = [[tuple(_plain(part) for part in action.sub_actions or (action,)) for action in row
              if action is not None and action.computation_type.name != "REDUCE_GRAD"] for row in table]

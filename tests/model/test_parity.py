@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config import Attention, ModelConfig, QKNorm, ScoreFunc
+from model.config import Attention, ModelConfig, QKNorm, RopeScaling, ScoreFunc
 from model.hf import export, to_hf
 from model.transformer import Transformer
 
@@ -43,6 +43,8 @@ CASES = {
     "DeepseekV2 with groups, YaRN": dataclasses.replace(V2, **GROUPS, **YARN, mscale=0.707, mscale_all_dim=0.707),
     "Llama": LLAMA,
     "Llama with YaRN": dataclasses.replace(LLAMA, **YARN, mscale_all_dim=0.0),
+    "Llama 3.1": dataclasses.replace(LLAMA, **YARN | {"original_seq_len": 256, "beta_fast": 4.0, "rope_factor": 8.0},
+                                     rope_scaling=RopeScaling.llama3),
     "Qwen2": dataclasses.replace(LLAMA, qkv_bias=True),
     "Qwen3": dataclasses.replace(LLAMA, qk_norm=QKNorm.head),
     "Mixtral": MIXTRAL,
