@@ -39,7 +39,7 @@ def make_config(pp: int, dp: int, ep: int, schedule: str, *, depths: int = 1, ti
         bias_update_speed=1e-2, init_std=0.05, route_scale=2.5, tie_embeddings=tied)
     config.layout.pp, config.layout.dp, config.layout.ep = pp, dp, ep
     config.layout.schedule = Schedule[schedule]
-    config.layout.microbatches = 16 // dp
+    config.layout.microbatches = (16 if schedule in ("zbv", "dualpipev") else 8) // dp  # more than fill a V
     config.train.batch_size, config.train.seq_len, config.train.validate_sequences = SEQUENCES, SEQ_LEN, SEQUENCES
     config.optim.lr = 1e-3
     check_run(config)
