@@ -8,19 +8,15 @@ from orchestrator.config import Config, HardwareConfig
 from orchestrator.errors import BadRequest
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
-from orchestrator.plan.forecast import OWN, on_cores
+from orchestrator.plan.forecast import OWN, on_cores, routing_of
 from orchestrator.plan.hardware import at_market
 from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, require
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Assumptions
-from orchestrator.train import storage
-from orchestrator.train.expected import read_calibration
-from orchestrator.train.metrics import METRICS, read_rows
+from orchestrator.train.expected import counted, read_calibration
 
-COUNTED_STEPS = 20
-"""Of a run's end, whose routing is taken."""
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
 
 
@@ -63,7 +59,9 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     hardware = at_market(config.hardware, options.get("market", config.hardware.market),
                          given="hardware.usd_per_h" in given)
     assumptions = Assumptions()
-    stack, routing = stack_named(options.get("stack", "default")), _routing(options.get("routing"), config.model)
+    stack = stack_named(options.get("stack", "default"))
+    routing = _routing(options["routing"], config.model) if "routing" in options else routing_of(calibration,
+                                                                                                 config.model)
     if hardware.device != "cuda":
         hardware, assumptions = on_cores(hardware, devices, calibration)
         stack = OWN if "stack" not in options else stack
@@ -115,22 +113,17 @@ PLANNED = ("precision", "train.batch_size", "train.seq_len", "train.steps")
 """Keys that a plan sets itself."""
 
 
-def _routing(asked: str | None, model: ModelConfig) -> Routing:
+def _routing(asked: str, model: ModelConfig) -> Routing:
     """A distribution by name, or what a run counted in its last steps."""
-    if asked is None:
-        return Routing()
     if not model.n_routed_experts:
         raise BadRequest(f"routing={asked}: model={model.name} has no routed experts; leave it out")
     if asked in NAMED:
         return Routing(asked)
     names = ", ".join(NAMED)
-    at = storage.join(asked, METRICS)
-    rows = read_rows(storage.read_bytes(at).decode()) if storage.exists(at) else []
-    counted = [row["moe/tokens_per_expert"] for row in rows if row.get("moe/tokens_per_expert")][-COUNTED_STEPS:]
-    if not counted:
+    counts = counted(asked)
+    if not counts:
         raise BadRequest(f"routing={asked}: must be one of {names}, or the directory of a run that counted its tokens "
                          "per expert, as in runs/tiny-20260101-120000")
-    counts = tuple(tuple(layer) for step in counted for layer in step if sum(layer))
     experts = len(counts[0])
     if experts != model.n_routed_experts:
         raise BadRequest(f"routing={asked}: counts {experts} experts a layer, and model={model.name} has "

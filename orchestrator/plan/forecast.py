@@ -2,15 +2,17 @@
 
 The same arithmetic as a plan, for the one layout that a config names. A GPU's figures come from conf/hardware. A CPU
 has no data sheet worth the name: its products run at the rate of the GEMM measured at the start, every operator costs
-its dispatch, and ranks share the machine's cores: those at work progress alike, and one that waits leaves its share to
-the others (`simulate`). `calibrate` then scales the parts to what one run measured.
+its dispatch, measured too, and ranks share the machine's cores: those at work progress alike, and one that waits leaves
+its share to the others (`simulate`). `calibrate` then scales the parts to what one run measured, and takes its routing.
 """
 
 import math
 from dataclasses import dataclass, replace
 
+from model.config import ModelConfig
 from orchestrator.config import ComputeDtype, Config, HardwareConfig
 from orchestrator.plan.estimate import step_parts
+from orchestrator.plan.exchange import Routing, felt
 from orchestrator.plan.keeping import own
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.stack import Stack
@@ -27,7 +29,7 @@ OWN = Stack(name="sparing", gradient_bytes=6)
 CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 0.4
 """Of one core's operators that are bound by memory, which bytes of fused bf16 kernels count; of one rank's exchange."""
 BARRIER_S = 18e-6
-"""What an operator costs beyond its dispatch where a rank has several threads."""
+"""What an operator costs beyond its dispatch where a rank has several threads, if nobody measured it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Machine:
     """Of one rank while all ranks of its node compute."""
     ranks_per_node: int = 1
     cores: int = 1
+    operator_s: float | None = None
+    """What an operator takes on a CPU whatever it computes."""
+    barrier_s: float | None = None
+    """What it takes longer where threads share it."""
 
     @property
     def core_flops_per_s(self) -> float:
@@ -68,10 +74,11 @@ def forecast(config: Config, machine: Machine, calibration: Calibration = Calibr
     return found | {"memory_peak_gib": memory_gib(replace(work, dtype=dtype, keeping=own(dtype)))["total"]}
 
 
-def calibrate(config: Config, machine: Machine, measured: dict, run: str) -> Calibration:
-    """What a finished run measured over what was to be expected of it. `measured` is its summary's; KeyError if the
-    run kept no parts."""
-    base = _uncalibrated(machine)
+def calibrate(config: Config, machine: Machine, measured: dict, run: str,
+              counts: tuple[tuple[float, ...], ...] = ()) -> Calibration:
+    """What a finished run measured over what was to be expected of it. `measured` is its summary's, `counts` its tokens
+    per expert; KeyError if the run kept no parts."""
+    base = replace(_uncalibrated(machine), counts=counts)
     expected = forecast(config, machine, base)
     return replace(base, forward_backward=measured["forward_backward_s"] / expected["forward_backward_s"],
                    optimizer=measured["optimizer_s"] / expected["optimizer_s"] if expected["optimizer_s"] else 1.0,
@@ -91,10 +98,12 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
     on_tensor_cores = config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
     if not layout.overlap:
         assumptions = replace(assumptions, overlap_cost=math.inf)
+    imbalance = felt(routing_of(calibration, config.model).imbalance(layout.ep), ranks, calibration.cores)
     stack = replace(OWN, copies=machine.device != "cpu" and not layout.ep_per_node)
     return Workload(config.model, hardware, train.seq_len, train.batch_size, layout.pp, layout.dp, layout.ep,
                     layout.schedule.name, layout.microbatches, stages_per_rank=layout.stages_per_rank,
-                    recompute=layout.recompute, zero=1, dtype="fp8" if on_tensor_cores else "bf16", stack=stack,
+                    recompute=layout.recompute, zero=1, dtype="fp8" if on_tensor_cores else "bf16",
+                    imbalance=imbalance, stack=stack,
                     assumptions=assumptions, calibration=calibration)
 
 
@@ -107,13 +116,22 @@ def on_cores(hardware: HardwareConfig, ranks: int, calibration: Calibration) -> 
                      memory_gb_per_s=(hardware.memory_gb_per_s or CPU_GB_PER_S) * threads,
                      scale_up_gb_per_s=hardware.scale_up_gb_per_s or LOOPBACK_GB_PER_S,
                      scale_out_gb_per_s=hardware.scale_out_gb_per_s or LOOPBACK_GB_PER_S)
-    return device, replace(CPU, gap_s=CPU.gap_s + (BARRIER_S if threads > 1 else 0.0))
+    operator_s = CPU.gap_s if calibration.operator_s is None else calibration.operator_s
+    barrier_s = BARRIER_S if calibration.barrier_s is None else calibration.barrier_s
+    return device, replace(CPU, gap_s=operator_s + (barrier_s if threads > 1 else 0.0))
 
 
 def _uncalibrated(machine: Machine) -> Calibration:
     if machine.device != "cpu":
         return Calibration()
-    return Calibration(peak_flops_per_s=machine.core_flops_per_s, cores=machine.cores)
+    return Calibration(peak_flops_per_s=machine.core_flops_per_s, cores=machine.cores, operator_s=machine.operator_s,
+                       barrier_s=machine.barrier_s)
+
+
+def routing_of(calibration: Calibration, model: ModelConfig) -> Routing:
+    """That run's, where its experts are as many; else balanced."""
+    same = calibration.counts and len(calibration.counts[0]) == model.n_routed_experts
+    return Routing(calibration.run, calibration.counts) if same else Routing()
 
 
 def _threads(cores: int, ranks: int) -> int:

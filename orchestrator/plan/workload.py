@@ -91,6 +91,11 @@ class Calibration:
     """That run's measured GEMM, of a rank with a core of its own; only a CPU's counts."""
     cores: int = 0
     """Of that run's machine, which its ranks share; 0 on GPUs."""
+    operator_s: float | None = None
+    """That machine's, as `forecast.Machine` has them."""
+    barrier_s: float | None = None
+    counts: tuple[tuple[float, ...], ...] = ()
+    """That run's tokens per expert, of each layer and step that was counted."""
     run: str = ""
 
 

@@ -4,9 +4,8 @@ Every rank keeps accounts, so that the loop needs no branches; rank 0's are the 
 """
 
 import math
-import os
 import statistics
-import time
+from dataclasses import asdict
 from statistics import fmean
 
 import torch
@@ -27,13 +26,12 @@ from orchestrator.train.control import Recovery, steady
 from orchestrator.train.data import Corpus
 from orchestrator.train.expected import expected
 from orchestrator.train.finish import earlier_end, summarise
+from orchestrator.train.machine import machine_of
 
 PREDICTED = ("step_time_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "memory_peak_gib", "steps_usd")
 """Logged as lines beside what is measured."""
 MANY_COUNTS, MANY_COUNTS_EVERY = 4096, 10
 """A step's tokens by layer and expert are in every row where they are few, else in every tenth: V3's take 130 kB."""
-PEAK_S = 0.5
-"""For how long a device's peak is measured, where it is not known: every start waits for that."""
 TEARDOWN_S = 3.0
 """Wall time kept in hand for the release of the devices when a budget is about to end a run."""
 
@@ -57,7 +55,8 @@ class Accounts:
         self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
                                wall_s=self.ledger.charged_s(steady()) / (self.devices + self.ledger.spares))
         self.recoveries_s: list[float] = []
-        self.predicted = expected(config, mesh, peak_flops_per_s) if self.tracker is not None else {}
+        self.machine = machine_of(mesh, peak_flops_per_s) if self.tracker is not None else None
+        self.predicted = expected(config, self.machine) if self.tracker is not None else {}
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
         self.parts: list[dict[str, float]] = []
@@ -204,8 +203,7 @@ class Accounts:
             "tokens_per_s": self.kept_tokens / seconds if seconds else None,
             "step_time_s": sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None,
             "predicted": self.predicted, "parts_s": _medians(self.parts), "memory_peak_gib": self._peak_gib(),
-            "machine": {"device": self.mesh.device.type, "peak_flops_per_s": self.peak,
-                        "ranks_per_node": self.mesh.info.local_world_size, "cores": os.cpu_count() or 1},
+            "machine": asdict(self.machine) if self.machine is not None else None,
             "peak_flops_per_s": self.peak, "device": self.mesh.device.type,
             "model_flops_total": model_flops(self.config.model, progress.tokens, self.config.train.seq_len),
             "ledger": self.ledger.to_dict(now), "checkpoint": checkpoint,
@@ -287,21 +285,3 @@ def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
     """Of the last steps: what happens seldom is left out."""
     names = {name for found in parts for name in found}
     return {name: statistics.median(found.get(name, 0.0) for found in parts) for name in sorted(names)}
-
-
-def peak_flops_per_s(config: Config, device: torch.device, dtype: torch.dtype) -> float:
-    """The device's dense peak in the compute dtype: from conf/hardware, else a GEMM measured now (fp32 on a CPU).
-
-    Ranks that share a CPU measure at the same time, so that each sees its share of it.
-    """
-    known = config.hardware.bf16_tflops if dtype == torch.bfloat16 else config.hardware.fp32_tflops
-    if known:
-        return known * 1e12
-    size = 4096 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    (a @ b).flatten()[0].item()
-    rounds, began = 0, time.perf_counter()
-    while time.perf_counter() - began < PEAK_S:
-        (a @ b).flatten()[0].item()
-        rounds += 1
-    return 2 * size**3 * rounds / (time.perf_counter() - began)

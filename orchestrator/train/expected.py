@@ -1,8 +1,5 @@
 """What this run is expected to take, by the formula or by what a finished run measured (`run.calibrate`)."""
 
-import os
-from typing import TYPE_CHECKING
-
 import yaml
 
 from orchestrator.config import Config, from_dict
@@ -11,14 +8,14 @@ from orchestrator.plan.forecast import Machine, calibrate, forecast
 from orchestrator.plan.workload import Calibration
 from orchestrator.train import storage
 from orchestrator.train.finish import read_summary
+from orchestrator.train.metrics import METRICS, read_rows
 
-if TYPE_CHECKING:
-    from orchestrator.parallel.mesh import Mesh
+COUNTED_STEPS = 20
+"""Of a run's end, whose routing is taken."""
 
 
-def expected(config: Config, mesh: "Mesh", peak_flops_per_s: float) -> dict:
+def expected(config: Config, machine: Machine) -> dict:
     """`predicted` of summary.json; {"how": why not} where a figure is not known."""
-    machine = Machine(mesh.device.type, peak_flops_per_s, mesh.info.local_world_size, os.cpu_count() or 1)
     try:
         return forecast(config, machine, read_calibration(config.run.calibrate))
     except (ValueError, BadRequest) as error:
@@ -35,4 +32,12 @@ def read_calibration(run: str | None, key: str = "run.calibrate") -> Calibration
         raise BadRequest(f"{key}={run}: holds no finished run that measured its parts; name the directory of "
                          "one, as in runs/tiny-20260101-120000")
     config = from_dict(Config, yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))))
-    return calibrate(config, Machine(**measured["machine"]), measured, run)
+    return calibrate(config, Machine(**measured["machine"]), measured, run, counted(run))
+
+
+def counted(run: str) -> tuple[tuple[float, ...], ...]:
+    """Tokens per expert of each layer in a run's last steps; none if it counted none."""
+    at = storage.join(run, METRICS)
+    rows = read_rows(storage.read_bytes(at).decode()) if storage.exists(at) else []
+    steps = [row["moe/tokens_per_expert"] for row in rows if row.get("moe/tokens_per_expert")][-COUNTED_STEPS:]
+    return tuple(tuple(layer) for step in steps for layer in step if sum(layer))

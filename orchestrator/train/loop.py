@@ -25,9 +25,10 @@ from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import layout_of
 from orchestrator.train import data, spikes
-from orchestrator.train.accounts import Accounts, peak_flops_per_s
+from orchestrator.train.accounts import Accounts
 from orchestrator.train.control import Control, Recovery, steady
 from orchestrator.train.counts import Progress, StepSums, moe_layer_names
+from orchestrator.train.machine import peak_flops_per_s
 from orchestrator.train.memory import keep_freed_memory
 from orchestrator.train.optim import build_optimizer, clip_and_step, learning_rate, squared_norm
 from orchestrator.train.replica import Replicas
@@ -113,11 +114,10 @@ class Trainer:
             for name, value in recovery.kept.items():
                 setattr(self.progress, name, value)
         self._mean_over_ranks(0.0)
-        peak = recovery.peak_flops_per_s if recovery is not None else None
-        self.accounts = Accounts(config, mesh, self.corpus, self.progress, placed_at=placed_at, attempt=attempt,
-                                 restored=restored, moe_layers=self.moe_layers, recovery=recovery,
-                                 peak_flops_per_s=peak or self._mean_over_ranks(
-                                     peak_flops_per_s(config, mesh.device, compute)))
+        peak = recovery and recovery.peak_flops_per_s or self._mean_over_ranks(
+            peak_flops_per_s(config, mesh.device, compute))
+        self.accounts = Accounts(config, mesh, self.corpus, self.progress, placed_at=placed_at, recovery=recovery,
+                                 restored=restored, moe_layers=self.moe_layers, attempt=attempt, peak_flops_per_s=peak)
         self.checkpoints.on_event = self.accounts.event
         self.stragglers = Stragglers(mesh, config.checkpoint.memory_every,
                                      self.accounts.tracker.event if self.accounts.tracker is not None else None)

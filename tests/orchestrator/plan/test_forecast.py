@@ -58,6 +58,28 @@ def test_a_calibrated_forecast_of_the_same_run_is_what_that_run_measured():
     assert forecast(other, CPU, learnt)["forward_backward_s"] == pytest.approx(1.25 * ratio)
 
 
+def test_a_forecast_has_the_routing_of_the_run_that_calibrates_it_where_ranks_wait_for_the_fullest():
+    """Two ranks on two cores wait; of four on two cores those that wait leave their core to the others."""
+    counts, measured = ((3.0,) * 4 + (1.0,) * 4,), {"forward_backward_s": 1.0, "optimizer_s": 0.03}
+    configs = {ep: compose_config(TINY + ["layout=single", f"layout.dp={ep}", f"layout.ep={ep}"]) for ep in (1, 2, 4)}
+    even, uneven = (calibrate(configs[1], replace(CPU, ranks_per_node=1), measured, "runs/before", each)
+                    for each in ((), counts))
+    assert workload_of(configs[2], CPU, uneven).imbalance == 1.5 and workload_of(configs[2], CPU, even).imbalance == 1
+    assert workload_of(configs[4], CPU, uneven).imbalance == 1 == workload_of(configs[1], CPU, uneven).imbalance
+    longer = [forecast(configs[2], CPU, each)["forward_backward_s"] for each in (even, uneven)]
+    assert 1.1 * longer[0] < longer[1] < 1.5 * longer[0]
+    other = compose_config(TINY + ["layout=single", "layout.dp=2", "layout.ep=2", "model.n_routed_experts=16"])
+    assert workload_of(other, CPU, uneven).imbalance == 1, "experts of another model"
+
+
+def test_what_an_operator_takes_on_this_machine_is_in_its_forecast():
+    config = compose_config(TINY + ["layout=single", "layout.microbatches=4"])
+    alone = replace(CPU, ranks_per_node=1)
+    quick, slow, shared = (forecast(config, replace(alone, operator_s=operator, barrier_s=barrier))["step_time_s"]
+                           for operator, barrier in ((5e-6, 0.0), (25e-6, 0.0), (5e-6, 20e-6)))
+    assert quick < 0.9 * slow and slow == pytest.approx(shared) and forecast(config, alone)["step_time_s"] != quick
+
+
 def test_hardware_without_a_figure_is_named():
     config = compose_config(["model=tiny", "hardware=h100", "hardware.memory_gb_per_s=null"])
     with pytest.raises(ValueError, match="hardware.memory_gb_per_s"):
