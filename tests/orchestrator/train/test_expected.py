@@ -43,6 +43,11 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
     _, data = planned(options, words)
     ratio = data["best"]["step_time_s"] / (3 * before["step_time_s"])
     assert 0.9 < ratio < 1.5, "but for cores that idle ranks lend, and ZeRO stages that train does not have"
+    assert data["routing"] == "balanced"
+    counts = {"moe/tokens_per_expert": [[30.0] * 4 + [10.0] * 4] * 4}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(counts) + "\n")
+    assert planned(options, words)[1]["routing"] == str(tmp_path)
+    assert planned(options | {"routing": "balanced"}, words)[1]["routing"] == "balanced"
     with pytest.raises(BadRequest, match="hardware=cpu: a plan needs a GPU's data sheet"):
         planned({"gpus": "4", "tokens": "1e6"}, words)
     with pytest.raises(BadRequest, match="calibrate=/nowhere: holds no finished run"):
