@@ -179,7 +179,8 @@ def _time(runs: list[Run]) -> str:
     rows = []
     for name in dict.fromkeys([*BUCKETS, *(name for _, found in closed for name in found)]):
         if any(name in found for _, found in closed):
-            key = f'<i class="key box {css.get(name, "b7")}"></i>&nbsp;{escape(name.replace("_", " "))}'
+            words = escape(name.replace("_", " "))
+            key = f'<span class="named"><i class="key box {css.get(name, "b7")}"></i>{words}</span>'
             rows.append([key, *(cell for _, found in closed for cell in _share_cells(found.get(name)))])
     rows.append(["<b>charged</b>", *(f"<b>{cell}</b>" for run, found in closed for cell in (
         f"{sum(share.device_s for share in found.values()):,.1f}", "100%",

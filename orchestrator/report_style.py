@@ -57,7 +57,7 @@ circle.dot { stroke: var(--card); stroke-width: 1; } .inbar { font-size: 13px; f
 .key.dashed { border-top-style: dashed; } .key.faint { opacity: .5; border-top-width: 1.5px; }
 .key.points { width: 8px; height: 8px; border: 0; border-radius: 50%; background: var(--k); }
 .key.box { width: 12px; height: 12px; border: 1px solid var(--rule); border-radius: 2px; background: var(--k); }
-.scroll { overflow-x: auto; } figure .scroll { margin-top: 12px; }
+.named { white-space: nowrap; } .scroll { overflow-x: auto; } figure .scroll { margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--soft); font-size: 13px; }
 th, td { padding: 6px 10px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
