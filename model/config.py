@@ -169,9 +169,9 @@ class ModelConfig:
             _require(self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
                      f"must divide n_heads={self.n_heads}", f"use one of {divisors(self.n_heads)}")
             rotary, key = int(self.head_dim * self.rotary_fraction), "head_dim"
-        if self.rope_factor > 1:
+        if self.rope_scaling is RopeScaling.llama3:
             _require(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast,
-                     f"must be above beta_slow={self.beta_slow}", "use 32 with YaRN, 4 with rope_scaling=llama3")
+                     f"must be above beta_slow={self.beta_slow} with rope_scaling=llama3", "use 4, as Llama 3.1 has")
         _require(rotary > 0 and rotary % 2 == 0, key, rotary, "must be an even number of rotating dimensions",
                  f"use {rotary + 1 if rotary > 0 else 2}")
 

@@ -147,9 +147,9 @@ def train_config(config) -> int:
         raise BadRequest(f"launch={config.launch.kind.name}: train runs on the machine or the cluster it is in; leave "
                          "it out, or use `sparing launch`")
     if config.run.calibrate:
-        from orchestrator.train.expected import read_calibration
+        from orchestrator.train.expected import measured_by
 
-        read_calibration(config.run.calibrate)
+        measured_by(config.run.calibrate)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from orchestrator.train.rank import train_as_rank
 

@@ -32,7 +32,7 @@ class RunConfig:
     dir: str | None = None
     """Run directory, any fsspec URL; default `runs/<name>-<time>`."""
     calibrate: str | None = None
-    """A finished run whose measured parts the forecast of this one starts from; none is the formula as it stands."""
+    """A finished run whose measured parts and routing this one's forecast starts from; none is the formula alone."""
 
 
 @dataclass

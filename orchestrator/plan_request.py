@@ -40,6 +40,9 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
                          "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
+    if config.hardware.device == "cuda" and calibration.cores:
+        raise BadRequest(f"calibrate={calibration.run}: was measured on a CPU and says nothing of "
+                         f"hardware={config.hardware.name}; name a run on such GPUs, or leave it out")
     devices = config.cluster.nodes * config.cluster.ranks_per_node
     if "gpus" in options:
         devices = int(number("gpus", options["gpus"], whole=True))

@@ -108,7 +108,7 @@ def expert_rows(work: Workload) -> float:
     """Tokens that reach one expert of the fullest rank with one microbatch."""
     model = work.model
     tokens = work.microbatch_tokens / work.tp * work.ep * work.etp
-    return tokens * model.n_activated_experts / model.n_routed_experts * work.imbalance
+    return tokens * model.n_activated_experts / model.n_routed_experts * work.felt_imbalance
 
 
 def _core(work: Workload, rates: Rates, tokens: float) -> float:

@@ -35,12 +35,6 @@ class Routing:
         return sum(imbalance_of(each, ep) for each in self.counts) / len(self.counts)
 
 
-def felt(imbalance: float, ranks: int, cores: int) -> float:
-    """What is felt of an imbalance where so many ranks share cores (0: each has a device of its own): one that waits
-    for the fullest leaves its core to others."""
-    return max(1.0, imbalance * min(1.0, cores / ranks)) if cores else imbalance
-
-
 def imbalance_of(tokens_per_expert: Sequence[float] | str, ep: int) -> float:
     """Load of the fullest of `ep` ranks over the mean, of a named distribution or of one histogram, whose experts are
     placed in order. ValueError if the counts do not go into `ep` ranks."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from model.config import ModelConfig
 from orchestrator.config import ComputeDtype, Config, HardwareConfig
 from orchestrator.plan.estimate import step_parts
-from orchestrator.plan.exchange import Routing, felt
+from orchestrator.plan.exchange import Routing
 from orchestrator.plan.keeping import own
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.stack import Stack
@@ -98,12 +98,11 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
     on_tensor_cores = config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
     if not layout.overlap:
         assumptions = replace(assumptions, overlap_cost=math.inf)
-    imbalance = felt(routing_of(calibration, config.model).imbalance(layout.ep), ranks, calibration.cores)
     stack = replace(OWN, copies=machine.device != "cpu" and not layout.ep_per_node)
     return Workload(config.model, hardware, train.seq_len, train.batch_size, layout.pp, layout.dp, layout.ep,
                     layout.schedule.name, layout.microbatches, stages_per_rank=layout.stages_per_rank,
                     recompute=layout.recompute, zero=1, dtype="fp8" if on_tensor_cores else "bf16",
-                    imbalance=imbalance, stack=stack,
+                    imbalance=routing_of(calibration, config.model).imbalance(layout.ep), stack=stack,
                     assumptions=assumptions, calibration=calibration)
 
 

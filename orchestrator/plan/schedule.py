@@ -32,6 +32,9 @@ class Action(NamedTuple):
     microbatch: int
 
 
+_NO_SPEC = SimpleNamespace(create_autospec=lambda *_, **__: SimpleNamespace())
+
+
 @lru_cache(maxsize=512)
 def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages: int = 2) -> list[list[tuple]]:
     """Per pipeline rank, what it runs in order: each slot one Action, or a forward and a backward that overlap.
@@ -40,13 +43,13 @@ def actions(schedule: Schedule, pp: int, microbatches: int, *, requested_stages:
     weight gathering, in a time that grows with the square of the microbatches, and leave them out of the table; and it
     would look at a stage's every method to pretend one, which takes longer than the table.
     """
-    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+    from torch.distributed.pipelining import _schedule_visualizer
     from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
     per_rank = stages_per_rank(schedule, requested_stages)
     with (patch.object(_PipelineScheduleRuntime, "_prepare_schedule_with_comms"),
-          patch("unittest.mock.create_autospec", lambda *_, **__: SimpleNamespace())):
-        table = get_schedule_ops(TORCH_NAMES[schedule], pp, microbatches, per_rank)
+          patch.object(_schedule_visualizer, "mock", _NO_SPEC, create=True)):
+        table = _schedule_visualizer.get_schedule_ops(TORCH_NAMES[schedule], pp, microbatches, per_rank)
     rows = [[tuple(_plain(part) for part in action.sub_actions or (action,)) for action in row
              if action is not None and action.computation_type.name != "REDUCE_GRAD"] for row in table]
     if schedule is Schedule["1f1b"]:

@@ -19,7 +19,7 @@ from orchestrator.plan.bill import Terms
 from orchestrator.plan.block import LayerTime, head_time, layer_time
 from orchestrator.plan.bound import clock_s, floor_s
 from orchestrator.plan.estimate import Estimate, check_hardware, estimate, linked
-from orchestrator.plan.exchange import Routing, felt
+from orchestrator.plan.exchange import Routing
 from orchestrator.plan.layout import LOOPED_SCHEDULES, stages_per_rank
 from orchestrator.plan.memory import activation_peaks, too_large
 from orchestrator.plan.runs import cannot_grow, cannot_run, not_run
@@ -164,7 +164,7 @@ def layouts(request: Request) -> Iterator[Workload]:
     model, devices, pinned = request.model, request.devices, dict(request.pinned)
     hardware = linked(request.hardware, devices)
     experts = model.n_routed_experts or 1
-    uneven = {ep: felt(request.routing.imbalance(ep), devices, request.calibration.cores) for ep in divisors(experts)}
+    uneven = {ep: request.routing.imbalance(ep) for ep in divisors(experts)}
     dtypes = (request.dtype,)
     if request.dtype == "any":
         dtypes = ("bf16", "fp8") if request.hardware.fp8_tflops else ("bf16",)

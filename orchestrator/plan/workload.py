@@ -154,6 +154,12 @@ class Workload:
         return max(1.0, self.devices / self.cores) if self.cores else 1.0
 
     @property
+    def felt_imbalance(self) -> float:
+        """How much longer experts take: of ranks that share cores, one that waits for the fullest leaves its core to
+        others."""
+        return max(1.0, self.imbalance / self.crowding)
+
+    @property
     def replicas(self) -> int:
         """Ranks that hold the same dense parameters and reduce their gradients together."""
         return self.dp * self.cp

@@ -30,8 +30,6 @@ from orchestrator.train.machine import machine_of
 
 PREDICTED = ("step_time_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "memory_peak_gib", "steps_usd")
 """Logged as lines beside what is measured."""
-MANY_COUNTS, MANY_COUNTS_EVERY = 4096, 10
-"""A step's tokens by layer and expert are in every row where they are few, else in every tenth: V3's take 130 kB."""
 TEARDOWN_S = 3.0
 """Wall time kept in hand for the release of the devices when a budget is about to end a run."""
 
@@ -255,7 +253,7 @@ class Accounts:
         if not self.moe_layers:
             return {}
         loads = (counts.max(1).values * counts.shape[1] / counts.sum(1).clamp(min=1)).tolist()
-        every = 1 if counts.numel() <= MANY_COUNTS else MANY_COUNTS_EVERY
+        every = 1 if counts.numel() <= metrics.MANY_COUNTS else metrics.MANY_COUNTS_EVERY
         table = {"moe/tokens_per_expert": counts.tolist()} if self.progress.step % every == 0 else {}
         return {"moe/load_max_over_mean": sum(loads) / len(loads),
                 **{f"moe/load_max_over_mean/{name}": load for name, load in zip(self.moe_layers, loads, strict=True)},

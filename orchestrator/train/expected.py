@@ -8,7 +8,7 @@ from orchestrator.plan.forecast import Machine, calibrate, forecast
 from orchestrator.plan.workload import Calibration
 from orchestrator.train import storage
 from orchestrator.train.finish import read_summary
-from orchestrator.train.metrics import METRICS, read_rows
+from orchestrator.train.metrics import MANY_COUNTS_EVERY, METRICS, read_rows
 
 COUNTED_STEPS = 20
 """Of a run's end, whose routing is taken."""
@@ -17,27 +17,37 @@ COUNTED_STEPS = 20
 def expected(config: Config, machine: Machine) -> dict:
     """`predicted` of summary.json; {"how": why not} where a figure is not known."""
     try:
-        return forecast(config, machine, read_calibration(config.run.calibrate))
+        learnt = read_calibration(config.run.calibrate)
+        if learnt.run and bool(learnt.cores) != (machine.device == "cpu"):
+            return {"how": f"not predicted: run.calibrate={learnt.run} ran on another kind of device"}
+        return forecast(config, machine, learnt)
     except (ValueError, BadRequest) as error:
         return {"how": f"not predicted: {error}"}
 
 
 def read_calibration(run: str | None, key: str = "run.calibrate") -> Calibration:
-    """From a finished run's own summary and config; `BadRequest` where it kept none."""
+    """From a finished run's own summary, config and counts; `BadRequest` where it kept none."""
     if not run:
         return Calibration()
+    measured = measured_by(run, key)
+    config = from_dict(Config, yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))))
+    return calibrate(config, Machine(**measured["machine"]), measured, run, counted(run))
+
+
+def measured_by(run: str, key: str = "run.calibrate") -> dict:
+    """What a finished run measured of its parts; `BadRequest` where it kept nothing."""
     summary = read_summary(run)
     measured = (summary or {}).get("measured", {})
     if measured.get("forward_backward_s") is None or not measured.get("machine"):
         raise BadRequest(f"{key}={run}: holds no finished run that measured its parts; name the directory of "
                          "one, as in runs/tiny-20260101-120000")
-    config = from_dict(Config, yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))))
-    return calibrate(config, Machine(**measured["machine"]), measured, run, counted(run))
+    return measured
 
 
 def counted(run: str) -> tuple[tuple[float, ...], ...]:
     """Tokens per expert of each layer in a run's last steps; none if it counted none."""
     at = storage.join(run, METRICS)
-    rows = read_rows(storage.read_bytes(at).decode()) if storage.exists(at) else []
+    lines = storage.read_bytes(at).decode(errors="replace").splitlines() if storage.exists(at) else []
+    rows = read_rows("\n".join(lines[-COUNTED_STEPS * MANY_COUNTS_EVERY:]))
     steps = [row["moe/tokens_per_expert"] for row in rows if row.get("moe/tokens_per_expert")][-COUNTED_STEPS:]
     return tuple(tuple(layer) for step in steps for layer in step if sum(layer))

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 
+from model.config import ModelConfig
 from orchestrator.config import Config, DataConfig, DataKind, from_dict, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
 from orchestrator.train import storage
@@ -18,8 +19,8 @@ from orchestrator.train.tokenizer import load_tokenizer, same_ids
 
 TOKENIZER = "tokenizer.json"
 FREE_MODEL_KEYS = {"name", "max_seq_len", "init_std", "bias_update_speed", "balance_loss_weight", "mtp_loss_weight"}
-CONTEXT_MODEL_KEYS = {"rope_theta", "rope_factor", "original_seq_len", "beta_fast", "beta_slow", "mscale",
-                      "mscale_all_dim"}
+CONTEXT_MODEL_KEYS = {"rope_theta", "rope_factor", "rope_scaling", "original_seq_len", "beta_fast", "beta_slow",
+                      "mscale", "mscale_all_dim"}
 """How far positions reach: a new run from weights alone may extend it (V3 report, section 4.3)."""
 FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", "train.batch_ramp_steps")
 
@@ -47,12 +48,13 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
 
 
 def check_same(config: Config, path: str, state: dict) -> None:
-    """Refuse a checkpoint that this config cannot go on from."""
+    """Refuse a checkpoint that this config cannot go on from. One that is older than a key has that key's default."""
     weights_only = bool(state.get("weights_only"))
     ours, theirs = to_dict(config), state["config"]
+    model = to_dict(ModelConfig()) | theirs["model"]
     free = FREE_MODEL_KEYS | (CONTEXT_MODEL_KEYS if weights_only else set())
-    differing = [f"model.{key}={theirs['model'].get(key)} there, {value} here" for key, value in ours["model"].items()
-                 if key not in free and theirs["model"].get(key) != value]
+    differing = [f"model.{key}={model[key]} there, {value} here" for key, value in ours["model"].items()
+                 if key not in free and model[key] != value]
     if differing:
         raise BadRequest(f"resume={path}: a checkpoint of another model: {'; '.join(differing[:4])}; use the same "
                          "model, or start a new run with resume=none")

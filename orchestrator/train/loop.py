@@ -114,8 +114,8 @@ class Trainer:
             for name, value in recovery.kept.items():
                 setattr(self.progress, name, value)
         self._mean_over_ranks(0.0)
-        peak = recovery and recovery.peak_flops_per_s or self._mean_over_ranks(
-            peak_flops_per_s(config, mesh.device, compute))
+        peak = recovery.peak_flops_per_s if recovery is not None else None
+        peak = peak or self._mean_over_ranks(peak_flops_per_s(config, mesh.device, compute))
         self.accounts = Accounts(config, mesh, self.corpus, self.progress, placed_at=placed_at, recovery=recovery,
                                  restored=restored, moe_layers=self.moe_layers, attempt=attempt, peak_flops_per_s=peak)
         self.checkpoints.on_event = self.accounts.event

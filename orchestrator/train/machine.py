@@ -19,7 +19,7 @@ SMALL, SHARED = 1 << 6, 1 << 16
 
 
 def machine_of(mesh: Mesh, peak_flops_per_s: float) -> Machine:
-    """For one rank to ask while the others wait for it."""
+    """One rank asks; the others soon wait for it."""
     cores = os.cpu_count() or 1
     operator_s, barrier_s = _operators(cores) if mesh.device.type == "cpu" else (None, None)
     return Machine(mesh.device.type, peak_flops_per_s, mesh.info.local_world_size, cores, operator_s, barrier_s)

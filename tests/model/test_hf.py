@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from model.config import Attention, ModelConfig, QKNorm, ScoreFunc
+from model.config import Attention, ModelConfig, QKNorm, RopeScaling, ScoreFunc
 from model.hf import config_from_hf, config_to_hf, export, from_hf, load, tensor_shapes, to_hf
 from orchestrator.config import from_dict
 
@@ -28,7 +28,9 @@ MIXTRAL = ModelConfig(name="mixtral", vocab_size=50, dim=32, n_layers=2, n_dense
 LLAMA = dataclasses.replace(MIXTRAL, name="llama", n_routed_experts=0)
 MODELS = [TINY, dataclasses.replace(TINY, name="tied", tie_embeddings=True), MIXTRAL,
           dataclasses.replace(MIXTRAL, name="qwen3_moe", qk_norm=QKNorm.head), LLAMA,
-          dataclasses.replace(LLAMA, name="qwen2", qkv_bias=True)]
+          dataclasses.replace(LLAMA, name="qwen2", qkv_bias=True),
+          dataclasses.replace(LLAMA, name="llama_3_1", rope_scaling=RopeScaling.llama3, rope_factor=8.0, beta_fast=4.0,
+                              original_seq_len=64)]
 
 
 def random_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:

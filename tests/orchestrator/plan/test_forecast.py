@@ -64,8 +64,9 @@ def test_a_forecast_has_the_routing_of_the_run_that_calibrates_it_where_ranks_wa
     configs = {ep: compose_config(TINY + ["layout=single", f"layout.dp={ep}", f"layout.ep={ep}"]) for ep in (1, 2, 4)}
     even, uneven = (calibrate(configs[1], replace(CPU, ranks_per_node=1), measured, "runs/before", each)
                     for each in ((), counts))
-    assert workload_of(configs[2], CPU, uneven).imbalance == 1.5 and workload_of(configs[2], CPU, even).imbalance == 1
-    assert workload_of(configs[4], CPU, uneven).imbalance == 1 == workload_of(configs[1], CPU, uneven).imbalance
+    two, four, one = (workload_of(configs[ep], CPU, uneven) for ep in (2, 4, 1))
+    assert two.imbalance == four.imbalance == 1.5 and one.imbalance == workload_of(configs[2], CPU, even).imbalance == 1
+    assert two.felt_imbalance == 1.5 and four.felt_imbalance == 1
     longer = [forecast(configs[2], CPU, each)["forward_backward_s"] for each in (even, uneven)]
     assert 1.1 * longer[0] < longer[1] < 1.5 * longer[0]
     other = compose_config(TINY + ["layout=single", "layout.dp=2", "layout.ep=2", "model.n_routed_experts=16"])

@@ -10,7 +10,7 @@ from orchestrator.config import to_dict
 from orchestrator.errors import BadRequest
 from orchestrator.plan.forecast import Machine, forecast
 from orchestrator.show_plan import planned
-from orchestrator.train.expected import read_calibration
+from orchestrator.train.expected import expected, read_calibration
 
 
 def test_a_finished_run_teaches_the_next_forecast(tmp_path):
@@ -50,5 +50,10 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
     assert planned(options | {"routing": "balanced"}, words)[1]["routing"] == "balanced"
     with pytest.raises(BadRequest, match="hardware=cpu: a plan needs a GPU's data sheet"):
         planned({"gpus": "4", "tokens": "1e6"}, words)
+    with pytest.raises(BadRequest, match=f"calibrate={tmp_path}: was measured on a CPU and says nothing of hardw"):
+        planned({"gpus": "4", "tokens": "1e6", "calibrate": str(tmp_path)}, ["model=tiny", "hardware=h100"])
+    gpu = Machine("cuda", 1e15, 4)
+    here = compose_config(["experiment=tiny", "hardware=h100", f"run.calibrate={tmp_path}"])
+    assert expected(here, gpu) == {"how": f"not predicted: run.calibrate={tmp_path} ran on another kind of device"}
     with pytest.raises(BadRequest, match="calibrate=/nowhere: holds no finished run"):
         planned({"gpus": "4", "tokens": "1e6", "calibrate": "/nowhere"}, words)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from model.config import RopeScaling
 from orchestrator.__main__ import main
 from orchestrator.cluster import session
 from orchestrator.compose import compose_config
@@ -122,6 +123,16 @@ def test_what_the_ranks_would_refuse_is_refused_before_anything_starts(run, text
         assert not out and err.count("\n") == 1
         assert re.search(message, err), err
     assert files(run) == before and not new.exists()
+
+
+def test_a_checkpoint_older_than_a_key_of_the_model_has_its_default(run):
+    path = lineage.newest_under(str(run))
+    config, state = compose_config([*SMALL]), manifest.read_manifest(path).state
+    del state["config"]["model"]["rope_scaling"]
+    lineage.check_same(config, path, state)
+    config.model.rope_scaling = RopeScaling.llama3
+    with pytest.raises(BadRequest, match="model.rope_scaling=yarn there, llama3 here"):
+        lineage.check_same(config, path, state)
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_before_anything_starts(run, text, tmp_path, capsys):
