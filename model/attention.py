@@ -48,22 +48,29 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_factor <= 1:
         return frequencies, 1.0
+    ramp = _ramp(config, frequencies)
+    frequencies = frequencies / config.rope_factor * ramp + frequencies * (1 - ramp)
+    if config.rope_scaling is RopeScaling.llama3:
+        return frequencies, 1.0
+    if config.mscale_all_dim:
+        return frequencies, _mscale(config.rope_factor, config.mscale) / _mscale(
+            config.rope_factor, config.mscale_all_dim)
+    return frequencies, _mscale(config.rope_factor, config.mscale)
+
+
+def _ramp(config: ModelConfig, frequencies: Tensor) -> Tensor:
+    """How far each pair is interpolated, from 0 to 1, [R/2]."""
     if config.rope_scaling is RopeScaling.llama3:
         turns = config.original_seq_len * frequencies / (2 * math.pi)
-        ramp = ((config.beta_fast - turns) / (config.beta_fast - config.beta_slow)).clamp(0, 1)
-        return frequencies / config.rope_factor * ramp + frequencies * (1 - ramp), 1.0
+        return ((config.beta_fast - turns) / (config.beta_fast - config.beta_slow)).clamp(0, 1)
+    rotary = 2 * len(frequencies)
 
     def pair_that_turns(times: float) -> float:
         return rotary * math.log(config.original_seq_len / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_that_turns(config.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(config.beta_slow)), rotary - 1)
-    ramp = ((torch.arange(rotary // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequencies = frequencies / config.rope_factor * ramp + frequencies * (1 - ramp)
-    if config.mscale_all_dim:
-        return frequencies, _mscale(config.rope_factor, config.mscale) / _mscale(
-            config.rope_factor, config.mscale_all_dim)
-    return frequencies, _mscale(config.rope_factor, config.mscale)
+    return ((torch.arange(rotary // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def rope_table(config: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -147,9 +147,9 @@ def train_config(config) -> int:
         raise BadRequest(f"launch={config.launch.kind.name}: train runs on the machine or the cluster it is in; leave "
                          "it out, or use `sparing launch`")
     if config.run.calibrate:
-        from orchestrator.train.expected import measured_by
+        from orchestrator.train.expected import read_calibration
 
-        measured_by(config.run.calibrate)
+        read_calibration(config.run.calibrate, routing=False)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from orchestrator.train.rank import train_as_rank
 

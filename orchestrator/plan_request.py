@@ -14,7 +14,7 @@ from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, req
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
-from orchestrator.plan.workload import Assumptions
+from orchestrator.plan.workload import Assumptions, Calibration
 from orchestrator.train.expected import counted, read_calibration
 
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
@@ -63,8 +63,7 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
                          given="hardware.usd_per_h" in given)
     assumptions = Assumptions()
     stack = stack_named(options.get("stack", "default"))
-    routing = _routing(options["routing"], config.model) if "routing" in options else routing_of(calibration,
-                                                                                                 config.model)
+    routing = _routing(options.get("routing"), config.model, calibration)
     if hardware.device != "cuda":
         hardware, assumptions = on_cores(hardware, devices, calibration)
         stack = OWN if "stack" not in options else stack
@@ -116,8 +115,10 @@ PLANNED = ("precision", "train.batch_size", "train.seq_len", "train.steps")
 """Keys that a plan sets itself."""
 
 
-def _routing(asked: str, model: ModelConfig) -> Routing:
-    """A distribution by name, or what a run counted in its last steps."""
+def _routing(asked: str | None, model: ModelConfig, calibration: Calibration) -> Routing:
+    """A distribution by name, or what a run counted in its last steps; unasked, the calibrating run's."""
+    if asked is None:
+        return routing_of(calibration, model)
     if not model.n_routed_experts:
         raise BadRequest(f"routing={asked}: model={model.name} has no routed experts; leave it out")
     if asked in NAMED:

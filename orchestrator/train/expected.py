@@ -19,29 +19,24 @@ def expected(config: Config, machine: Machine) -> dict:
     try:
         learnt = read_calibration(config.run.calibrate)
         if learnt.run and bool(learnt.cores) != (machine.device == "cpu"):
-            return {"how": f"not predicted: run.calibrate={learnt.run} ran on another kind of device"}
+            raise BadRequest(f"run.calibrate={learnt.run} ran on another kind of device")
         return forecast(config, machine, learnt)
     except (ValueError, BadRequest) as error:
         return {"how": f"not predicted: {error}"}
 
 
-def read_calibration(run: str | None, key: str = "run.calibrate") -> Calibration:
-    """From a finished run's own summary, config and counts; `BadRequest` where it kept none."""
+def read_calibration(run: str | None, key: str = "run.calibrate", *, routing: bool = True) -> Calibration:
+    """From a finished run's own summary and config; `BadRequest` where it kept none. Its routing, too, which may be
+    long to read: a check leaves it out."""
     if not run:
         return Calibration()
-    measured = measured_by(run, key)
-    config = from_dict(Config, yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))))
-    return calibrate(config, Machine(**measured["machine"]), measured, run, counted(run))
-
-
-def measured_by(run: str, key: str = "run.calibrate") -> dict:
-    """What a finished run measured of its parts; `BadRequest` where it kept nothing."""
     summary = read_summary(run)
     measured = (summary or {}).get("measured", {})
     if measured.get("forward_backward_s") is None or not measured.get("machine"):
         raise BadRequest(f"{key}={run}: holds no finished run that measured its parts; name the directory of "
                          "one, as in runs/tiny-20260101-120000")
-    return measured
+    config = from_dict(Config, yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))))
+    return calibrate(config, Machine(**measured["machine"]), measured, run, counted(run) if routing else ())
 
 
 def counted(run: str) -> tuple[tuple[float, ...], ...]:

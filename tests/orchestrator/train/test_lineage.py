@@ -127,7 +127,7 @@ def test_what_the_ranks_would_refuse_is_refused_before_anything_starts(run, text
 
 def test_a_checkpoint_older_than_a_key_of_the_model_has_its_default(run):
     path = lineage.newest_under(str(run))
-    config, state = compose_config([*SMALL]), manifest.read_manifest(path).state
+    config, state = compose_config(SMALL), manifest.read_manifest(path).state
     del state["config"]["model"]["rope_scaling"]
     lineage.check_same(config, path, state)
     config.model.rope_scaling = RopeScaling.llama3
