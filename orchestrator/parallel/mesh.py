@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,6 +93,8 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
     timeout = datetime.timedelta(seconds=timeout_s)
     store = store or open_store(info, timeout_s=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # Else gloo connects every rank of a group with every other, thousands of sockets for what two neighbours exchange.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     dist.init_process_group(backend, store=dist.PrefixStore("grid", store), rank=info.rank,
                             world_size=info.world_size, timeout=timeout)
     with _default_timeout(timeout):

@@ -2,17 +2,20 @@
 
 Here DTensors end: everybody downstream (optimizer, clipping, checkpoint) sees `Shard`s, plain local tensors that
 know which rows of which model-wide parameter they are. Every row has exactly one owner, replicas of the embedding
-aside (`is_copy`).
+aside (`is_copy`). Replicas of experts own some of the experts each or, where these are too few or do not divide, some
+rows of every expert.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import placement_types as placement
 
 from model.config import ModelConfig
 from model.fp8 import to_fp8
@@ -37,10 +40,12 @@ class Shard:
     """Local rows, a leaf that the optimizer steps."""
     global_shape: tuple[int, ...]
     start: int
-    """First row (dimension 0) of the model-wide parameter that is here."""
+    """First row (dimension 0) of the model-wide parameter that is here; of experts, the first expert."""
     is_expert: bool
     is_copy: bool
     """A replica whose owner is elsewhere: kept equal, but neither counted in norms nor saved."""
+    row: int = 0
+    """First row within each expert that is here; 0 of all else."""
 
     def grad(self) -> Tensor:
         grad = self.parameter.grad
@@ -81,14 +86,14 @@ def shards_of(stages: Iterable[Transformer], config: ModelConfig, mesh: Mesh) ->
         for raw_name, parameter in stage.named_parameters():
             name = _model_wide(raw_name, config)
             is_expert = ".moe.experts." in name
-            local, start = _local_rows(parameter)
+            local, start, row = _local_rows(parameter)
             shape = tuple(parameter.shape)
             if is_expert:
                 start += experts.start
                 shape = (config.n_routed_experts, *shape[1:])
             value = parameter if local is parameter else nn.Parameter(local)
             is_copy = name == EMBEDDING and not (stage.is_first and raw_name == EMBEDDING)
-            shards.append(Shard(name, parameter, value, shape, start, is_expert, is_copy))
+            shards.append(Shard(name, parameter, value, shape, start, is_expert, is_copy, row))
     return shards
 
 
@@ -124,7 +129,8 @@ def _apply_fsdp(stage: Transformer, mesh: Mesh) -> None:
     lonely = set()
     for _, moe in moe_layers(stage):
         if mesh.edp_mesh is not None:
-            fully_shard(moe.experts, mesh=mesh.edp_mesh, reshard_after_forward=False)
+            fully_shard(moe.experts, mesh=mesh.edp_mesh, reshard_after_forward=False,
+                        shard_placement_fn=partial(_experts_or_rows, replicas=mesh.edp_mesh.size()))
         else:
             lonely.update(moe.experts.parameters())
     blocks = [*stage.layers.values(), *(stage.mtp.values() if hasattr(stage, "mtp") else ())]
@@ -136,20 +142,30 @@ def _apply_fsdp(stage: Transformer, mesh: Mesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _local_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """The rows of a parameter that are here and the first one's index; FSDP2 cuts dimension 0 in equal chunks."""
+def _experts_or_rows(parameter: nn.Parameter, *, replicas: int) -> placement.Shard:
+    """Which dimension of [experts, rows, columns] replicas share out. FSDP2 would pad experts that do not divide, on
+    every rank and in every gathered weight; rows it must be able to divide."""
+    experts, rows = parameter.shape[:2]
+    return placement.Shard(1 if experts % replicas and rows % replicas == 0 else 0)
+
+
+def _local_rows(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+    """What of a parameter is here, and its first index along dimensions 0 and 1, of which FSDP2 cuts one in equal
+    chunks."""
     if not isinstance(parameter, DTensor):
-        return parameter, 0
-    mesh, rows = parameter.device_mesh, parameter.shape[0]
-    chunk = -(-rows // mesh.size())
-    return parameter.to_local(), min(mesh.get_local_rank() * chunk, rows)
+        return parameter, 0, 0
+    mesh, dim = parameter.device_mesh, parameter.placements[0].dim
+    chunk = -(-parameter.shape[dim] // mesh.size())
+    first = min(mesh.get_local_rank() * chunk, parameter.shape[dim])
+    return (parameter.to_local(), *((first, 0) if dim == 0 else (0, first)))
 
 
 @torch.no_grad()
 def _draw(shard: Shard, config: ModelConfig, seed: int) -> None:
     stop = shard.start + shard.value.shape[0]
     if shard.is_expert:
-        value = initial_experts(shard.name, tuple(shard.value.shape), range(shard.start, stop), config, seed=seed)
+        value = initial_experts(shard.name, shard.global_shape, range(shard.start, stop), config, seed=seed)
+        value = value[:, shard.row : shard.row + shard.value.shape[1]]
     else:
         value = initial_rows(shard.name, shard.global_shape, config, seed=seed)[shard.start : stop]
     shard.value.copy_(value)

@@ -24,7 +24,7 @@ from orchestrator.train.manifest import CorruptManifest
 from orchestrator.train.memory import free_bytes
 from orchestrator.train.replica import COPIES, Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
-from orchestrator.train.state import pieces_of, restore
+from orchestrator.train.state import pieces_of, restore, share_biases
 
 
 class Checkpoints:
@@ -102,6 +102,7 @@ class Checkpoints:
             except NotTrustworthy as caught:
                 error = caught
             if self._first_error(error, f"memory/{turn}") is None:
+                share_biases(self.pipeline)
                 replicas.drop_after(step)
                 moved = [owner for owner, holder in holders.items() if owner != holder]
                 self.resumed = {"path": "memory", "skipped": [], "from_buddies": moved}
@@ -127,6 +128,7 @@ class Checkpoints:
             loader, error = self._load(path)
             failure = self._first_error(error, str(len(tried)))
             if failure is None:
+                share_biases(self.pipeline)
                 state = loader.state
                 loader.close()
                 self.resumed = {"path": path, "skipped": tried, "causes": causes}

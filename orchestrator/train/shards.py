@@ -144,10 +144,9 @@ class Loader:
     Local shards are memory-mapped, remote ones downloaded once. Not for use by several threads at a time.
     """
 
-    def __init__(self, path: str, *, verify: bool = True):
+    def __init__(self, path: str):
         self.path = path
         self.manifest = read_manifest(path)
-        self._verify = verify
         self._shards: dict[str, object] = {}
         self._downloads: tempfile.TemporaryDirectory | None = None
 
@@ -157,9 +156,6 @@ class Loader:
 
     def keys(self) -> list[str]:
         return list(self.manifest.tensors)
-
-    def global_shape(self, key: str) -> tuple[int, ...]:
-        return self._entry(key).shape
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of `key` along dimension 0 (by default all), on the CPU, in memory of their own."""
@@ -221,8 +217,7 @@ class Loader:
                 self._downloads = self._downloads or tempfile.TemporaryDirectory(prefix="sparing-checkpoint-")
                 local = os.path.join(self._downloads.name, name)
                 storage.download(path, local)
-            if self._verify:
-                check_shard(path, declared, content=True, copy=local)
+            check_shard(path, declared, content=True, copy=local)
             try:
                 self._shards[name] = safe_open(local, framework="pt")
             except (SafetensorError, OSError) as error:

@@ -29,14 +29,15 @@ GRIDS = [(1, 2, 1, "1f1b"), (1, 2, 2, "1f1b"), (1, 4, 1, "1f1b"), (1, 4, 2, "1f1
          (4, 1, 1, "interleaved_zero_bubble")]
 
 
-def make_config(pp: int, dp: int, ep: int, schedule: str, *, depths: int = 1, tied: bool = False) -> Config:
+def make_config(pp: int, dp: int, ep: int, schedule: str, *, depths: int = 1, tied: bool = False,
+                experts: int = 8) -> Config:
     config = Config()
     config.model = ModelConfig(
         vocab_size=VOCAB, dim=48, n_layers=8, n_dense_layers=1, inter_dim=96, n_heads=4, q_lora_rank=24,
         kv_lora_rank=16,
-        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_activated_experts=2,
-        moe_inter_dim=32, n_expert_groups=4, n_limited_groups=2, n_mtp_layers=depths, balance_loss_weight=1e-2,
-        bias_update_speed=1e-2, init_std=0.05, route_scale=2.5, tie_embeddings=tied)
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=experts, n_activated_experts=2,
+        moe_inter_dim=32, n_expert_groups=experts // 2, n_limited_groups=2, n_mtp_layers=depths,
+        balance_loss_weight=1e-2, bias_update_speed=1e-2, init_std=0.05, route_scale=2.5, tie_embeddings=tied)
     config.layout.pp, config.layout.dp, config.layout.ep = pp, dp, ep
     config.layout.schedule = Schedule[schedule]
     config.layout.microbatches = (16 if schedule in ("zbv", "dualpipev") else 8) // dp  # more than fill a V
@@ -79,20 +80,21 @@ def train(info: RankInfo, config: Config) -> dict:
         dist.all_reduce(held_out)
     return {
         "losses": losses, "norms": norms, "counts": counts, "held_out": held_out.tolist(),
-        "weights": [(s.name, s.start, s.value.detach().clone().numpy(), s.is_copy) for s in pipeline.shards],
+        "weights": [(s.name, s.start, s.row, s.value.detach().clone().numpy(), s.is_copy) for s in pipeline.shards],
         "biases": {n: r.expert_bias.tolist() for stage in pipeline.stages for n, r in routers(stage)},
     }
 
 
 @pytest.fixture(scope="module")
 def reference():
-    """The one-process run of each model: (MTP depths, tied embeddings)."""
-    return {(depths, tied): train(RankInfo(), make_config(1, 1, 1, "1f1b", depths=depths, tied=tied))
-            for depths, tied in [(1, False), (2, False), (0, True), (1, True)]}
+    """The one-process run of each model: (MTP depths, tied embeddings); and of six experts."""
+    found = {(depths, tied): train(RankInfo(), make_config(1, 1, 1, "1f1b", depths=depths, tied=tied))
+             for depths, tied in [(1, False), (2, False), (0, True), (1, True)]}
+    return found | {"six experts": train(RankInfo(), make_config(1, 1, 1, "1f1b", experts=6))}
 
 
 def assert_equal_to_one_process(results: list[dict], reference: dict) -> None:
-    whole = {name: torch.from_numpy(value) for name, _, value, _ in reference["weights"]}
+    whole = {name: torch.from_numpy(value) for name, _, _, value, _ in reference["weights"]}
     seen = dict.fromkeys(whole, 0)
     biases = {}
     for result in results:
@@ -101,21 +103,31 @@ def assert_equal_to_one_process(results: list[dict], reference: dict) -> None:
         assert result["held_out"] == pytest.approx(reference["held_out"], rel=TOLERANCE)
         assert result["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE)
         assert all(reference["counts"][key] == value for key, value in result["counts"].items())
-        for name, start, rows, is_copy in result["weights"]:
+        for name, start, row, rows, is_copy in result["weights"]:
             expected = whole[name][start : start + len(rows)]
+            expected = expected[:, row : row + rows.shape[1]] if rows.ndim == 3 else expected
             difference = (torch.from_numpy(rows) - expected).norm()
             assert difference <= TOLERANCE * expected.norm(), (name, (difference / expected.norm()).item())
-            seen[name] += 0 if is_copy else len(rows)
+            seen[name] += 0 if is_copy else rows.size
         biases |= result["biases"]
     assert biases == reference["biases"]
     assert set(reference["counts"]) == {key for result in results for key in result["counts"]}
-    assert all(count % len(whole[name]) == 0 and count > 0 for name, count in seen.items())
+    assert all(count % whole[name].numel() == 0 and count > 0 for name, count in seen.items())
 
 
 @pytest.mark.parametrize("pp, dp, ep, schedule", PIPELINES + GRIDS)
 def test_five_steps_equal_the_one_process_run(ranks, reference, pp, dp, ep, schedule):
     results = ranks.run(train, make_config(pp, dp, ep, schedule), world=pp * dp)
     assert_equal_to_one_process(results, reference[1, False])
+
+
+@pytest.mark.parametrize("dp, ep", [(4, 2), (4, 1)])
+def test_replicas_share_out_rows_where_experts_do_not_divide(ranks, reference, dp, ep):
+    """Three experts over two replicas, six over four: nothing is padded, every rank owns an equal part."""
+    results = ranks.run(train, make_config(1, dp, ep, "1f1b", experts=6), world=dp)
+    assert_equal_to_one_process(results, reference["six experts"])
+    owned = [[rows.size for name, _, _, rows, _ in result["weights"] if ".experts." in name] for result in results]
+    assert all(sizes == owned[0] for sizes in owned)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])

@@ -50,7 +50,7 @@ def assert_holds(path, tensors):
     loader = Loader(path)
     assert set(loader.keys()) == set(tensors)
     for key, tensor in tensors.items():
-        assert loader.global_shape(key) == tuple(tensor.shape)
+        assert loader.manifest.tensors[key].shape == tuple(tensor.shape)
         read = loader.read(key)
         assert read.dtype == tensor.dtype and torch.equal(read, tensor), key
     loader.close()

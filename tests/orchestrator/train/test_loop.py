@@ -18,7 +18,7 @@ from orchestrator.train.loop import run_rank
 from orchestrator.train.replica import Replicas
 from tests.harness import write_corpus
 
-LAYOUTS = {"one": (1, 1, 1, 4), "pp2_ep2": (2, 2, 2, 4), "ep4": (1, 4, 4, 2), "pp4": (4, 1, 1, 4)}
+LAYOUTS = {"one": (1, 1, 1, 4), "pp2_ep2": (2, 2, 2, 4), "dp4_ep2": (1, 4, 2, 2), "pp4": (4, 1, 1, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def text(tmp_path_factory) -> Path:
 
 def make_config(text: Path, run_dir: Path, layout: str = "one", **changes) -> Config:
     config = Config()
-    config.model = ModelConfig(vocab_size=264, dim=48, inter_dim=96, moe_inter_dim=32, n_mtp_layers=1, init_std=0.05,
-                               balance_loss_weight=1e-3, bias_update_speed=1e-2)
+    config.model = ModelConfig(vocab_size=264, dim=48, inter_dim=96, moe_inter_dim=32, n_routed_experts=6,
+                               n_mtp_layers=1, init_std=0.05, balance_loss_weight=1e-3, bias_update_speed=1e-2)
     config.layout.pp, config.layout.dp, config.layout.ep, config.layout.microbatches = LAYOUTS[layout]
     config.train = dataclasses.replace(config.train, steps=6, batch_size=16, seq_len=32, validate_every=3,
                                        validate_sequences=16)
@@ -136,9 +136,13 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(ranks, text, whole, tmp_pa
     assert events(tmp_path, "resumed")[0]["step"] == 4
 
 
-@pytest.mark.parametrize("layout", ["one", "ep4", "pp4"])
-def test_a_checkpoint_of_pp2_ep2_goes_on_under_another_layout(ranks, text, whole, tmp_path, layout):
-    config = make_config(text, tmp_path, layout, resume=checkpoint_of(whole, 2))
+@pytest.mark.parametrize("source, layout", [("pp2_ep2", "one"), ("pp2_ep2", "dp4_ep2"), ("dp4_ep2", "pp4")])
+def test_a_checkpoint_goes_on_under_another_layout(ranks, text, whole, tmp_path, source, layout):
+    """Under dp=4 ep=2 a rank owns rows of its three experts, else whole ones."""
+    saved = whole if source == "pp2_ep2" else tmp_path / "source"
+    if saved != whole:
+        run(ranks, train, make_config(text, saved, source))
+    config = make_config(text, tmp_path, layout, resume=checkpoint_of(saved, 2))
     run(ranks, train, config)
     expected = losses(whole)
     assert set(rows(tmp_path)) == {3, 4, 5, 6}
@@ -201,7 +205,7 @@ def test_resume_refuses_another_model_and_another_order_of_samples(text, whole, 
 
 
 def test_no_copies_are_kept_in_memory_where_they_have_no_room(ranks, text, tmp_path):
-    config = make_config(text, tmp_path, "ep4", checkpoint__memory_every=1)
+    config = make_config(text, tmp_path, "dp4_ep2", checkpoint__memory_every=1)
     assert {result["status"] for result in run(ranks, train_with_little_memory, config)} == {"completed"}
     assert ["6 copies of the state of 4 ranks take" in event["cause"]
             for event in events(tmp_path, "memory_copies_off")] == [True]

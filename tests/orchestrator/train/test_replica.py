@@ -70,6 +70,6 @@ def train_on_uneven_nodes(info: RankInfo, config) -> list[tuple[int, int]]:
 def test_ranks_on_uneven_nodes_exchange_their_states(ranks, text, tmp_path):  # noqa: F811
     config = make_config(text, tmp_path, train__steps=4, checkpoint__memory_every=2, train__validate_every=0,
                          checkpoint__every=0)
-    config.layout.dp = config.layout.ep = 4
+    config.layout.dp, config.layout.ep = 4, 2
     assert run(ranks, train_on_uneven_nodes, config) == [
         [(0, 2), (2, 2)], [(1, 2), (3, 2)], [(0, 2), (2, 2)], [(1, 2), (3, 2)]]
