@@ -48,7 +48,7 @@ def held_out(loaded: Loaded, number: int, length: int) -> torch.Tensor:
     """Token ids [number, length + 2] from the validation split of the run's own data."""
     config = from_dict(DataConfig, read_manifest(loaded.path).state["config"]["data"])
     corpus = data.prepare(config, model=loaded.model.config, seq_len=length, n_extra=2)
-    return torch.from_numpy(data.validation_batches(corpus, number, length, 2))
+    return torch.from_numpy(data.validation_batch(corpus, range(number), number, length, 2))
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ Sparing trains mixture-of-experts language models and accounts for what that cos
 usage: sparing VERB [arguments]      (the same as python -m orchestrator VERB ...)
 
   train   [OVERRIDES]        train; `sparing train experiment=tiny` is a first run of about two minutes
+  prepare [OVERRIDES]        tokenise a run's corpus before any device is paid for
   launch  OVERRIDES          train on a cluster: launch=ray_job, slurm, kuberay, skypilot or torchrun
   plan    OVERRIDES          rank layouts for a model, GPUs and tokens: step time, memory, GPU-hours, dollars; predicted
   status  RUN                what a live run is doing: who hosts what, load, rate, cost so far
@@ -79,7 +80,7 @@ batch_ramp_steps, validate_every and validate_sequences.""",
 }
 # Verbs that have a module of their own, with HELP and run(arguments) -> exit code; imported when called.
 MODULES = {"compare": "orchestrator.compare", "evaluate": "orchestrator.evaluate", "generate": "orchestrator.generate",
-           "launch": "orchestrator.launch", "serve": "orchestrator.serve"}
+           "launch": "orchestrator.launch", "prepare": "orchestrator.prepare", "serve": "orchestrator.serve"}
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 

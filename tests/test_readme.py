@@ -56,7 +56,7 @@ def test_every_train_command_composes_and_passes_the_checks(command, tmp_path, m
     check_run(compose_config(arguments))
 
 
-@pytest.mark.parametrize("verb", ["train", "status", "report", "export", "import"])
+@pytest.mark.parametrize("verb", ["train", "prepare", "status", "report", "export", "import"])
 def test_verbs_explain_themselves(verb):
     assert commands(verb), f"the README shows no use of {verb}"
     done = subprocess.run([sys.executable, "-m", "orchestrator", verb, "--help"], cwd=ROOT, text=True,

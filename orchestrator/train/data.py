@@ -22,16 +22,18 @@ from orchestrator.plan.layout import batch_size_at
 from orchestrator.train.texts import not_utf8
 from orchestrator.train.tokens import BLOCK_BYTES, build_index, checksums_of, read_index
 
+OPEN_SHARDS = 64
+"""Memory-mapped at a time, with two file descriptors each: a rank of a large corpus has thousands of shards."""
+
 
 class TokenStream:
-    """The shards of one split, memory-mapped, as one long row of tokens. What is read is compared with its checksums,
-    so that a shard that was altered, even a moment ago, ends the run instead of teaching it something else."""
+    """The shards of one split as one long row of tokens. What is read is compared with its checksums, so that a shard
+    that was altered, even a moment ago, ends the run instead of teaching it something else."""
 
     def __init__(self, folder: Path, dtype: str, shards: list[dict]):
         self.folder, self.dtype = folder, np.dtype(dtype).newbyteorder("<")
         self.files = [folder / shard["file"] for shard in shards]
-        self.maps = [np.memmap(file, dtype=np.uint8, mode="r") for file in self.files]
-        self.checksums = [np.memmap(checksums_of(file), dtype="<u4", mode="r") for file in self.files]
+        self.mapped = lru_cache(maxsize=OPEN_SHARDS)(_map)
         self.sizes = [shard["tokens"] for shard in shards]
         self.ends = np.cumsum(self.sizes)
         self.num_tokens = int(self.ends[-1])
@@ -52,13 +54,19 @@ class TokenStream:
         """Tokens of one shard, out of a copy of their blocks that is compared."""
         begin, end = offset * self.dtype.itemsize, (offset + length) * self.dtype.itemsize
         first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
-        data = self.maps[shard][first * BLOCK_BYTES : last * BLOCK_BYTES].tobytes()
+        tokens, checksums = self.mapped(self.files[shard])
+        data = tokens[first * BLOCK_BYTES : last * BLOCK_BYTES].tobytes()
         for block in range(first, last):
             at = (block - first) * BLOCK_BYTES
-            if zlib.crc32(memoryview(data)[at : at + BLOCK_BYTES]) != self.checksums[shard][block]:
+            if zlib.crc32(memoryview(data)[at : at + BLOCK_BYTES]) != checksums[block]:
                 raise NotTrustworthy(f"{self.files[shard]}: its content is not what was written; delete {self.folder} "
                                      "and it is made again")
         return np.frombuffer(data, self.dtype, length, begin - first * BLOCK_BYTES)
+
+
+def _map(shard: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Its bytes and its blocks' checksums, read as they are asked for."""
+    return np.memmap(shard, dtype=np.uint8, mode="r"), np.memmap(checksums_of(shard), dtype="<u4", mode="r")
 
 
 @dataclass(frozen=True)
@@ -126,13 +134,14 @@ def batch(corpus: Corpus, *, seed: int, first_sample: int, num: int, seq_len: in
     return np.stack(rows)
 
 
-def validation_batches(corpus: Corpus, num: int, seq_len: int, n_extra: int) -> np.ndarray:
-    """`num` sequences spread evenly over the held-out tokens, always the same ones, int64 [num, seq_len + n_extra]."""
+def validation_batch(corpus: Corpus, asked: range, num: int, seq_len: int, n_extra: int) -> np.ndarray:
+    """Those `asked` of `num` sequences spread evenly over the held-out tokens, always the same ones, int64
+    [len(asked), seq_len + n_extra]."""
     if corpus.streams is None:
-        return np.stack([_random_row(corpus.vocab_size, -1, i, seq_len + n_extra) for i in range(num)])
+        return np.stack([_random_row(corpus.vocab_size, -1, i, seq_len + n_extra) for i in asked])
     stream = corpus.streams["validation"]
     last = stream.num_tokens - seq_len - n_extra
-    return np.stack([stream.read(last * i // max(1, num - 1), seq_len + n_extra) for i in range(num)])
+    return np.stack([stream.read(last * i // max(1, num - 1), seq_len + n_extra) for i in asked])
 
 
 @lru_cache(maxsize=4)

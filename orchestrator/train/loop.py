@@ -270,18 +270,18 @@ class Trainer:
 
     def _validate(self) -> dict:
         """Mean cross-entropies and acceptance over the held-out sequences, the same under every layout."""
-        began, config, layout = time.perf_counter(), self.config, self.mesh.layout
+        began, config, number = time.perf_counter(), self.config, self.config.train.validate_sequences
         self.control.update(phase="validate")
-        rows = data.validation_batches(self.corpus, config.train.validate_sequences, config.train.seq_len, self.n_extra)
-        share = len(rows) // layout.dp
-        mine = torch.from_numpy(rows[self.mesh.coordinate.dp * share :][:share]).to(self.mesh.device)
-        size = math.gcd(share, data.batch_size_at(self.progress.step, config.train) // layout.dp)
+        share = number // self.mesh.layout.dp
+        mine = range(number)[self.mesh.coordinate.dp * share :][:share]
+        rows = torch.from_numpy(data.validation_batch(self.corpus, mine, number, config.train.seq_len, self.n_extra))
+        size = math.gcd(share, data.batch_size_at(self.progress.step, config.train) // self.mesh.layout.dp)
         sums = 0.0
-        for part in mine.split(size):
+        for part in rows.to(self.mesh.device).split(size):
             self.control.alive()
             sums = sums + self.pipeline.validate(part).double()
         sums = self._sum_over_ranks(sums.cpu())
-        losses, accepted = (sums / len(rows)).split([self.n_extra, config.model.n_mtp_layers])
+        losses, accepted = (sums / number).split([self.n_extra, config.model.n_mtp_layers])
         guesses = (config.train.seq_len - torch.arange(1, self.n_extra)).clamp(min=0)
         return self.accounts.validated((losses / config.train.seq_len).tolist(), (accepted / guesses).tolist(),
                                        time.perf_counter() - began)

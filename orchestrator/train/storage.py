@@ -11,6 +11,7 @@ Callers see FileNotFoundError and FileExistsError, or a SparingError that names 
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -26,7 +27,6 @@ from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Transient
 
 RETRY_S = 300.0
 CHUNK_BYTES = 16 << 20
-
 _TRANSIENT_ERRNOS = {errno.EBUSY, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _T = TypeVar("_T")
@@ -71,10 +71,16 @@ def exists(path: str, *, retry_s: float = RETRY_S) -> bool:
 
 def size(path: str, *, retry_s: float = RETRY_S) -> int:
     """Bytes of a file."""
+    return stamp(path, retry_s=retry_s)[0]
+
+
+def stamp(path: str, *, retry_s: float = RETRY_S) -> tuple[int, int | str]:
+    """Bytes of a file, and what changes whenever its content does: its time, or all that a store says of it."""
     if (local := local_path(path)) is not None:
         with _typed_errors(path):
-            return os.stat(local).st_size
-    return int(_remote(path, lambda fs, key: fs.info(key)["size"], retry_s))
+            return (found := os.stat(local)).st_size, found.st_mtime_ns
+    info = _remote(path, lambda fs, key: fs.info(key), retry_s)
+    return int(info["size"]), hashlib.sha256(repr(sorted(info.items())).encode()).hexdigest()
 
 
 def free_bytes(path: str) -> int | None:

@@ -45,8 +45,9 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
     files = find_files(config.path)
     tokenizer = load_tokenizer(config.tokenizer)
     cache = Path(config.cache_dir).expanduser()
-    sizes = {file: storage.size(file) for file in files}
-    target = cache / _key(sizes, tokenizer, config)
+    stamps = {file: storage.stamp(file) for file in files}
+    sizes = {file: size for file, (size, _) in stamps.items()}
+    target = cache / _key(stamps, tokenizer, config)
     if (target / "index.json").exists():
         return target
     try:
@@ -76,18 +77,17 @@ def _build(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig, fold
     """Write shards and index. A corpus of few documents may hold out none: then the one of lowest share is held out,
     and of a single document its end."""
     fraction = config.validation_fraction
-    writer, stray = _Writer(folder, tokenizer), set()
-    for text, share in _read(sizes, config.text_key, on_progress, stray):
+    writer, stray, lowest, number = _Writer(folder, tokenizer), set(), (1.0, 0), 0
+    for number, (text, share) in enumerate(_read(sizes, config.text_key, on_progress, stray), start=1):
         writer.add(text, "validation" if share < fraction else "train")
+        lowest = min(lowest, (share, number))
     if not writer.sound:
-        texts = sorted(_read(sizes, config.text_key, on_progress), key=lambda item: item[1])
-        if len(texts) == 1:
-            text = texts[0][0]
-            end = min(len(text) - 1, int(len(text) * (1 - fraction)))
-            texts = [(text[end:], 0.0), (text[:end], 1.0)]
         writer = _Writer(folder, tokenizer)
-        for i, (text, _) in enumerate(texts):
-            writer.add(text, "train" if i else "validation")
+        for i, (text, _) in enumerate(_read(sizes, config.text_key, on_progress), start=1):
+            end = min(len(text) - 1, int(len(text) * (1 - fraction))) if number == 1 else 0
+            writer.add(text[end:], "validation" if i == lowest[1] else "train")
+            if end:
+                writer.add(text[:end], "train")
     if not writer.sound:
         raise BadRequest(f"data.path={config.path}: has too little text for two splits ({len(sizes)} files); give more")
     index = writer.index() | {"not_utf8": {"files": len(stray), "first": min(stray, default=None)}}
@@ -240,11 +240,9 @@ class _Bigrams:
         return float(min(bits))
 
 
-def _key(sizes: dict[str, int], tokenizer: Tokenizer, config: DataConfig) -> str:
+def _key(stamps: dict[str, tuple], tokenizer: Tokenizer, config: DataConfig) -> str:
     parts = [VERSION, tokenizer.identity, config.text_key, config.validation_fraction]
-    for file, size in sizes.items():
-        local = storage.local_path(file)
-        parts.append((file, size, os.stat(local).st_mtime_ns if local else 0))
+    parts += [(file, *stamp) for file, stamp in stamps.items()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

@@ -1,0 +1,38 @@
+"""`sparing prepare`: a corpus tokenised where no device is paid for. Runs that read the same then find it done."""
+
+from functools import partial
+
+from orchestrator.choices import DataKind
+from orchestrator.compose import compose_config
+from orchestrator.plan.layout import check_run
+from orchestrator.words import expanded
+
+HELP = """\
+usage: sparing prepare [KEY=VALUE ...]
+
+  sparing prepare data=text data.path='/corpus/**/*.jsonl' data.tokenizer=tokenizer.json model.vocab_size=32768
+  sparing prepare data=text data.path='s3://bucket/corpus/*.parquet' data.cache_dir=/shared/tokens
+
+Takes the words of `train` and tokenises what such a run would read into data.cache_dir, on this machine's CPU. On a
+cluster name a data.cache_dir that its nodes share, else each of them tokenises at the start of a run, in its time."""
+
+
+def run(arguments: list[str]) -> int:
+    from orchestrator.train import data
+    from orchestrator.train.progress import Progress
+
+    config = compose_config(expanded(arguments))
+    check_run(config)
+    if config.data.kind is not DataKind.text:
+        print(f"data={config.data.kind.name}: nothing to prepare")
+        return 0
+    with Progress() as progress:
+        corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len,
+                              n_extra=1 + config.model.n_mtp_layers,
+                              on_progress=partial(progress.amount, "tokenising", "MB"))
+        progress.warn(corpus.notice)
+    for split, stream in corpus.streams.items():
+        print(f"{split:10s} {stream.num_tokens:,} tokens of {stream.num_bytes:,} bytes")
+    print(f"bits per byte of the held-out text: bigram {corpus.baselines['bigram']:.3f}, gzip "
+          f"{corpus.baselines['gzip']:.3f}\nkept in    {stream.folder}")
+    return 0
