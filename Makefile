@@ -9,8 +9,9 @@ STAMP := $(VENV)/installed
 train: install  ## a first run: four ranks on this machine, about two minutes on 2 cores
 	$(BIN)/sparing train experiment=tiny
 
+# Bytecode is kept whatever the environment says: hundreds of processes import the same files.
 test: install  ## the whole suite, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
@@ -20,7 +21,8 @@ install: $(STAMP)
 # The constraints pin torch to one release; where it has a CUDA build, pip takes that one.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on every core, as pip does not; templates do not compile
 	touch $(STAMP)
 
 clean:

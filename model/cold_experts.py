@@ -6,6 +6,7 @@ expert's bytes (model/packed.py). `ColdExperts` takes the place of `GroupedExper
 
 import json
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ def write_store(path: Path, experts: Iterable[Tensor], *, number: int, shape: tu
         file.write(len(head).to_bytes(8, "little") + head.encode())
         for expert in experts:
             file.write(pack(expert, form).numpy())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Store:
@@ -45,6 +48,8 @@ class Store:
         self.form, self.shape = meta["format"], (int(meta["rows"]), int(meta["columns"]))
         self.spans = {int(key): [8 + length + at for at in field["data_offsets"]] for key, field in fields.items()}
         self.expert_bytes = packed_bytes(*self.shape, self.form)
+        if len(self.map) != 8 + length + len(self.spans) * self.expert_bytes:
+            raise ValueError(f"{path}: is not whole; delete {path.parent} and it is made again")
 
     def read(self, expert: int) -> Tensor:
         """A copy of the expert's bytes."""

@@ -54,6 +54,11 @@ class NoProgress(SparingError):
     exit_code = 93
 
 
+def words(error: Exception) -> str:
+    """What a log says of it: a mistake of ours, or of a library, goes by its class."""
+    return str(error) if isinstance(error, SparingError) else f"{type(error).__name__}: {error}"
+
+
 def public_kind(error: SparingError) -> str:
     """The name of the nearest of these classes: finer ones are known where they are raised alone."""
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)

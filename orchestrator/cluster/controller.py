@@ -29,7 +29,7 @@ from orchestrator.cluster.policy import (
     respond,
 )
 from orchestrator.config import ClusterKind, Config
-from orchestrator.errors import BadRequest, NoProgress, SparingError, Transient
+from orchestrator.errors import BadRequest, NoProgress, SparingError, Transient, words
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.train import storage
@@ -113,7 +113,7 @@ class Controller:
             ranks = place()
             placed_at = ranks.placed_at
             result = self._live(ranks)
-        except SparingError as caught:
+        except Exception as caught:  # Ray's or a mistake of ours too: what was held is charged all the same
             error = caught
         finally:
             self._enter(State.ended)
@@ -126,7 +126,7 @@ class Controller:
         if error is not None:
             for event in self.events:
                 append_event(config.run.dir, **event)
-            failure = {"cause": str(error), "rank": getattr(error, "rank", None), "node": getattr(error, "node", None)}
+            failure = {"cause": words(error), **{key: getattr(error, key, None) for key in ("rank", "node")}}
         summary = finish_run(config, result, placed_at=placed_at, released_at=released_at,
                              devices=self._size, attempts=self.attempt, spares=self.held[-1][2],
                              refused=isinstance(error, BadRequest), failure=failure)

@@ -48,12 +48,6 @@ class Ledger:
             self.buckets_s["spares"] += seconds * self.spares
         self.buckets_s[bucket] += seconds * (self.devices if devices is None else devices)
 
-    def move(self, seconds: float, source: str, target: str, *, devices: int | None = None) -> None:
-        """Book wall time under another name, as when kept steps turn out lost; at most what `source` holds."""
-        moved = min(seconds * (self.devices if devices is None else devices), self.buckets_s[source])
-        self.buckets_s[source] -= moved
-        self.buckets_s[target] += moved
-
     def catch_up(self, charged_s: float, bucket: str) -> None:
         """Raise what earlier attempts were charged to `charged_s` device-seconds, the difference booked in `bucket`.
 

@@ -30,6 +30,8 @@ METRICS, EVENTS, WANDB_ID = "metrics.jsonl", "events.jsonl", "wandb/run_id"
 EVENT_KEYS = ("time", "kind", "rank", "node", "step", "cause")
 MANY_COUNTS, MANY_COUNTS_EVERY = 4096, 10
 """A step's tokens by layer and expert are in every row where they are few, else in every tenth: V3's take 130 kB."""
+UPLOAD_SHARE = 0.05
+"""Of a run's time, at most, in which its growing files are uploaded."""
 MAX_HISTOGRAM_BINS = 512
 """Of Weights & Biases; more experts than this go to metrics.jsonl alone."""
 
@@ -245,7 +247,8 @@ class WandbSink:
 class Mirror:
     """The growing files of a run directory: in place where it is local, else in a temporary one that is uploaded.
 
-    Object stores cannot append, so whole files go up, every `every_s` seconds in the background and at the end.
+    Object stores cannot append, so whole files go up, every `every_s` seconds in the background and at the end; less
+    often as they grow, so that no more than a share of the time goes into it.
     """
 
     def __init__(self, run_dir: str, *, every_s: float):
@@ -255,7 +258,7 @@ class Mirror:
         self.root = Path(tempfile.mkdtemp(prefix="sparing-") if local is None else local)
         self.uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self.upload: Future | None = None
-        self.uploaded_at = time.monotonic()
+        self.uploaded_at, self.took_s = time.monotonic(), 0.0
 
     def path(self, name: str) -> Path:
         """Where to write `name` now; its directory exists."""
@@ -272,7 +275,8 @@ class Mirror:
 
     def sync(self) -> None:
         """Upload if it is time and the last upload has ended; one that fails is told and tried again."""
-        if not self.is_remote or time.monotonic() - self.uploaded_at < self.every_s:
+        every_s = max(self.every_s, self.took_s / UPLOAD_SHARE)
+        if not self.is_remote or time.monotonic() - self.uploaded_at < every_s:
             return
         if self.upload is not None:
             if not self.upload.done():
@@ -295,9 +299,11 @@ class Mirror:
         shutil.rmtree(self.root)
 
     def _put(self, names: list[str]) -> None:
+        began = time.monotonic()
         for name in names:
             if (path := self.root / name).exists():
                 storage.write_bytes(storage.join(self.run_dir, name), path.read_bytes())
+        self.took_s = time.monotonic() - began
 
 
 def _event_line(kind: str, fields: dict) -> str:

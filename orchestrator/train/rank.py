@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from orchestrator.config import Config, from_dict, to_dict
-from orchestrator.errors import SparingError
+from orchestrator.errors import BadRequest, SparingError, words
 from orchestrator.parallel.mesh import open_store
 from orchestrator.parallel.rank_info import rank_from_env
 from orchestrator.plan.hardware import resolve_hardware
@@ -57,11 +58,16 @@ def train_as_rank(config: Config) -> dict | None:
             claim = Claim(from_dict(Config, message["config"]), message["attempt"])
         from orchestrator.train.loop import run_rank
 
-        result = run_rank(claim.config, info, control=control, placed_at=placed_at, attempt=claim.attempt, store=store)
-        if info.rank != 0:
-            return None
-        return finish_run(claim.config, result, placed_at=placed_at, released_at=time.time(), devices=world,
-                          attempts=claim.attempt)
+        sum_up = partial(finish_run, claim.config, placed_at=placed_at, devices=world, attempts=claim.attempt)
+        try:
+            result = run_rank(claim.config, info, control=control, placed_at=placed_at, attempt=claim.attempt,
+                              store=store)
+        except Exception as error:  # a mistake of ours too: what was held is charged all the same
+            if info.rank == 0:
+                sum_up({"status": "failed"}, released_at=time.time(), refused=isinstance(error, BadRequest),
+                       failure={"cause": words(error), "rank": info.rank, "node": info.node_rank})
+            raise
+        return sum_up(result, released_at=time.time()) if info.rank == 0 else None
 
 
 def _claimed(config: Config, store, stack: contextlib.ExitStack, progress: Progress) -> Claim:
@@ -81,21 +87,29 @@ def _claimed(config: Config, store, stack: contextlib.ExitStack, progress: Progr
     return claim
 
 
-def main(argv: list[str]) -> int:
-    """CONFIG.yaml: a run's `config.yaml`, or any file with the same keys."""
+def _read(path: str) -> Config:
     import yaml
 
+    try:
+        with open(path) as file:
+            config = from_dict(Config, yaml.safe_load(file))
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, OSError) as error:
+        raise BadRequest(f"{path}: cannot be read as a run's config.yaml: {error}") from error
+    check_run(config)
+    return config
+
+
+def main(argv: list[str]) -> int:
+    """CONFIG.yaml: a run's `config.yaml`, or any file with the same keys."""
     if len(argv) != 1:
         print("usage: torchrun ... -m orchestrator.train.rank CONFIG.yaml", file=sys.stderr)
         return 2
     try:
-        with open(argv[0]) as file:
-            config = from_dict(Config, yaml.safe_load(file))
-        check_run(config)
+        config = _read(argv[0])
         summary = train_as_rank(config)
-    except (SparingError, ValueError, OSError) as error:
+    except SparingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        return error.exit_code
     with contextlib.suppress(KeyError, TypeError):
         print(f"{summary['status']}: {summary['steps']} steps in {summary['run_dir']}")
     return 0

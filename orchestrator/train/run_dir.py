@@ -1,7 +1,7 @@
 """A run's directory: named, claimed by one live run at a time, with the resolved config in it before anything starts.
 
 A local directory is held by a file lock that the kernel drops with its holder; an object store by an exclusively
-created `lock.json`, which a later attempt takes over once its holder is known to be gone.
+created `lock.json`, which its holder renews and a later attempt takes over once its holder is known to be gone.
 """
 
 import contextlib
@@ -10,19 +10,21 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from orchestrator.config import Config, to_dict
-from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.train import storage
 from orchestrator.train.finish import SUMMARY, read_kept
 from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
 
 CONFIG, LOCK, STATUS = "config.yaml", "lock.json", "status.json"
-STALE_S, LOOK_S = 120.0, 2.0
-"""Age of a run's status.json after which its holder on another machine counts as gone."""
+STALE_S, LOOK_S, RENEW_S = 120.0, 2.0, 30.0
+"""Age of the last sign of a run (status.json, lock.json) after which its holder on another machine counts as gone; how
+often it is looked for, and how often a holder renews its lock.json."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,25 @@ def _locked_url(run_dir: str) -> Iterator[None]:
         if _is_live(run_dir, held, is_free=lambda: not storage.exists(path)):
             raise _in_use(run_dir, held) from None
         storage.write_bytes(path, _holder().encode())
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(path, ended), daemon=True, name="lock")
+    renewing.start()
     try:
         yield
     finally:
-        storage.remove(path)
+        ended.set()
+        renewing.join(RENEW_S)
+        if _still_ours(path):
+            storage.remove(path)
+
+
+def _renew(path: str, ended: threading.Event) -> None:
+    """Until the end, or until somebody else has taken it over. A write that fails is made up for by the next."""
+    while not ended.wait(RENEW_S):
+        with contextlib.suppress(SparingError):
+            if not _still_ours(path):
+                return
+            storage.write_bytes(path, _holder().encode(), retry_s=1)
 
 
 def _is_live(run_dir: str, held: str, *, is_free: Callable[[], bool]) -> bool:
@@ -145,7 +162,7 @@ def _is_live(run_dir: str, held: str, *, is_free: Callable[[], bool]) -> bool:
     except ValueError:
         return is_local
     if holder.get("host") == socket.gethostname():
-        return is_local or holder.get("pid") != os.getpid() and os.path.exists(f"/proc/{holder.get('pid')}")
+        return is_local or not _is_ours(holder) and holder.get("born") == _born(holder.get("pid")) is not None
     first = _last_sign(run_dir, holder)
     deadline = time.monotonic() + min(STALE_S, first + STALE_S - time.time())
     while time.monotonic() < deadline and not is_free():
@@ -173,7 +190,28 @@ def _in_use(run_dir: str, held: str) -> BadRequest:
 
 
 def _holder() -> str:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()})
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()),
+                       "since": time.time()})
+
+
+def _still_ours(path: str) -> bool:
+    try:
+        return _is_ours(json.loads(storage.read_bytes(path)))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _is_ours(holder: dict) -> bool:
+    return all(holder.get(key) == value for key, value in json.loads(_holder()).items() if key != "since")
+
+
+def _born(pid: int | None) -> str | None:
+    """When a process started, in ticks since the machine did: a restarted container gives the same numbers again."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return None
 
 
 def _events(run_dir: str) -> list[dict]:

@@ -87,6 +87,14 @@ def test_a_store_is_a_safetensors_file(experts, tmp_path):
         assert torch.equal(file.get_tensor("4"), store.read(4))
 
 
+def test_a_store_that_lost_its_end_is_refused(experts, tmp_path):
+    stores(experts, tmp_path, "bf16")
+    path = tmp_path / "w13-bf16.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"w13-bf16\.safetensors: is not whole; delete"):
+        Store(path)
+
+
 def test_reading_ahead_changes_nothing_but_when_bytes_are_read(experts, tmp_path):
     config = ModelConfig(dim=D, n_routed_experts=E, n_activated_experts=2, moe_inter_dim=INNER)
     files, asked = stores(experts, tmp_path), []

@@ -199,6 +199,16 @@ def test_a_run_that_found_no_place_costs_nothing(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["device_hours"] == 0
 
 
+def test_an_error_that_nobody_foresaw_leaves_a_bill_and_an_event_too(tmp_path):
+    ranks = Dummy(config_of(tmp_path), nodes=3)
+    ranks.form = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        Controller(config_of(tmp_path), 1, Progress(lambda line: None)).run(lambda: ranks)
+    assert ranks.released and json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+    event = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
+    assert (event["kind"], event["cause"]) == ("run_failed", "ZeroDivisionError: division by zero")
+
+
 @pytest.mark.parametrize("error, kind", [
     (storage.StorageUnavailable("x"), "Transient"), (storage.StorageDenied("x"), "NotFit"),
     (MissingTensor("x"), "BadRequest"), (CorruptManifest("x"), "NotTrustworthy"), (NoProgress("x"), "NoProgress")])

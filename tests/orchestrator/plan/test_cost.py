@@ -118,15 +118,6 @@ def test_the_same_attempt_goes_on_from_where_its_ledger_was_written():
     assert same.charged_s(150.0) == ledger.charged_s(150.0)
 
 
-def test_lost_work_moves_out_of_goodput_and_no_more_than_it_holds():
-    ledger = Ledger(devices=2, usd_per_h=1.0, since=0.0)
-    ledger.charge("goodput", 10.0)
-    ledger.move(4.0, "goodput", "lost_work")
-    assert (ledger.buckets_s["goodput"], ledger.buckets_s["lost_work"]) == (12.0, 8.0)
-    ledger.move(99.0, "goodput", "lost_work")
-    assert (ledger.buckets_s["goodput"], ledger.buckets_s["lost_work"]) == (0.0, 20.0)
-
-
 def test_a_budget_is_kept_before_the_step_that_would_pass_it():
     ledger = Ledger(devices=2, usd_per_h=1800.0, since=0.0)
     assert not would_pass(ledger, 5.0, 1.0, None)

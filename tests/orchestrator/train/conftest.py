@@ -11,7 +11,7 @@ from tests.orchestrator.train.team import EXPERTS, Team, pieces_of
 
 @pytest.fixture(scope="module")
 def s3():
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    server_module = pytest.importorskip("moto.server", reason="moto[s3] and flask are not installed")
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import sys
+import time
 import uuid
 
 import fsspec
@@ -88,6 +89,20 @@ def test_a_run_directory_in_an_object_store_has_everything_at_the_end_and_resume
     resumed.log(row(3))
     resumed.finish({"status": "completed"})
     assert [r["step"] for r in lines_of(run_dir)] == [1, 2, 3]
+
+
+def test_files_that_take_long_to_upload_go_up_less_often(monkeypatch):
+    tracker, writes = open_tracker(config_for(f"memory://{uuid.uuid4()}"), upload_every_s=0.0), []
+
+    def slowly(path, data, **_):
+        writes.append(path)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(storage, "write_bytes", slowly)
+    for step in range(1, 11):
+        tracker.log(row(step))
+        time.sleep(0.05)
+    assert [path.rsplit("/", 1)[1] for path in writes] == ["metrics.jsonl", "events.jsonl"]
 
 
 def test_an_upload_that_fails_does_not_stop_the_run_and_the_last_one_keeps_the_files(monkeypatch):

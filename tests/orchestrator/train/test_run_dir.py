@@ -80,16 +80,39 @@ def test_an_object_store_directory_is_held_and_taken_over_from_the_dead(tmp_path
         assert claim.config.run.dir == url and storage.exists(lock)
         held = json.loads(storage.read_bytes(lock))
     assert not storage.exists(lock)
-    storage.write_bytes(lock, json.dumps(held | {"pid": os.getppid()}).encode())
+    parent = held | {"pid": os.getppid(), "born": run_dir._born(os.getppid())}
+    storage.write_bytes(lock, json.dumps(parent | {"born": "7"}).encode())  # a container before this one, say
+    with claim_run_dir(config_for(url)) as claim:
+        assert claim.attempt == 2
+    storage.write_bytes(lock, json.dumps(parent).encode())
     with pytest.raises(BadRequest, match=f"process {os.getppid()} on "):
         with claim_run_dir(config_for(url)):
             pass
     storage.write_bytes(lock, json.dumps(held | {"pid": 2**22 + 1}).encode())
     with claim_run_dir(config_for(url)) as claim:
-        assert claim.attempt == 2
+        assert claim.attempt == 3
     storage.write_bytes(lock, json.dumps(held | {"host": "elsewhere", "since": 0}).encode())
     with claim_run_dir(config_for(url)) as claim:
-        assert claim.attempt == 3
+        assert claim.attempt == 4
+
+
+def test_who_holds_an_object_store_directory_renews_its_lock_until_another_has_it(tmp_path, monkeypatch):
+    """Under torchrun nobody writes a status, and a lock of two minutes ago would be one of the dead."""
+    monkeypatch.setattr(run_dir, "RENEW_S", 0.05)
+    url = f"memory://{tmp_path.name}/run"
+    lock = storage.join(url, "lock.json")
+
+    def since() -> float:
+        return json.loads(storage.read_bytes(lock))["since"]
+
+    with claim_run_dir(config_for(url)):
+        first, deadline = since(), time.monotonic() + 20
+        while since() == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        storage.write_bytes(lock, json.dumps({"host": "elsewhere", "pid": 7, "since": 1.0}).encode())
+        time.sleep(0.3)
+        assert since() == 1.0
 
 
 @pytest.mark.parametrize("url", [False, True], ids=["a folder that machines share", "an object store"])
