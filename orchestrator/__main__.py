@@ -161,12 +161,15 @@ def train_config(config) -> int:
         summary = train(config)
     if summary is None:
         return 0
-    from orchestrator.train.finish import headline
+    from orchestrator.train.finish import format_usd, headline
 
     run_dir = _shown(summary["run_dir"])
     following = (f"{_command()} report {run_dir}" if summary["status"] != "preempted"
                  else f"{_command()} train run.dir={run_dir} resume=auto")
-    print("\n" + "\n".join([*headline(summary), f"run       {run_dir}", f"next      {following}"]))
+    lines, usd, most = headline(summary), summary["usd_total"], config.budget.max_usd
+    if most is not None and usd is not None and usd > most:
+        lines.append(f"budget    {format_usd(most)} passed: no run ends before its start, a step and a checkpoint")
+    print("\n" + "\n".join([*lines, f"run       {run_dir}", f"next      {following}"]))
     return NotFit.exit_code if summary["checkpoint"]["error"] else EXIT_CODES[summary["status"]]
 
 

@@ -44,6 +44,8 @@ def compose_config(overrides: list[str]) -> Config:
         with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION_BASE):
             config = to_config(compose("config", overrides=_opened(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
+        if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
+            raise BadRequest(f"{several[1]}: names several values; give one, or use -m for each in turn") from None
         raise BadRequest(_first_lines(error)) from error
     return _over_saved(config, overrides)
 
@@ -220,6 +222,8 @@ def _over_saved(config: Config, overrides: list[str]) -> Config:
         return config
     saved, asked = read_config(path), to_dict(config)
     merged = to_dict(saved)
+    if saved.run.dir and saved.checkpoint.dir == storage.join(saved.run.dir, "checkpoints"):
+        merged["checkpoint"]["dir"] = None  # with the run, which may have been copied or renamed since
     for key in (text.split("=", 1)[0] for text in overrides if not text.lstrip("+").startswith("hydra")):
         *parents, leaf = key.split("@")[0].replace("/", ".").split(".")
         source, target = asked, merged
@@ -259,10 +263,12 @@ def _all_keys(kind: type = Config, prefix: str = "") -> dict[str, object]:
 
 
 def _near(name: str, among: list[str], prefix: str = "") -> str:
-    """The only one that begins so, else the most similar one."""
-    begun = [each for each in among if each.startswith(name.lower())]
-    found = begun if len(begun) == 1 else difflib.get_close_matches(name.lower(), among, n=1)
-    return f"; did you mean {prefix}{found[0]}?" if found else ""
+    """The only one that begins so, else one that is nearly it, else those that share a word, else a similar one."""
+    name, begun = name.lower(), [each for each in among if each.startswith(name.lower())]
+    words = {word for word in name.split("_") if len(word) > 2}
+    found = (begun if len(begun) == 1 else difflib.get_close_matches(name, among, n=1, cutoff=0.8)
+             or [each for each in among if words & set(each.split("_"))] or difflib.get_close_matches(name, among, n=1))
+    return f"; did you mean {' or '.join(prefix + each for each in found[:2])}?" if found else ""
 
 
 def _in_section(name: str, among: list[str], prefix: str, key: str) -> str:

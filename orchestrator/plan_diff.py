@@ -119,9 +119,12 @@ def _read(path: str) -> dict:
         if data["best"] is None:
             raise BadRequest(f"plan diff: {path}: is a plan in which no layout fits; give one with a best layout")
         data["bill"]["terms"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, BadRequest):
-            raise
+    except BadRequest:
+        raise
+    except OSError as error:
+        raise BadRequest(f"plan diff: {path}: cannot be read ({error.strerror}); give two files that `sparing plan ... "
+                         "out=FILE` wrote") from None
+    except (ValueError, KeyError, TypeError):
         raise BadRequest(f"plan diff: {path}: is no plan.json of this version; write one with `sparing plan ... "
                          "out=FILE`") from None
     return data

@@ -109,7 +109,7 @@ def _step(work: Workload) -> list[Line]:
 def _run(data: dict) -> list[Line]:
     best = data["best"]
     steps = data["tokens"] / data["batch_size"] / data["seq_len"]
-    return [("steps", f"{steps:,.0f}", "tokens / (sequences x seq_len)"),
+    return [("steps", f"{steps:,.1f}", "tokens / (sequences x seq_len)"),
             ("tokens a second", f"{best['tokens_per_s']:,.0f}", "sequences x seq_len / step"),
             ("MFU", f"{best['mfu']:.1%}", "training FLOPs x tokens a second / (devices x bf16 peak)"),
             ("days", f"{best['days']:.2f}", "steps x step"),

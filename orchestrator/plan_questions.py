@@ -34,6 +34,7 @@ from orchestrator.plan.questions import (
 from orchestrator.plan_request import compose_plan, number, read_request
 from orchestrator.plan_table import days, dollars, grid, layout_words, price_words
 
+NOT_HELD = "no cluster holds it"
 OPTIONS = ("objective", "deadline_days", "budget_usd")
 MANY = ("hardware", "cluster", "gpus")
 
@@ -118,8 +119,7 @@ def _compared(options: dict[str, str], overrides: list[str], words: dict, object
     told.show(everyone, best)
     if best is None:
         _priceless(everyone, objective)
-        if all(each.reason.startswith("market=") for each in everyone):
-            raise BadRequest(everyone[0].reason)
+        _lacking(everyone)
         raise NotFit(f"model={everyone[0].request.model.name}: fits on none of them; use more GPUs, or larger ones")
     return Answer(*offers[id(best)][1], _question(everyone, front(everyone), best, objective=objective))
 
@@ -163,12 +163,11 @@ def _limited(options: dict[str, str], overrides: list[str], asked: str | None, l
     able = [each for each in offers if limit.keeps(each)]
     unpriced = limit.deadline is not None and all(each.usd is None for each in able)
     best = chosen(able, "time" if unpriced else limit.objective)
-    if len(offers) > 1 or best is None or limit.objective == "dollars":
+    if len(offers) > 1 or offers and (best is None or limit.objective == "dollars"):
         told.show(offers, best)
     if best is None:
         _priceless(able, limit.objective)
-        if all(each.reason.startswith("market=") for each in offers):
-            raise BadRequest(offers[0].reason)
+        _lacking(offers)
         near = [each for each in offers if each.best]
         nearest = min(near, key=lambda each: each.days if limit.deadline else each.usd or float("inf"), default=None)
         least = f"; the nearest is {_words(nearest)}" if nearest else ""
@@ -200,7 +199,7 @@ def _offers(start: Request, limit: _Limit, told: "_Told") -> list[Offer]:
         if limit.budget is not None:
             return for_budget(start, limit.budget, told)
         least = smallest(start)
-        found = Offer(start, None, "no cluster holds it") if least is None else offer(least)
+        found = Offer(start, None, NOT_HELD) if least is None else offer(least)
     except BadRequest:
         raise
     except ValueError as error:
@@ -271,6 +270,12 @@ def _priceless(offers: list[Offer], objective: str) -> None:
                 _need_price(each.request, "objective=dollars")
 
 
+def _lacking(offers: list[Offer]) -> None:
+    """Where every offer lacks a figure, that is the answer."""
+    if offers and all(each.plan is None and each.reason != NOT_HELD for each in offers):
+        raise BadRequest(offers[0].reason)
+
+
 def _words(each: Offer) -> str:
     return f"{each.request.devices} x {each.request.hardware.name}: {days(each.days)} days, {dollars(each.usd)}"
 
@@ -321,7 +326,9 @@ class _Told:
             table.add_row(name, devices, days(each.days), f"{each.steady['gpu_hours']:,.0f}", dollars(each.usd),
                           layout_words(each.best["layout"]), ", ".join(marks))
         console.print(table)
-        console.print("Steady bills, predicted. A GPU-hour:")
-        for name, price in {each.request.hardware.name: price_of(each) for each in offers if each.best}.items():
+        prices = {each.request.hardware.name: price_of(each) for each in offers if each.best}
+        if prices:
+            console.print("Steady bills, predicted. A GPU-hour:")
+        for name, price in prices.items():
             console.print(f"  {name:<10} {price_words(price)}")
         console.print()

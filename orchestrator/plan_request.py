@@ -14,7 +14,7 @@ from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, req
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
 from orchestrator.plan.stack import stack_named
-from orchestrator.plan.workload import Assumptions, Calibration
+from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration
 from orchestrator.train.expected import counted, read_calibration
 
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
@@ -143,6 +143,9 @@ def _pinned(config: Config, given: dict[str, str]) -> tuple[tuple[str, object], 
 
 def _check_degrees(asked: Request, *, sized: bool) -> None:
     pinned, experts = dict(asked.pinned), asked.model.n_routed_experts
+    if pinned.get("pp") == 1 and pinned.get("schedule", UNSCHEDULED) != UNSCHEDULED:
+        raise BadRequest(f"layout.schedule={pinned['schedule']}: is one of pipelines, and layout.pp=1 is none; leave "
+                         "one of them to the plan")
     product = pinned.get("pp", 1) * pinned.get("dp", 1)
     if sized and asked.devices % product:
         which = next(key for key in ("pp", "dp") if key in pinned)
@@ -162,5 +165,6 @@ def number(key: str, text: str, *, least: float = 1, whole: bool = False, exampl
     except ValueError:
         value = -1.0
     if not least <= value < 1e30 or (whole and value % 1):
-        raise BadRequest(f"{key}={text}: must be a positive {'whole ' * whole}number; use {key}={example}")
+        raise BadRequest(f"{key}={text}: must be a positive {'whole ' * whole}number{' below 1e30' * (value >= 1e30)}; "
+                         f"use {key}={example}")
     return value

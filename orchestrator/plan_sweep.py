@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.arguments import check_writable
 from orchestrator.compose import combinations, compose_config
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan_page import document
 from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
@@ -59,6 +59,8 @@ def plan_sweep(arguments: list[str]) -> None:
     for key in ("out", "html"):
         if fixed.get(key):
             print(f"wrote     {fixed[key]}")
+    if not any(result.get("best") for result in results):
+        raise NotFit(f"none of the {len(results)} combinations can be planned; the last column of each says why")
 
 
 def sweep_page(head: list[str], rows: list[list[str]], results: list[dict]) -> str:

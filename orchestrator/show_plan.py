@@ -99,7 +99,12 @@ def no_layout(request: Request) -> NotFit:
     if micro > MOST_MICROBATCHES:
         return NotFit(f"train.batch_size={batch}: makes {micro:,} microbatches a step on {on}, and a plan has at most "
                       f"{MOST_MICROBATCHES:,}; use a smaller one, one that more of the GPUs divide, or more GPUs")
-    least, larger = smallest(request), (batch // devices + 1) * devices
+    larger = (batch // devices + 1) * devices
+    try:
+        least = smallest(request)
+    except ValueError as error:  # between nodes, say, nothing is known of the device
+        return NotFit(f"gpus={devices}: no layout of model={request.model.name} fits on {on}, and on more of them none "
+                      f"can be planned: {error}")
     if request.pinned and (least is None or least.devices == devices):
         remedy = f"leave one of {', '.join(f'layout.{key}' for key, _ in request.pinned)} to the plan"
     elif least is None:

@@ -45,6 +45,8 @@ def _from_hf(file: str) -> ModelConfig:
 
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("holds no JSON object; give a Hugging Face config.json, or a model by name")
         values.pop("quantization_config", None)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).resolve().parent.name).strip("._-")
         return config_from_hf(values, name=name or "custom")

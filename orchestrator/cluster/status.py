@@ -26,7 +26,6 @@ def show_status(run_dir: str) -> None:
         console.print("no ranks have been placed by Ray" if summary is None else "\n".join(headline(summary)))
         return
     ended = summary is not None and summary["released_at"] >= status["time"]
-    now = summary["released_at"] if ended else time.time()
     lead = status["ranks"][0]
     waiting = None if ended else status.get("waiting")
     state = summary["status"] if ended else "waiting" if waiting else lead.get("phase", "start")
@@ -40,25 +39,30 @@ def show_status(run_dir: str) -> None:
         console.print(f"waits for {waiting}")
     if lead.get("notice"):
         console.print(lead["notice"])
-    table = Table("rank", "node", "host", "pid", "stages", "layers", "experts", "last sign",
-                  "tokens received by expert", box=None, pad_edge=False)
+    rows = [_cells(row, live=not ended) for row in status["ranks"]]
+    table = Table(*rows[0], box=None, pad_edge=False)
     for column in table.columns[:-1]:
         column.no_wrap = True
-    for row in status["ranks"]:
-        table.add_row(*_cells(row, now))
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
     if not ended and time.time() - status["time"] > 30:
         console.print(f"the controller has been silent for {time.time() - status['time']:.0f} s: it may be gone")
 
 
-def _cells(row: dict, now: float) -> list[str]:
+def _cells(row: dict, *, live: bool) -> dict[str, str]:
+    """By column."""
     experts = row.get("experts") or [0, 0]
     received = row.get("tokens_per_expert") or {}
     totals = [sum(column) for column in zip(*received.values(), strict=True)] if received else []
     shown = " ".join(f"{first}:{total:,}" for first, total in enumerate(totals[:16], experts[0]))
-    return [str(row["rank"]), str(row["node_rank"]), row["host"], str(row["pid"]), _span(row.get("stages")),
-            _span(row.get("layers")), f"{experts[0]}-{experts[1] - 1}" if received else "-",
-            f"{max(0.0, now - row.get('heartbeat_at', now)):.1f} s ago", shown + (" ..." if len(totals) > 16 else "")]
+    now = time.time()
+    process = {"pid": str(row["pid"])} if live else {}
+    sign = {"last sign": f"{max(0.0, now - row.get('heartbeat_at', now)):.1f} s ago"} if live else {}
+    return {"rank": str(row["rank"]), "node": str(row["node_rank"]), "host": row["host"], **process,
+            "stages": _span(row.get("stages")), "layers": _span(row.get("layers")),
+            "experts": f"{experts[0]}-{experts[1] - 1}" if received else "-", **sign,
+            "tokens received by expert": shown + (" ..." if len(totals) > 16 else "")}
 
 
 def _span(numbers: list[int] | None) -> str:

@@ -24,7 +24,7 @@ from orchestrator.plan.layout import LOOPED_SCHEDULES, stages_per_rank
 from orchestrator.plan.memory import activation_peaks, too_large
 from orchestrator.plan.runs import cannot_grow, cannot_run, not_run
 from orchestrator.plan.stack import Stack
-from orchestrator.plan.workload import Assumptions, Calibration, Workload, illegal
+from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration, Workload, illegal
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
 VIRTUAL_STAGES = (2, 3, 4)
@@ -176,8 +176,8 @@ def layouts(request: Request) -> Iterator[Workload]:
                 for ep in (ep for ep in divisors(dp * cp * tp) if experts % ep == 0):
                     for microbatches in _microbatches(request.batch_size, dp, pinned.get("microbatches")):
                         for dtype in dtypes:
-                            yield Workload(model, hardware, request.seq_len, request.batch_size, pp, dp, ep, "1f1b",
-                                           microbatches, tp=tp, cp=cp, dtype=dtype, imbalance=uneven[ep],
+                            yield Workload(model, hardware, request.seq_len, request.batch_size, pp, dp, ep,
+                                           UNSCHEDULED, microbatches, tp=tp, cp=cp, dtype=dtype, imbalance=uneven[ep],
                                            stack=request.stack, assumptions=request.assumptions,
                                            calibration=request.calibration)
 
@@ -195,11 +195,12 @@ def _divides_heads(model: ModelConfig, tp: int) -> bool:
 
 def variants_of(work: Workload, request: Request) -> Iterator[Workload]:
     """The cell's schedules, and virtual stages where they loop: all of them, or those that were asked for."""
-    if work.pp == 1:
-        yield work
-        return
     pinned = dict(request.pinned)
     name, stages = pinned.get("schedule"), pinned.get("stages_per_rank", 2)
+    if work.pp == 1:
+        if name in (None, UNSCHEDULED):
+            yield work
+        return
     for each in request.schedules if name is None else (name,):
         looped = each != "dualpipe" and Schedule[each] in LOOPED_SCHEDULES
         for virtual in sorted({*VIRTUAL_STAGES, max(2, stages)}) if looped else (2,):

@@ -13,6 +13,8 @@ from orchestrator.plan.schedule import Action, actions, dualpipe
 from orchestrator.plan.stack import Stack
 
 SPLIT = [schedule.name for schedule in SPLIT_BACKWARD]
+UNSCHEDULED = Schedule["1f1b"].name
+"""What a pipeline of one rank goes by."""
 PROFILE = "DeepSeek's profile-data trace of V3 training (H800, EP64)"
 
 

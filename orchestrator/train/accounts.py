@@ -123,6 +123,8 @@ class Accounts:
             **{f"train/mtp_loss_{k + 1}": loss / tokens for k, loss in enumerate(sums.losses[1:])},
             "train/balance_loss": sums.balance_loss * config.model.balance_loss_weight * config.train.seq_len / tokens,
             "train/grad_norm": sums.grad_norm, "train/lr": lr, "train/skipped": int(not sums.applied),
+            "train/skipped_total": progress.bad_steps, "train/loss_spikes_total": progress.loss_spikes,
+            "train/rollbacks_total": progress.rollbacks,
             "tokens/total": progress.tokens, "tokens/per_s": tokens / seconds,
             "tokens/per_s_per_rank": tokens / seconds / self.devices,
             "time/step_s": seconds, "time/data_s": data_s, **{f"time/{name}_s": s for name, s in parts_s.items()},

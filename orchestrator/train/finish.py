@@ -213,7 +213,7 @@ def _plural(number: int, noun: str) -> str:
 
 def _result_from_rows(rows: list[dict], *, earlier_s: float, held_s: float, released_at: float, devices: int,
                       spares: int) -> dict:
-    """What a failed attempt left behind: last figures by its last row, and the buckets that rows speak of.
+    """What a failed attempt left behind: last figures and buckets by its last row.
 
     It is charged for as long as it held its devices, `held_s`, beside what attempts before it were by their summary,
     `earlier_s` device-seconds, and not less than its last row showed.
@@ -221,14 +221,9 @@ def _result_from_rows(rows: list[dict], *, earlier_s: float, held_s: float, rele
     if not rows and not earlier_s:
         return {}
     last = rows[-1] if rows else {"step": 0}
-    sums = {key: math.fsum(row.get(key) or 0.0 for row in rows)
-            for key in ("time/step_s", "time/data_s", "time/checkpoint_s", "time/validation_s")}
-    buckets = {"goodput": sums["time/step_s"] - sums["time/data_s"], "data": sums["time/data_s"],
-               "checkpoint": sums["time/checkpoint_s"], "validation": sums["time/validation_s"]}
     charged_s = max((last.get("cost/device_hours") or 0.0) * 3600, earlier_s + held_s * (devices + spares))
     ledger = {"at": released_at - charged_s / (devices + spares), "charged_s": 0.0, "usd": 0.0,
-              "buckets_s": {name: seconds * devices for name, seconds in buckets.items()}
-              | {"spares": sum(buckets.values()) * spares}}
+              "buckets_s": {name: last.get(f"cost/bucket_s/{name}") or 0.0 for name in cost.BUCKETS}}
     validated = [row for row in rows if row.get("validation/loss") is not None]
     return {
         "status": "failed", "steps": last["step"], "tokens": last.get("tokens/total"),
@@ -236,13 +231,15 @@ def _result_from_rows(rows: list[dict], *, earlier_s: float, held_s: float, rele
         "loss_validation": validated[-1]["validation/loss"] if validated else None,
         "bits_per_byte": {"validation": validated[-1].get("validation/bits_per_byte")} if validated else {},
         "ledger": ledger,
+        **{key: last.get(f"train/{key.removesuffix('_steps')}_total")
+           for key in ("skipped_steps", "loss_spikes", "rollbacks")},
         **_rates(rows),
     }
 
 
 def _rates(rows: list[dict]) -> dict:
-    """Of all steps that rows speak of."""
-    rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s")]
+    """Of all steps that rows speak of; tokens of those that were kept."""
+    rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s") and not row.get("train/skipped")]
     seconds = [row["time/step_s"] for row in rows if row.get("time/step_s")]
     return {"tokens_per_s": len(rates) / math.fsum(1 / rate for rate in rates) if rates else None,
             "step_time_s": math.fsum(seconds) / len(seconds) if seconds else None}

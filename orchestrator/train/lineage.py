@@ -14,6 +14,7 @@ from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
 from orchestrator.train import storage
 from orchestrator.train.finish import read_summary
 from orchestrator.train.manifest import MANIFEST, CorruptManifest, Manifest, read_manifest
+from orchestrator.train.metrics import METRICS
 from orchestrator.train.progress import Progress
 from orchestrator.train.tokenizer import load_tokenizer, same_ids
 
@@ -38,6 +39,8 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
             raise
         return None
     if found is None:
+        if config.resume == "auto" and config.run.dir and storage.exists(storage.join(config.run.dir, METRICS)):
+            progress.say(f"resume=auto: {config.run.dir} has steps but no whole checkpoint; starting from step 0")
         return None
     path, state = found[0], found[1].state
     # The ranks say so of a state that no run has written, and a damaged summary does not keep a run from going on.

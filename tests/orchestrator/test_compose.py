@@ -17,6 +17,7 @@ from orchestrator.plan.hardware import catalogue, resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.plan_questions import settle
 from orchestrator.show_plan import split_words
+from orchestrator.train.run_dir import named
 from orchestrator.words import plain
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,8 @@ BAD = {
     "text for a resource": (["cluster.resources={rack1:a}"], r"Value 'a' of type 'str' could not be converted"),
     "a value for a group": (["layout=5"], r"layout=5: no such option; options are"),
     "a number for names and numbers": (["cluster.resources=3"], r"cluster\.resources=3: must be names and numbers, as"),
+    "several values": (["model=tiny,mini"], r"model=tiny,mini: names several values; give one, or use -m"),
+    "another name for a key": (["model.mtp_depth=0"], r"did you mean model\.n_mtp_layers or model\.mtp_loss_weight\?"),
     "bad quoting": (["data.path='x"], r"cannot be read; put quotes"),
 }
 
@@ -190,6 +193,17 @@ def test_continuing_takes_the_runs_own_config_then_this_commands_overrides(tmp_p
     (tmp_path / "config.yaml").write_text("train: {stepz: 3}")
     with pytest.raises(BadRequest, match=r"config\.yaml: is no config of a run \(train\.stepz: unknown key"):
         compose_config([f"run.dir={tmp_path}", "resume=auto"])
+
+
+def test_a_run_that_was_copied_or_renamed_has_its_checkpoints_with_it(tmp_path):
+    for name, own in (("auto", None), ("named", str(tmp_path / "elsewhere"))):
+        before, after = tmp_path / name, tmp_path / f"{name}-renamed"
+        before.mkdir()
+        saved = named(compose_config([*FOUR, f"run.dir={before}", *([f"checkpoint.dir={own}"] if own else [])]))
+        (before / "config.yaml").write_text(yaml.safe_dump(to_dict(saved)))
+        before.rename(after)
+        config = named(compose_config([f"run.dir={after}", "resume=auto"]))
+        assert (config.run.dir, config.checkpoint.dir) == (str(after), own or f"{after}/checkpoints")
 
 
 def test_every_price_has_a_source_and_a_day():

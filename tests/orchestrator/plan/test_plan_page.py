@@ -177,12 +177,12 @@ def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys,
 def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
     asked = []
     monkeypatch.setattr(plan_sweep, "_one", lambda words: asked.append(words) or {"error": "-"})
-    assert main(["plan", "-m", "model=tiny,mini", "gpus=8", "+model=mini", "gpus=16,32", "tokens=1e9"]) == 0
+    assert main(["plan", "-m", "model=tiny,mini", "gpus=8", "+model=mini", "gpus=16,32", "tokens=1e9"]) == 3
     assert asked == [["model=mini", f"gpus={number}", "tokens=1e9"] for number in (16, 32)]
 
 
 @pytest.mark.parametrize("words, said", [
-    (["diff", "a.json"], "takes two files"), (["diff", "a.json", "b.json"], "a.json: is no plan.json"),
+    (["diff", "a.json"], "takes two files"), (["diff", "a.json", "b.json"], "a.json: cannot be read"),
     (["-m", "model=tiny", "explain=true"], "goes with one plan"),
     (["-m", "model=tinny", "gpus=8,16"], "no such option"),
     (["model=tiny", "explain=maybe"], "explain=maybe: must be true or false"),

@@ -291,9 +291,11 @@ def test_every_shipped_model_is_printed_by_its_name_alone():
 
 
 def test_a_degree_that_is_given_holds_for_every_layout(request_):
-    asked = read_request({"gpus": "8", "tokens": "1e9"}, *compose_plan([*SMALL, "layout.pp=2", "layout.schedule=zbv"]))
-    found = offer(asked).plan.candidates
-    assert found and {(each.work.pp, each.work.schedule) for each in found} == {(2, "zbv")}
+    for degree, wanted in ((["layout.pp=2"], {2}), ([], {2, 4, 8})):
+        words = compose_plan([*SMALL, *degree, "layout.schedule=zbv"])
+        found = offer(read_request({"gpus": "8", "tokens": "1e9"}, *words)).plan.candidates
+        assert found and {each.work.schedule for each in found} == {"zbv"}
+        assert {each.work.pp for each in found} <= wanted
 
 
 def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with(tmp_path, request_):
@@ -331,6 +333,17 @@ def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with
     (["hardware=h100,a100", "gpus=8", "budget_usd=9"], BadRequest, "budget_usd=9: buys tokens on one kind of GPU"),
     (["hardware=h100", "gpus=8", "budget_usd=0.001"], NotFit, "budget_usd=0.001: does not pay for one step"),
     (["hardware=h100", "tokens=1e9", "deadline_days=none"], BadRequest, "a positive number; use deadline_days=30"),
+    (["hardware=h100", "tokens=1e12", "deadline_days=1e-4"], NotFit, "no number of h100 that was tried, up to 16,384,"),
+    (["hardware=h100", "gpus=8", "tokens=1e30"], BadRequest, "tokens=1e30: must be a positive number below 1e30; use "),
+    (["hardware=rtx_4090", "tokens=1e12", "deadline_days=9", "model=deepseek_v3"], BadRequest,
+     "hardware.scale_out_gb_per_s: is not known for hardware=rtx_4090"),
+    (["hardware=rtx_4090", "gpus=8", "tokens=1e12", "model=deepseek_v3"], NotFit,
+     "fits on 8 x rtx_4090, and on more of them none can be planned: hardware.scale_out_gb_per_s: is not known"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=1", "layout.schedule=zbv"], BadRequest,
+     "layout.schedule=zbv: is one of pipelines, and layout.pp=1 is none; leave one of them to the plan"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "layout.schedule=zbv", "layout.recompute=full"], NotFit,
+     "leave one of layout.schedule, layout.recompute to the plan"),
+    (["-m", "hardware=h100", "gpus=1,2", "tokens=1e9", "model=deepseek_v3"], NotFit, "none of the 2 combinations"),
     (["hardware=h100", "gpus=8.5", "tokens=1e9"], BadRequest, "gpus=8.5: must be a positive whole number"),
     (["hardware=rtx_3090", "gpus=fit", "tokens=1e9"], BadRequest, "hardware.bf16_tflops: is not known for hardware=r"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "train.seq_len=65536", "model=moonlight_16b"], BadRequest,

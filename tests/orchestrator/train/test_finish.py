@@ -65,11 +65,12 @@ def test_spares_are_charged_until_release_also_for_a_run_that_failed(tmp_path):
     kept = finish_run(config, result_of(config), placed_at=PLACED, released_at=PLACED + 107.5, devices=DEVICES,
                       attempts=1, spares=2)
     assert kept["measured"]["charged_s"] == pytest.approx(DEVICES * 107.5 + 2 * 7.5), "the ledger so far had none"
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "time/step_s": 2.0, "time/data_s": 0.5}) + "\n")
+    row = {"step": 1, "time/step_s": 2.0, "cost/bucket_s/goodput": 2.0 * DEVICES, "cost/bucket_s/spares": 4.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     failed = finish_run(config, {"status": "failed"}, placed_at=PLACED, released_at=PLACED + 10.0, devices=DEVICES,
                         attempts=1, spares=2)
     assert failed["measured"]["charged_s"] == pytest.approx((DEVICES + 2) * 10.0)
-    assert failed["buckets_s"]["spares"] == pytest.approx(2 * 2.0)
+    assert failed["buckets_s"]["spares"] == pytest.approx(4.0)
 
 
 def test_mfu_and_dense_equivalents_follow_from_the_measured_rate(tmp_path):
@@ -105,13 +106,19 @@ def test_an_unknown_price_leaves_dollars_unknown(tmp_path):
 
 def test_a_failed_run_is_summed_up_from_the_rows_it_left(tmp_path):
     rows = [{"step": step, "train/loss": 5.0 - step, "tokens/total": 100 * step, "tokens/per_s": 50.0,
-             "time/step_s": 2.0, "time/data_s": 0.5, "validation/loss": 4.5 if step == 2 else None}
+             "time/step_s": 2.0, "validation/loss": 4.5 if step == 2 else None, "train/skipped": int(step == 3),
+             "train/skipped_total": int(step == 3), "train/loss_spikes_total": 0, "train/rollbacks_total": 0,
+             "cost/bucket_s/goodput": 2.0 * DEVICES * min(step, 2), "cost/bucket_s/startup": 3.0 * DEVICES,
+             "cost/bucket_s/lost_work": 2.0 * DEVICES * (step == 3)}
             for step in (1, 2, 3)]
+    rows[2]["tokens/per_s"] = 9000.0  # of a step that was not kept
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = finish(config_for(tmp_path), {"status": "failed"}, released_after=10.0)
     assert (summary["status"], summary["steps"], summary["tokens"], summary["loss"]) == (
         "failed", 3, 300, {"train": 2.0, "validation": 4.5})
-    assert summary["buckets_s"]["goodput"] == pytest.approx(DEVICES * 4.5)
+    assert {name: seconds / DEVICES for name, seconds in summary["buckets_s"].items() if seconds} == pytest.approx(
+        {"goodput": 4.0, "startup": 3.0, "lost_work": 2.0, "idle": 1.0})
+    assert [summary["measured"][key] for key in ("skipped_steps", "loss_spikes", "rollbacks")] == [1, 0, 0]
     assert math.fsum(summary["buckets_s"].values()) == pytest.approx(DEVICES * 10.0)
     assert summary["tokens_per_s"] == pytest.approx(50.0) and summary["mfu"] is None
 
