@@ -86,7 +86,7 @@ def variants(config: Config) -> dict[str, list[str]]:
             twin = twin_of(config.model)
         except ValueError as error:
             raise BadRequest(str(error)) from error
-        found[name] = [*common, *_changes(config.model, twin), "layout.ep=1"]
+        found[name] = [*common, *_changes(config.model, twin), "layout.ep=1", "layout.ep_per_node=0"]
     return found
 
 

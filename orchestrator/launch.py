@@ -93,7 +93,7 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
     name = f"{run}-{stamp}"
     nodes, ranks_per_node = _nodes(config)
     gpus = ranks_per_node if config.hardware.device == "cuda" else 0
-    root = conf_dir().parent
+    root, goes_on = conf_dir().parent, config.resume in ("none", "auto")  # a second start may name no checkpoint
     manifest = _templates().get_template(f"{MANIFESTS[launch.kind]}.j2").render(
         name=name, run=run, nodes=nodes, ranks_per_node=ranks_per_node, gpus=gpus,
         cpus=ranks_per_node * (CPUS_PER_GPU if gpus else 1), accelerator=_accelerator(config.hardware.name),
@@ -102,7 +102,7 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
         root=str(root), cwd=str(cwd), bin=str(Path(python).parent), address=_address(config),
         memory_gib=ranks_per_node * (GIB_PER_GPU if gpus else GIB_PER_CPU), image=launch.image,
         seconds=round(launch.hours * 3600), time_limit=_slurm_time(launch.hours),
-        restarts=launch.restarts if config.resume in ("none", "auto") else 0, ray_version=pinned(root)["ray"],
+        goes_on=goes_on, restarts=launch.restarts if goes_on else 0, ray_version=pinned(root)["ray"],
         packages=[f"{package}=={version}" for package, version in pinned(root).items() if package in ENVIRONMENT]
         if launch.install else [])
     return Job(launch.kind, name, manifest, _address(config), launch.allow_insecure)

@@ -39,7 +39,7 @@ def print_diff(a: dict, b: dict, names: list[str]) -> None:
 
     found, console = difference(a, b), Console(highlight=False, soft_wrap=True, width=120)
     for key, (before, after) in found["changed"].items():
-        console.print(f"changed   {key}: {before} -> {after}")
+        console.print(f"changed   {key}: {before} -> {after}", markup=False)
     if not found["changed"] and a["bill"] == b["bill"]:
         console.print("no difference")
         return

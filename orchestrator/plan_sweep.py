@@ -39,7 +39,7 @@ def plan_sweep(arguments: list[str]) -> None:
     log = Console(stderr=True)
     shown = track(jobs, "planning", console=log, transient=True, disable=not log.is_terminal)
     results = [_one(words) for words in shown]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.width = max(150, console.width) if console.is_terminal else 150
     head = [*(word.split("=", 1)[0] for word in varied[0]), *HEAD]
     rows = [[*(word.split("=", 1)[1] for word in words), *_cells(result)]

@@ -24,9 +24,9 @@ def print_plan(plan: Plan, data: dict) -> None:
 
     request, console = plan.request, Console(highlight=False, soft_wrap=True)
     console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
-    console.print(f"{escape(request.model.name)} on {request.devices:,} x {request.hardware.name}, "
+    console.print(f"{escape(request.model.name)} on {request.devices:,} x {escape(request.hardware.name)}, "
                   f"{format_number(request.tokens)} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a "
-                  f"step, {request.dtype}, stack {request.stack.name}{_routed(request)}. "
+                  f"step, {request.dtype}, stack {request.stack.name}{escape(_routed(request))}. "
                   "[bold]All figures are predicted.[/bold]")
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} kept; the rest is refused at the "
                   "end\n")
@@ -122,7 +122,7 @@ def _print_step(console, data: dict) -> None:
 
 def _print_bills(console, bill: dict) -> None:
     price, steady, expected = bill["price"], bill["steady"], bill["expected"]
-    console.print(f"\nat {price_words(price)}")
+    console.print(f"\nat {price_words(price)}", markup=False)
     table = grid("<bill", "GPU-hours", "days", "USD", "<what it counts")
     own = {term["name"]: term for term in expected["terms"]}
     table.add_row("steady", *_sums(steady), f"step time x steps, as DeepSeek's published bill; {band_words(bill)}")

@@ -55,7 +55,7 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     ahead = max(forward + core + light, host)
     weights += WEIGHT_LIGHT * light
     behind = inputs + 2.5 * core / work.assumptions.attention_backward + (BACKWARD_LIGHT - WEIGHT_LIGHT) * light
-    again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: ahead + tensor}[work.recompute]
+    again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: ahead + tensor + context}[work.recompute]
     if work.recompute is Recompute.selective and model.attention is Attention.mla:
         again = _cheap_again(work, rates, tokens / work.tp)
     if work.recompute is Recompute.selective and work.stack.recomputed:

@@ -16,7 +16,7 @@ from orchestrator.plan.comm import reduce_s
 from orchestrator.plan.exchange import all_to_all_s
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.simulate import StageTime, Timeline, simulate
-from orchestrator.plan.workload import Workload, is_last, pipeline_of, rank_parameters, stage_layers
+from orchestrator.plan.workload import Workload, is_last, pipeline_of, rank_parameters
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
     check_hardware(work)
     ranges, table, chains = pipeline_of(work)
     times = stage_times(work, ranges)
-    link = _link_bytes_per_s(work, crossing_nodes=work.dp * work.tp * work.cp >= work.hardware.scale_up_devices)
+    link = _link_bytes_per_s(work, crossing_nodes=work.devices > work.hardware.scale_up_devices)  # some stages do
     scale = work.calibration.forward_backward
     transfer = scale * work.microbatch_tokens / work.tp * work.model.dim * 2 / (link * work.assumptions.network)
     cores = work.cores * work.pp / work.devices if work.cores else None  # of one pipeline; its replicas keep step
@@ -52,10 +52,15 @@ def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
         cores *= work.assumptions.crowded
     timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, chains=chains, cores=cores)
     busiest = max(timeline.busy)
-    reduce = scale * work.crowding * reduce_s(work, ranges, table, busiest)
+    reduce = reduction_s(work, ranges, table, busiest)
     optimizer = work.calibration.optimizer * work.crowding * _optimizer_s(work, ranges, table)
     parts = {"pipeline": busiest, "bubble": timeline.step_time - busiest, "reduce": reduce, "optimizer": optimizer}
     return parts, timeline
+
+
+def reduction_s(work: Workload, ranges: list[range], table: list, busiest_s: float) -> float:
+    """`reduce_s` behind so many seconds of the busiest rank, as calibrated."""
+    return work.calibration.forward_backward * work.crowding * reduce_s(work, ranges, table, busiest_s)
 
 
 def stage_times(work: Workload, ranges: list[range]) -> list[StageTime]:
@@ -73,16 +78,6 @@ def stage_times(work: Workload, ranges: list[range]) -> list[StageTime]:
     if sum(time.overlapped for time in found) < sum(in_turn):
         return found
     return [replace(time, overlapped=each) for time, each in zip(found, in_turn, strict=True)]
-
-
-def busiest_s(work: Workload) -> float:
-    """Seconds at work of the busiest rank, without a clock; a schedule that overlaps nothing."""
-    times = stage_times(work, stage_layers(work))
-    ranks: dict[int, float] = {}
-    for stage, time in enumerate(times):
-        rank = stage % work.pp
-        ranks[rank] = ranks.get(rank, 0.0) + time.forward + time.backward + time.weight
-    return max(ranks.values()) * work.microbatches
 
 
 PHASES = {"F": "1F", "I": "1B", "B": "1B", "W": "1W"}

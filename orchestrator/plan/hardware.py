@@ -1,5 +1,6 @@
 """Which entry of conf/hardware describes a device. Figures live there, with source and date; none is written here."""
 
+import re
 from dataclasses import fields, replace
 from datetime import date
 from difflib import get_close_matches
@@ -13,6 +14,8 @@ from orchestrator.errors import BadRequest
 MARKETS = ("on_demand", "reserved", "spot")
 GIVEN = "given"
 """Source of a price that the user set."""
+CARDS = ("PCIE", "NVL")
+"""Words of a device's name that tell a card from the module of an entry."""
 
 
 def catalogue(folder: Path | None = None) -> dict[str, HardwareConfig]:
@@ -36,7 +39,7 @@ def resolve_hardware(asked: HardwareConfig, device_name: str | None) -> Hardware
     if device_name is None:
         found = known["cpu"]
     else:
-        matching = [entry for entry in known.values() if entry.match and entry.match.lower() in device_name.lower()]
+        matching = [entry for entry in known.values() if _is_named(entry, device_name)]
         found = max(matching, key=lambda entry: len(entry.match),
                     default=HardwareConfig(name=device_name, device="cuda"))
     default = HardwareConfig()
@@ -44,6 +47,12 @@ def resolve_hardware(asked: HardwareConfig, device_name: str | None) -> Hardware
                if f.name != "name" and getattr(asked, f.name) != getattr(default, f.name)}
     whence = {"source": GIVEN, "date": ""} if "usd_per_h" in changed else {}
     return replace(found, **whence | changed)
+
+
+def _is_named(entry: HardwareConfig, device_name: str) -> bool:
+    """Whether a device's name has the entry's as a word. Cards for PCIe are other devices than modules of that name."""
+    found = entry.match and re.search(rf"(?<![a-z0-9]){re.escape(entry.match)}", device_name, re.IGNORECASE)
+    return bool(found) and not any(form in device_name.upper() and form not in entry.match.upper() for form in CARDS)
 
 
 def hardware_named(name: str) -> HardwareConfig:

@@ -236,8 +236,8 @@ def in_flight(work: Workload) -> list[list[tuple]]:
 
 
 def _enough(schedule: str, microbatches: int, pp: int) -> int:
-    """As many microbatches as show every case: beyond two rounds a schedule only repeats itself; gpipe does not."""
-    return 2 * pp if microbatches > 2 * pp and microbatches % pp == 0 and schedule != "gpipe" else microbatches
+    """As many microbatches as show every case: beyond three rounds a schedule only repeats itself; gpipe does not."""
+    return 3 * pp if microbatches > 3 * pp and microbatches % pp == 0 and schedule != "gpipe" else microbatches
 
 
 def _cases(row: list[tuple]) -> list[tuple]:

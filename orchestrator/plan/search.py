@@ -210,8 +210,9 @@ def variants_of(work: Workload, request: Request) -> Iterator[Workload]:
 
 
 SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 3))
-"""Ways to need less memory, dearer from left to right in both; a recompute may beat a ZeRO stage above 1."""
-UNNEEDED = "saves memory that is not needed, for more time"
+"""Ways to need less memory, dearer from left to right in both; a recompute may beat a ZeRO stage above 1. What stages 2
+and 3 save in sums of gradients is not put against what they send: they are looked at where memory wants them."""
+UNNEEDED = "saves memory that is not needed"
 
 
 def _fitting(work: Workload, best: "_Best", refused: list[Refused],
@@ -219,7 +220,7 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
     """The ways of this layout that are worth a clock, with their lower bound and whether `train` runs them; why the
     others are not goes to `refused`."""
     reason = illegal(work)
-    floor = floor_s(work) if reason is None else 0.0
+    floor = floor_s(replace(work, zero=3)) if reason is None else 0.0  # sums fewer gradients than stage 1
     if reason is None and best.out_of_reach(floor, runs=not_run(work) is None):
         reason = SLOWER.format(seconds=floor)
     if reason is not None:
@@ -243,7 +244,7 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
             refused.append(Refused(layout_of(each), reason))
             continue
         runs = not (cannot_run(each) or cannot_grow(each, request.terms.batch_start))
-        yield each, floor if recompute is Recompute.none else floor_s(each), runs
+        yield each, floor if recompute is Recompute.none and zero > 1 else floor_s(each), runs
         enough = recompute
         if zero == 1:
             break
@@ -273,7 +274,7 @@ def _even_s(work: Workload, layers: dict) -> float:
 
     layers: seconds of blocks and head, by what they depend on; filled here.
     """
-    key = work.tp, work.cp, work.ep, work.dtype, work.microbatch_tokens
+    key, work = (work.tp, work.cp, work.ep, work.dtype, work.microbatch_tokens), replace(work, zero=3)  # the quickest
     if key not in layers:
         model = work.model
         moe = sum(model.is_moe(layer) for layer in range(model.n_layers))
@@ -297,11 +298,15 @@ class _Best:
 
     def out_of_reach(self, floor_s: float, *, runs: bool) -> bool:
         """Whether a layout that takes at least so long can be among the kept ones no more."""
-        return all(len(kept) >= self.keep and kept[self.keep - 1][0] <= floor_s
+        return self._limit(runs=runs) <= floor_s
+
+    def _limit(self, *, runs: bool) -> float:
+        """What is slower is not kept."""
+        return max(kept[self.keep - 1][0] if len(kept) >= self.keep else inf
                    for kept in ([self.all, self.running] if runs else [self.all]))
 
     def add(self, work: Workload, *, runs: bool) -> None:
-        timed = clock_s(work), len(self.all), work
+        timed = clock_s(work, below=self._limit(runs=runs)), len(self.all), work
         insort(self.all, timed)
         if runs:
             insort(self.running, timed)

@@ -188,9 +188,10 @@ def _seconds(times: list[StageTime]) -> list[dict[str, float]]:
 def _length(slot: tuple[Action, ...], seconds: list[dict[str, float]]) -> float:
     if len(slot) == 1:
         return seconds[slot[0].stage][slot[0].kind]
-    backward = slot[1] if slot[0].kind == "F" else slot[0]
-    together = seconds[backward.stage].get("FB")
-    return together if together is not None else sum(seconds[action.stage][action.kind] for action in slot)
+    together = [seconds[action.stage].get("FB") for action in slot]  # half a pair of either stage
+    if None not in together:
+        return sum(together) / 2
+    return sum(seconds[action.stage][action.kind] for action in slot)
 
 
 def held(table: list[list[tuple[Action, ...]]], weights: list[float]) -> tuple[list[list[int]], list[float]]:

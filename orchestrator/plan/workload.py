@@ -164,12 +164,17 @@ class Workload:
     @property
     def replicas(self) -> int:
         """Ranks that hold the same dense parameters and reduce their gradients together."""
-        return self.dp * self.cp
+        return self.dp * self.cp * self.copies
+
+    @property
+    def copies(self) -> int:
+        """Of each stage in one pipeline: DualPipe runs it from both ends."""
+        return 2 if self.schedule == "dualpipe" and self.pp > 1 else 1
 
     @property
     def expert_replicas(self) -> int:
         """The same for a routed expert's; expert parallelism spans data, context and tensor ranks."""
-        return max(1, self.dp * self.cp * self.tp // (self.ep * self.etp))
+        return max(1, self.dp * self.cp * self.tp // (self.ep * self.etp)) * self.copies
 
     @property
     def microbatch_tokens(self) -> int:

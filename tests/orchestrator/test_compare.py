@@ -16,6 +16,7 @@ from orchestrator.compare import curve_of, extrapolate, extrapolated, page, plan
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, Preempted
 from orchestrator.plan.cost import model_flops
+from orchestrator.plan.layout import check_run
 from orchestrator.report_run import read_run
 
 
@@ -28,6 +29,8 @@ def test_the_twins_are_trained_with_the_parameters_they_are_named_for():
     assert abs(count.parameters(models["equal_total"]).total - own.total) <= step
     assert abs(count.parameters(models["equal_active"]).total - count.active(own, config.model).total) <= step
     assert all(models[name].n_routed_experts == 0 for name in ("equal_total", "equal_active"))
+    for words in variants(config).values():  # also of a run whose tokens go by node
+        check_run(compose_config(["experiment=tiny", "layout.ep_per_node=1", *words]))
 
 
 @pytest.mark.parametrize("words, said", [

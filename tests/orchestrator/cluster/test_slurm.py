@@ -80,7 +80,7 @@ def test_a_batch_job_is_queued_again_for_some_exit_codes_and_hands_others_on(env
     (tmp_path / "python").write_text(FAKE_RUN.format(tmp_path))
     for name in ("ray", "python"):
         (tmp_path / name).chmod(0o755)
-    words = ["launch=slurm", "hardware=cpu", "layout=single", "launch.restarts=5"]
+    words = ["launch=slurm", "hardware=cpu", "layout=single", "launch.restarts=1"]
     job = fill(compose_config(words), words, stamp="20261125-120000", python=str(tmp_path / "python"), cwd=tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / job.file).write_text(job.manifest)

@@ -12,6 +12,7 @@ from model import count
 from orchestrator.compose import compose_config
 from orchestrator.config import Recompute, Schedule
 from orchestrator.errors import BadRequest
+from orchestrator.plan import search
 from orchestrator.plan.block import layer_time
 from orchestrator.plan.bound import clock_s, floor_s
 from orchestrator.plan.estimate import estimate, phases_s
@@ -118,6 +119,29 @@ def test_nothing_that_the_search_left_out_would_have_been_faster(small):
     fitting = [work for work in everything if illegal(work) is None and too_large(work) is None]
     found = make_plan(dataclasses.replace(request, schedules=("1f1b", "zbv")))
     assert found.candidates[0].found.step_time_s == pytest.approx(min(estimate(w).step_time_s for w in fitting))
+
+
+def test_a_search_by_short_clocks_finds_what_whole_clocks_find(monkeypatch):
+    """Where one layout is kept, as for a dense twin; batches are so large that reduction behind microbatches counts."""
+    request = Request(model("llama_3_1_70b"), catalogue()["a100"], 32, 1e12, 4096, 256, keep=1)
+    found = make_plan(request).candidates[0]
+    monkeypatch.setattr(search, "clock_s", lambda work, below: estimate(work).step_time_s)
+    monkeypatch.setattr(search._Best, "out_of_reach", lambda self, floor_s, runs: False)
+    assert found.found.step_time_s == make_plan(request).candidates[0].found.step_time_s
+
+
+def test_both_copies_of_dualpipes_stages_reduce_their_gradients_together():
+    work = Workload(model("mixtral_8x7b"), catalogue()["b200"], 4096, 64, 8, 1, 1, "dualpipe", 64)
+    alone = dataclasses.replace(work, schedule="1f1b")
+    assert estimate(work).parts_s["reduce"] > 0 == estimate(alone).parts_s["reduce"]
+    assert (work.replicas, work.expert_replicas, alone.replicas) == (2, 2, 1)
+
+
+def test_full_recompute_waits_for_the_ring_of_keys_and_values_again():
+    work = Workload(model("llama_3_1_8b"), catalogue()["h100"], 8192, 16, 1, 1, 1, "1f1b", 16, cp=16)
+    kept, again = (layer_time(dataclasses.replace(work, recompute=each), False) for each in
+                   (Recompute.none, Recompute.full))
+    assert again.backward - kept.backward == pytest.approx(kept.forward)
 
 
 @pytest.mark.parametrize("schedule, pp, microbatches", [("1f1b", 4, 40), ("zbv", 4, 40), ("dualpipe", 8, 80),
