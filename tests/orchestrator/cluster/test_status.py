@@ -23,7 +23,9 @@ def test_a_run_that_has_ended_is_told_with_its_whole_bill_and_a_live_one_with_it
     lines = capsys.readouterr().out.splitlines()
     bill = "200 tokens/s, $0.750" if released_at > 10 else "100 tokens/s, $0.500 so far"
     assert said in lines[0] and lines[0].endswith(f"loss 2.5000, {bill}")
-    assert lines[2].split()[:8] == ["0", "0", "node-0000", "7", "0,", "3", "0-2,", "7"]
+    process = ["7"] if released_at < 10 else []  # one that has ended has no process, and gives no sign
+    assert lines[2].split()[: 7 + len(process)] == ["0", "0", "node-0000", *process, "0,", "3", "0-2,", "7"]
+    assert ("s ago" in lines[2]) == (released_at < 10)
     assert lines[2].rstrip().endswith("0:1,001 1:2,002") and lines[2].isascii()
 
 

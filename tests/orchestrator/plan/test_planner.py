@@ -123,7 +123,7 @@ def test_nothing_that_the_search_left_out_would_have_been_faster(small):
 
 def test_a_search_by_short_clocks_finds_what_whole_clocks_find(monkeypatch):
     """Where one layout is kept, as for a dense twin; batches are so large that reduction behind microbatches counts."""
-    request = Request(model("llama_3_1_70b"), catalogue()["a100"], 32, 1e12, 4096, 256, keep=1)
+    request = Request(model("llama_3_1_70b"), catalogue()["a100"], 32, 1e12, 4096, 256, keep=1, schedules=("zbv",))
     found = make_plan(request).candidates[0]
     monkeypatch.setattr(search, "clock_s", lambda work, below: estimate(work).step_time_s)
     monkeypatch.setattr(search._Best, "out_of_reach", lambda self, floor_s, runs: False)
