@@ -45,7 +45,8 @@ def compose_config(overrides: list[str]) -> Config:
             config = to_config(compose("config", overrides=_opened(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
-            raise BadRequest(f"{several[1]}: names several values; give one, or use -m for each in turn") from None
+            raise BadRequest(f"{several[1]}: names several values; give one (train and plan take -m, for each in turn)"
+                             ) from None
         raise BadRequest(_first_lines(error)) from error
     return _over_saved(config, overrides)
 
@@ -265,9 +266,12 @@ def _all_keys(kind: type = Config, prefix: str = "") -> dict[str, object]:
 def _near(name: str, among: list[str], prefix: str = "") -> str:
     """The only one that begins so, else one that is nearly it, else those that share a word, else a similar one."""
     name, begun = name.lower(), [each for each in among if each.startswith(name.lower())]
-    words = {word for word in name.split("_") if len(word) > 2}
+    leaf = name.rsplit(".", 1)[-1]
+    words = {word for word in leaf.split("_") if len(word) > 2}
+    sharing = [each for each in among if words & set(each.rsplit(".", 1)[-1].split("_"))]
+    sharing.sort(key=lambda each: difflib.SequenceMatcher(None, leaf, each.rsplit(".", 1)[-1]).ratio(), reverse=True)
     found = (begun if len(begun) == 1 else difflib.get_close_matches(name, among, n=1, cutoff=0.8)
-             or [each for each in among if words & set(each.split("_"))] or difflib.get_close_matches(name, among, n=1))
+             or sharing or difflib.get_close_matches(name, among, n=1))
     return f"; did you mean {' or '.join(prefix + each for each in found[:2])}?" if found else ""
 
 

@@ -143,9 +143,10 @@ def _pinned(config: Config, given: dict[str, str]) -> tuple[tuple[str, object], 
 
 def _check_degrees(asked: Request, *, sized: bool) -> None:
     pinned, experts = dict(asked.pinned), asked.model.n_routed_experts
-    if pinned.get("pp") == 1 and pinned.get("schedule", UNSCHEDULED) != UNSCHEDULED:
+    most = pinned.get("pp", asked.devices // pinned.get("dp", 1) if sized else 2)
+    if most == 1 and pinned.get("schedule", UNSCHEDULED) != UNSCHEDULED:
         raise BadRequest(f"layout.schedule={pinned['schedule']}: is one of pipelines, and layout.pp=1 is none; leave "
-                         "one of them to the plan")
+                         "one of them to the plan, or use more GPUs")
     product = pinned.get("pp", 1) * pinned.get("dp", 1)
     if sized and asked.devices % product:
         which = next(key for key in ("pp", "dp") if key in pinned)

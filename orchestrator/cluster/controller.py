@@ -122,17 +122,18 @@ class Controller:
         released_at = steady()
         if ranks is None:  # nothing was held, nothing is charged
             placed_at = released_at
-        failure = None
-        if error is not None:
+        sum_up = partial(finish_run, config, result, placed_at=placed_at, released_at=released_at, devices=self._size,
+                         attempts=self.attempt, spares=self.held[-1][2])
+        if error is None:
+            return sum_up()
+        try:
             for event in self.events:
                 append_event(config.run.dir, **event)
-            failure = {"cause": words(error), **{key: getattr(error, key, None) for key in ("rank", "node")}}
-        summary = finish_run(config, result, placed_at=placed_at, released_at=released_at,
-                             devices=self._size, attempts=self.attempt, spares=self.held[-1][2],
-                             refused=isinstance(error, BadRequest), failure=failure)
-        if error is not None:
-            raise error
-        return summary
+            sum_up(refused=isinstance(error, BadRequest),
+                   failure={"cause": words(error), **{key: getattr(error, key, None) for key in ("rank", "node")}})
+        except SparingError as caught:
+            self.progress.say(f"the summary of the failed run was not written: {caught}")
+        raise error
 
     def _live(self, ranks) -> dict:
         """The ranks' result; they are formed anew after every fault as long as the policy sees sense in it."""

@@ -41,7 +41,8 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     if work.replicas == 1:
         return 0.0
     dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
-    hardware, ranks = work.hardware, work.replicas * work.tp
+    hardware = work.hardware
+    ranks = work.devices if work.copies > 1 else work.replicas * work.tp  # copies are at a pipeline's two ends
     together = hardware.scale_up_gb_per_s * 1e9
     if ranks > hardware.scale_up_devices:
         sharing = max(1, hardware.scale_up_devices // work.tp)

@@ -14,8 +14,8 @@ from orchestrator.errors import BadRequest
 MARKETS = ("on_demand", "reserved", "spot")
 GIVEN = "given"
 """Source of a price that the user set."""
-CARDS = ("PCIE", "NVL")
-"""Words of a device's name that tell a card from the module of an entry."""
+CARDS = ("PCIE", "NVL", "FHHL", "LAPTOP")
+"""Words of a device's name that tell another form of it from that of an entry."""
 
 
 def catalogue(folder: Path | None = None) -> dict[str, HardwareConfig]:
@@ -50,8 +50,8 @@ def resolve_hardware(asked: HardwareConfig, device_name: str | None) -> Hardware
 
 
 def _is_named(entry: HardwareConfig, device_name: str) -> bool:
-    """Whether a device's name has the entry's as a word. Cards for PCIe are other devices than modules of that name."""
-    found = entry.match and re.search(rf"(?<![a-z0-9]){re.escape(entry.match)}", device_name, re.IGNORECASE)
+    """Whether a device's name has the entry's as a word. Cards for PCIe are other devices than modules."""
+    found = entry.match and re.search(rf"(?<![a-z0-9]){re.escape(entry.match)}(?![a-z0-9])", device_name, re.IGNORECASE)
     return bool(found) and not any(form in device_name.upper() and form not in entry.match.upper() for form in CARDS)
 
 

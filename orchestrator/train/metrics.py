@@ -31,7 +31,7 @@ EVENT_KEYS = ("time", "kind", "rank", "node", "step", "cause")
 MANY_COUNTS, MANY_COUNTS_EVERY = 4096, 10
 """A step's tokens by layer and expert are in every row where they are few, else in every tenth: V3's take 130 kB."""
 UPLOAD_SHARE = 0.05
-"""Of a run's time, at most, in which its growing files are uploaded."""
+"""Of a run's time in which its growing files are uploaded; with ten times the usual interval it may be more."""
 MAX_HISTOGRAM_BINS = 512
 """Of Weights & Biases; more experts than this go to metrics.jsonl alone."""
 
@@ -275,7 +275,7 @@ class Mirror:
 
     def sync(self) -> None:
         """Upload if it is time and the last upload has ended; one that fails is told and tried again."""
-        every_s = max(self.every_s, self.took_s / UPLOAD_SHARE)
+        every_s = max(self.every_s, min(self.took_s / UPLOAD_SHARE, 10 * self.every_s))
         if not self.is_remote or time.monotonic() - self.uploaded_at < every_s:
             return
         if self.upload is not None:

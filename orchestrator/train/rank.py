@@ -64,8 +64,9 @@ def train_as_rank(config: Config) -> dict | None:
                               store=store)
         except Exception as error:  # a mistake of ours too: what was held is charged all the same
             if info.rank == 0:
-                sum_up({"status": "failed"}, released_at=time.time(), refused=isinstance(error, BadRequest),
-                       failure={"cause": words(error), "rank": info.rank, "node": info.node_rank})
+                with contextlib.suppress(SparingError):  # what ended the run is the news
+                    sum_up({"status": "failed"}, released_at=time.time(), refused=isinstance(error, BadRequest),
+                           failure={"cause": words(error), "rank": info.rank, "node": info.node_rank})
             raise
         return sum_up(result, released_at=time.time()) if info.rank == 0 else None
 

@@ -7,6 +7,7 @@ created `lock.json`, which its holder renews and a later attempt takes over once
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import socket
@@ -20,6 +21,8 @@ from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.train import storage
 from orchestrator.train.finish import SUMMARY, read_kept
 from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
+
+logger = logging.getLogger(__name__)
 
 CONFIG, LOCK, STATUS = "config.yaml", "lock.json", "status.json"
 STALE_S, LOOK_S, RENEW_S = 120.0, 2.0, 30.0
@@ -148,6 +151,7 @@ def _renew(path: str, ended: threading.Event) -> None:
     while not ended.wait(RENEW_S):
         with contextlib.suppress(SparingError):
             if not _still_ours(path):
+                logger.warning("%s: another run has taken this directory over", path)
                 return
             storage.write_bytes(path, _holder().encode(), retry_s=1)
 
@@ -162,7 +166,8 @@ def _is_live(run_dir: str, held: str, *, is_free: Callable[[], bool]) -> bool:
     except ValueError:
         return is_local
     if holder.get("host") == socket.gethostname():
-        return is_local or not _is_ours(holder) and holder.get("born") == _born(holder.get("pid")) is not None
+        born = _born(holder.get("pid"))
+        return is_local or not _is_ours(holder) and born is not None and holder.get("born", born) == born
     first = _last_sign(run_dir, holder)
     deadline = time.monotonic() + min(STALE_S, first + STALE_S - time.time())
     while time.monotonic() < deadline and not is_free():
@@ -173,10 +178,12 @@ def _is_live(run_dir: str, held: str, *, is_free: Callable[[], bool]) -> bool:
 
 
 def _last_sign(run_dir: str, holder: dict) -> float:
-    seen = 0.0
+    signs = [holder.get("since", 0.0)]
     with contextlib.suppress(NotTrustworthy, KeyError):
-        seen = (read_kept(run_dir, STATUS) or {"time": 0.0})["time"]
-    return max(seen, holder.get("since", 0.0))
+        signs.append((read_kept(run_dir, STATUS) or {"time": 0.0})["time"])
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        signs.append(json.loads(storage.read_bytes(storage.join(run_dir, LOCK)))["since"])
+    return max(signs)
 
 
 def _in_use(run_dir: str, held: str) -> BadRequest:

@@ -29,6 +29,7 @@ RETRY_S = 300.0
 CHUNK_BYTES = 16 << 20
 _TRANSIENT_ERRNOS = {errno.EBUSY, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_VERSIONS = ("ETag", "etag", "Content-MD5", "md5Hash", "LastModified", "last_modified", "updated", "created", "mtime")
 _T = TypeVar("_T")
 
 
@@ -75,12 +76,12 @@ def size(path: str, *, retry_s: float = RETRY_S) -> int:
 
 
 def stamp(path: str, *, retry_s: float = RETRY_S) -> tuple[int, int | str]:
-    """Bytes of a file, and what changes whenever its content does: its time, or all that a store says of it."""
+    """Bytes of a file, and what changes whenever its content does: its time, or what a store says of its version."""
     if (local := local_path(path)) is not None:
         with _typed_errors(path):
             return (found := os.stat(local)).st_size, found.st_mtime_ns
     info = _remote(path, lambda fs, key: fs.info(key), retry_s)
-    return int(info["size"]), hashlib.sha256(repr(sorted(info.items())).encode()).hexdigest()
+    return int(info["size"]), hashlib.sha256(repr([info.get(key) for key in _VERSIONS]).encode()).hexdigest()
 
 
 def free_bytes(path: str) -> int | None:
@@ -216,22 +217,21 @@ def create_exclusive(path: str, data: bytes, *, retry_s: float = RETRY_S) -> Non
 
 def remove(path: str, *, retry_s: float = RETRY_S) -> None:
     """Delete a file if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        if (local := local_path(path)) is not None:
-            with _typed_errors(path):
-                os.unlink(local)
-        else:
-            _remote(path, lambda fs, key: fs.rm_file(key), retry_s)
+    _delete(path, os.unlink, lambda fs, key: fs.rm_file(key), retry_s)
 
 
 def remove_tree(path: str, *, retry_s: float = RETRY_S) -> None:
     """Delete a directory and what is in it, if it is there."""
+    _delete(path, shutil.rmtree, lambda fs, key: fs.rm(key, recursive=True), retry_s)
+
+
+def _delete(path: str, here: Callable[[str], None], there: Callable[[Any, str], None], retry_s: float) -> None:
     with contextlib.suppress(FileNotFoundError):
         if (local := local_path(path)) is not None:
             with _typed_errors(path):
-                shutil.rmtree(local)
+                here(local)
         else:
-            _remote(path, lambda fs, key: fs.rm(key, recursive=True), retry_s)
+            _remote(path, there, retry_s)
 
 
 def _write_local(path: str, chunks: Iterable, publish: Callable[[str, str], None], *, num_bytes: int) -> None:

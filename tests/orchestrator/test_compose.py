@@ -72,8 +72,8 @@ BAD = {
     "text for a resource": (["cluster.resources={rack1:a}"], r"Value 'a' of type 'str' could not be converted"),
     "a value for a group": (["layout=5"], r"layout=5: no such option; options are"),
     "a number for names and numbers": (["cluster.resources=3"], r"cluster\.resources=3: must be names and numbers, as"),
-    "several values": (["model=tiny,mini"], r"model=tiny,mini: names several values; give one, or use -m"),
-    "another name for a key": (["model.mtp_depth=0"], r"did you mean model\.n_mtp_layers or model\.mtp_loss_weight\?"),
+    "several values": (["model=tiny,mini"], r"model=tiny,mini: names several values; give one"),
+    "another name for a key": (["model.mtp_depth=0"], r"did you mean model\.mtp_loss_weight or model\.n_mtp_layers\?"),
     "bad quoting": (["data.path='x"], r"cannot be read; put quotes"),
 }
 

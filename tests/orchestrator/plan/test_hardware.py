@@ -53,7 +53,8 @@ def test_memory_is_what_a_program_has_of_the_drivers_total():
     ("NVIDIA A100-SXM4-40GB", "a100_40"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H20", "h20"),
     ("NVIDIA H200", "h200"), ("NVIDIA GB200", "gb200"), ("NVIDIA B200", "b200"),
     ("NVIDIA GeForce RTX 4090", "rtx_4090"), ("AMD Instinct MI300X", "mi300x"), ("Tesla V100-SXM2-32GB", "v100"),
-    *((name, name) for name in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-PCIE-40GB")),
+    *((name, name) for name in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-PCIE-40GB",
+                                  "NVIDIA A100X", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla V100-FHHL-16GB")),
 ])
 def test_a_device_is_found_by_the_name_it_reports(name, device):
     assert resolve_hardware(HardwareConfig(), name).name == device

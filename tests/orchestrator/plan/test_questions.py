@@ -341,6 +341,7 @@ def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with
      "fits on 8 x rtx_4090, and on more of them none can be planned: hardware.scale_out_gb_per_s: is not known"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=1", "layout.schedule=zbv"], BadRequest,
      "layout.schedule=zbv: is one of pipelines, and layout.pp=1 is none; leave one of them to the plan"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "layout.dp=8", "layout.schedule=zbv"], BadRequest, "is one of pip"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "layout.schedule=zbv", "layout.recompute=full"], NotFit,
      "leave one of layout.schedule, layout.recompute to the plan"),
     (["-m", "hardware=h100", "gpus=1,2", "tokens=1e9", "model=deepseek_v3"], NotFit, "none of the 2 combinations"),

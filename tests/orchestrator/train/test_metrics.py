@@ -2,15 +2,15 @@ import json
 import math
 import os
 import sys
-import time
 import uuid
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
 from orchestrator.config import Config, WandbMode
-from orchestrator.train import storage
-from orchestrator.train.metrics import EVENT_KEYS, append_event, open_tracker, read_rows
+from orchestrator.train import metrics, storage
+from orchestrator.train.metrics import EVENT_KEYS, Mirror, append_event, open_tracker, read_rows
 
 CANARIES = {"WANDB_API_KEY": "c" * 20 + "canarykey" + "0" * 11, "AWS_SECRET_ACCESS_KEY": "canary-in-the-environment"}
 IN_ARGV = "token=canary-in-argv"
@@ -91,18 +91,18 @@ def test_a_run_directory_in_an_object_store_has_everything_at_the_end_and_resume
     assert [r["step"] for r in lines_of(run_dir)] == [1, 2, 3]
 
 
-def test_files_that_take_long_to_upload_go_up_less_often(monkeypatch):
-    tracker, writes = open_tracker(config_for(f"memory://{uuid.uuid4()}"), upload_every_s=0.0), []
-
-    def slowly(path, data, **_):
-        writes.append(path)
-        time.sleep(0.1)
-
-    monkeypatch.setattr(storage, "write_bytes", slowly)
-    for step in range(1, 11):
-        tracker.log(row(step))
-        time.sleep(0.05)
-    assert [path.rsplit("/", 1)[1] for path in writes] == ["metrics.jsonl", "events.jsonl"]
+def test_files_that_take_long_to_upload_go_up_less_often_but_not_seldom(monkeypatch):
+    clock, puts = [0.0], []
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    mirror = Mirror(f"memory://{uuid.uuid4()}", every_s=1.0)
+    monkeypatch.setattr(mirror, "_put", lambda names: puts.append(clock[0]))
+    for took_s, due_s in ((0.0, 1.0), (0.2, 4.0), (100.0, 10.0)):
+        mirror.took_s, before = took_s, clock[0]
+        for clock[0] in (before + due_s - 0.01, before + due_s):
+            mirror.sync()
+        mirror.upload.result()
+        assert puts[-1] == clock[0]
+    assert len(puts) == 3
 
 
 def test_an_upload_that_fails_does_not_stop_the_run_and_the_last_one_keeps_the_files(monkeypatch):

@@ -96,6 +96,22 @@ def test_an_object_store_directory_is_held_and_taken_over_from_the_dead(tmp_path
         assert claim.attempt == 4
 
 
+def test_a_lock_that_another_machine_renews_is_a_live_runs(tmp_path, monkeypatch):
+    url, now = f"memory://{tmp_path.name}/run", [0.0]
+    lock = storage.join(url, "lock.json")
+
+    def renew(seconds: float) -> None:
+        now[0] += seconds
+        storage.write_bytes(lock, json.dumps({"host": "elsewhere", "pid": 7, "since": time.time() + now[0]}).encode())
+
+    renew(0.0)
+    monkeypatch.setattr(run_dir, "time", SimpleNamespace(time=time.time, sleep=renew, monotonic=lambda: now[0]))
+    with pytest.raises(BadRequest, match=r"in use by a live run \(process 7 on elsewhere\)"), claim_run_dir(
+            config_for(url)):
+        pass
+    assert now[0] < 10
+
+
 def test_who_holds_an_object_store_directory_renews_its_lock_until_another_has_it(tmp_path, monkeypatch):
     """Under torchrun nobody writes a status, and a lock of two minutes ago would be one of the dead."""
     monkeypatch.setattr(run_dir, "RENEW_S", 0.05)
