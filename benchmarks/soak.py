@@ -76,7 +76,8 @@ class Run:
             return False
         stopped = code == 1 and "Raylet is terminated" in self.log()
         self.ray_stopped += stopped
-        if code not in (-signal.SIGKILL, 33, 34) and not stopped:
+        unsaved = code == 3 and "NOT SAVED" in self.log()  # the disk was full at the last step
+        if code not in (-signal.SIGKILL, 33, 34) and not stopped and not unsaved:
             raise SystemExit(f"exit code {code}:\n{self.log()[-3000:]}")
         self.start()
         return True
