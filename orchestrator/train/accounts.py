@@ -44,10 +44,11 @@ class Accounts:
         self.moe_layers, self.attempt, self.peak = moe_layers, attempt, peak_flops_per_s
         self.placed_at, self.recovery = placed_at, recovery
         self.devices = mesh.layout.world_size
-        self.tracker = None
+        self.tracker, self.row = None, {}
         wandb_id = (restored or {}).get("wandb_id")
         if mesh.info.rank == 0:
-            self.tracker = metrics.open_tracker(config, resumed_step=progress.step, wandb_id=wandb_id)
+            self.tracker = metrics.open_tracker(config, resumed_step=progress.step, wandb_id=wandb_id,
+                                                row=(restored or {}).get("row"))
         self.ledger = self._open_ledger(restored)
         self.faults = self._faults(restored)
         self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
@@ -132,7 +133,8 @@ class Accounts:
             "flops/model_total": model_flops(config.model, progress.tokens, config.train.seq_len),
             "perf/mfu": mfu(flops / seconds, devices=self.devices, peak_flops_per_s=self.peak),
         }
-        return row | self._loads(sums.tokens_per_expert) | self._costs()
+        self.row = row | self._loads(sums.tokens_per_expert) | self._costs()
+        return self.row
 
     def validated(self, losses: list[float], acceptance: list[float], seconds: float) -> dict:
         """losses: mean cross-entropies in nats per token of the held-out sequences, main head first. acceptance: of
@@ -188,8 +190,9 @@ class Accounts:
 
     def state(self) -> dict:
         """What a checkpoint remembers of the accounts."""
+        row = metrics.plain({key: value for key, value in self.row.items() if key != "moe/tokens_per_expert"})
         return {"ledger": self.ledger.to_dict(steady()), "data_digest": self.corpus.digest, "faults": self.faults,
-                "wandb_id": self.tracker.wandb_id if self.tracker is not None else None}
+                "wandb_id": self.tracker.wandb_id if self.tracker is not None else None, "row": row}
 
     def result(self, status: str, checkpoint: dict) -> dict:
         """What `finish_run` makes the summary of."""

@@ -76,14 +76,17 @@ class Tracker:
             sink.finish(summary)
 
 
-def open_tracker(config: Config, *, resumed_step: int = 0, wandb_id: str | None = None,
+def open_tracker(config: Config, *, resumed_step: int = 0, row: dict | None = None, wandb_id: str | None = None,
                  upload_every_s: float = 30.0) -> Tracker:
-    """The sinks that `config.tracker` asks for, in `config.run.dir`; rows beyond `resumed_step` are dropped.
+    """The sinks that `config.tracker` asks for, in `config.run.dir`; rows beyond `resumed_step` are dropped. row: of
+    that step, as its checkpoint has it; whoever was killed in between had saved the step and not yet told it.
 
     wandb_id: of the checkpoint's state, where it has one; else that of the run directory; else a new one.
     """
     mirror = Mirror(config.run.dir, every_s=upload_every_s)
     lines = JsonlSink(mirror, resumed_step=resumed_step)
+    if row is not None and row.get("step") == resumed_step == (lines.last_step or 0) + 1 > 1:
+        lines.log(row)
     if config.tracker.wandb is WandbMode.off:
         return Tracker([lines], dropped=lines.dropped)
     earlier = mirror.fetch(WANDB_ID)
@@ -119,6 +122,8 @@ class JsonlSink:
 
     def __init__(self, mirror: "Mirror", *, resumed_step: int = 0):
         self.mirror = mirror
+        self.last_step: int | None = None
+        """Of the rows that stayed."""
         self.dropped = self._truncate(resumed_step)
         self.metrics, self.events = (open(path, "a", encoding="ascii")
                                      for path in (mirror.path(METRICS), mirror.fetch(EVENTS)))
@@ -148,6 +153,7 @@ class JsonlSink:
                 rows = read_rows(line.decode("ascii", "replace"))  # none where a crash tore it
                 hours = max([hours, *(row.get("cost/device_hours") or 0.0 for row in rows)])
                 if rows and rows[0]["step"] <= resumed_step:
+                    self.last_step = rows[0]["step"]
                     break
                 lost, end = lost + rows, start
             file.truncate(end)
@@ -311,17 +317,17 @@ def _event_line(kind: str, fields: dict) -> str:
 
 
 def _to_json(value: dict) -> str:
-    return json.dumps(_plain(value), allow_nan=False)
+    return json.dumps(plain(value), allow_nan=False)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """JSON's own types; NaN and infinity, which JSON has not, as null; arrays and tensors as lists."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -13,6 +13,7 @@ from orchestrator.config import Config, WandbMode
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import resume
+from orchestrator.train.accounts import Accounts
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
 from orchestrator.train.replica import Replicas
@@ -202,6 +203,25 @@ def test_resume_refuses_another_model_and_another_order_of_samples(text, whole, 
         train(RankInfo(), make_config(text, tmp_path, resume=path, seed=5))
     with pytest.raises(BadRequest, match="nothing: no checkpoint here"):
         train(RankInfo(), make_config(text, tmp_path, resume=str(tmp_path / "nothing")))
+
+
+def test_a_step_that_was_saved_but_not_told_is_in_the_rows_after_a_resume(text, tmp_path, monkeypatch):
+    """Killed between the checkpoint of step 4 and its row."""
+    config, log = make_config(text, tmp_path, checkpoint__background=False), Accounts.log
+
+    def killed(self, row):
+        if row["step"] == 4:
+            raise RuntimeError("killed")
+        log(self, row)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Accounts, "log", killed)
+        train(RankInfo(), config)
+    assert list(rows(tmp_path)) == [1, 2, 3]
+    config.resume = "auto"
+    train(RankInfo(), config)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1, 2, 3, 4, 5, 6]
 
 
 def test_no_copies_are_kept_in_memory_where_they_have_no_room(ranks, text, tmp_path):

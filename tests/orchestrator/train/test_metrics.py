@@ -75,6 +75,18 @@ def test_resuming_drops_the_rows_that_will_be_computed_again_and_tells_their_cos
     assert [r["kind"] for r in lines_of(tmp_path, "events.jsonl")] == ["validated"], "history is never rewritten"
 
 
+def test_a_step_that_was_saved_before_its_row_was_written_has_the_row_of_its_checkpoint(tmp_path):
+    config = config_for(tmp_path / "run")
+    tracker = open_tracker(config)
+    for step in range(1, 5):
+        tracker.log(row(step))
+    for resumed, steps in ((5, [1, 2, 3, 4, 5]), (5, [1, 2, 3, 4, 5]), (3, [1, 2, 3])):
+        open_tracker(config, resumed_step=resumed, row=row(resumed)).finish({})
+        assert [r["step"] for r in lines_of(tmp_path / "run")] == steps
+    open_tracker(config_for(tmp_path / "other"), resumed_step=5, row=row(5)).finish({})
+    assert lines_of(tmp_path / "other") == [], "another run's step"
+
+
 def test_a_run_directory_in_an_object_store_has_everything_at_the_end_and_resumes(tmp_path):
     run_dir = f"memory://{uuid.uuid4()}/run"
     config = config_for(run_dir, wandb=WandbMode.offline)
