@@ -1,7 +1,5 @@
 """`sparing prepare`: a corpus tokenised where no device is paid for. Runs that read the same then find it done."""
 
-from functools import partial
-
 from orchestrator.choices import DataKind
 from orchestrator.compose import compose_config
 from orchestrator.plan.layout import check_run
@@ -27,10 +25,7 @@ def run(arguments: list[str]) -> int:
         print(f"data={config.data.kind.name}: nothing to prepare")
         return 0
     with Progress() as progress:
-        corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len,
-                              n_extra=1 + config.model.n_mtp_layers,
-                              on_progress=partial(progress.amount, "tokenising", "MB"))
-        progress.warn(corpus.notice)
+        corpus = data.prepare_here(config, progress)
     for split, stream in corpus.streams.items():
         print(f"{split:10s} {stream.num_tokens:,} tokens of {stream.num_bytes:,} bytes")
     print(f"bits per byte of the held-out text: bigram {corpus.baselines['bigram']:.3f}, gzip "

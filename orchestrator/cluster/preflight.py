@@ -1,7 +1,6 @@
 """What must hold before a device is paid for: room on the cluster, and data that can be used."""
 
 import time
-from functools import partial
 
 import ray
 
@@ -54,10 +53,7 @@ def check_data(config: Config, progress: Progress, *, here: bool) -> None:
     if config.data.kind is not DataKind.text:
         return
     if here:
-        corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len,
-                              n_extra=1 + config.model.n_mtp_layers,
-                              on_progress=partial(progress.amount, "tokenising", "MB"))
-        progress.warn(corpus.notice)
+        data.prepare_here(config, progress)
     else:
         texts.find_files(config.data.path)
         tokenizer.load_tokenizer(config.data.tokenizer)

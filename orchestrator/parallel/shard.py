@@ -164,7 +164,8 @@ def _local_rows(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
 def _draw(shard: Shard, config: ModelConfig, seed: int) -> None:
     stop = shard.start + shard.value.shape[0]
     if shard.is_expert:
-        value = initial_experts(shard.name, shard.global_shape, range(shard.start, stop), config, seed=seed)
+        whole = len(shard.value), *shard.global_shape[1:]
+        value = initial_experts(shard.name, whole, range(shard.start, stop), config, seed=seed)
         value = value[:, shard.row : shard.row + shard.value.shape[1]]
     else:
         value = initial_rows(shard.name, shard.global_shape, config, seed=seed)[shard.start : stop]

@@ -225,13 +225,11 @@ def pipeline_of(work: Workload) -> tuple[list[range], list, int]:
 
 def stage_layers(work: Workload) -> list[range]:
     """Layers of every stage; DualPipe has every stage twice."""
-    copies, stages = 1, work.pp
-    if work.schedule == "dualpipe" and work.pp > 1:
-        copies = 2
-    elif work.pp > 1:
+    stages = work.pp
+    if work.pp > 1 and work.copies == 1:
         stages *= stages_per_rank(Schedule[work.schedule], work.stages_per_rank)
     return (work.even_stages and _even(work.model.n_layers, stages)
-            or split_stages(work.model, stages, work.seq_len)) * copies
+            or split_stages(work.model, stages, work.seq_len)) * work.copies
 
 
 def _even(layers: int, stages: int) -> list[range]:

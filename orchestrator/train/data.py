@@ -10,15 +10,16 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from model.config import ModelConfig
-from orchestrator.config import DataConfig, DataKind, TrainConfig
+from orchestrator.config import Config, DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.plan.layout import batch_size_at
+from orchestrator.train.progress import Progress
 from orchestrator.train.texts import not_utf8
 from orchestrator.train.tokens import BLOCK_BYTES, build_index, checksums_of, read_index
 
@@ -105,6 +106,14 @@ def prepare(config: DataConfig, *, model: ModelConfig, seq_len: int, n_extra: in
     notice = not_utf8(f"data.path={config.path}", stray["files"], stray["first"]) if stray["files"] else None
     return Corpus(hashlib.sha256("".join(hashes).encode()).hexdigest(), index["vocab_size"], streams,
                   index["baselines"], held_out.num_bytes / held_out.num_tokens, notice)
+
+
+def prepare_here(config: Config, progress: Progress) -> Corpus:
+    """`prepare` what a run would read, on this machine and in front of a person."""
+    corpus = prepare(config.data, model=config.model, seq_len=config.train.seq_len,
+                     n_extra=1 + config.model.n_mtp_layers, on_progress=partial(progress.amount, "tokenising", "MB"))
+    progress.warn(corpus.notice)
+    return corpus
 
 
 def compare_over_ranks(corpus: Corpus, config: DataConfig, rank: int, store, on_progress: Callable[[], None]) -> None:

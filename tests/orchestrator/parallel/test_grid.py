@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from model.config import ModelConfig
 from model.transformer import routers
 from orchestrator.config import Config, Recompute, Schedule
+from orchestrator.parallel import shard
 from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
@@ -128,6 +129,13 @@ def test_replicas_share_out_rows_where_experts_do_not_divide(ranks, reference, d
     assert_equal_to_one_process(results, reference["six experts"])
     owned = [[rows.size for name, _, _, rows, _ in result["weights"] if ".experts." in name] for result in results]
     assert all(sizes == owned[0] for sizes in owned)
+
+
+def test_a_replica_that_owns_no_expert_draws_none():
+    """Four experts over three replicas whose rows do not divide either: the last one has padding alone."""
+    config = make_config(1, 1, 1, "1f1b").model
+    empty = torch.nn.Parameter(torch.empty(0, 64, 48))
+    shard._draw(shard.Shard("layers.1.moe.experts.w13", empty, empty, (8, 64, 48), 8, True, False), config, seed=0)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])
