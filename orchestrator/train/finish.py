@@ -91,17 +91,12 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
               if result.get("ledger") else Ledger(devices, price, placed_at, spares=spares))
     ledger.close(released_at)
     tokens, tokens_per_s = result.get("tokens") or 0, result.get("tokens_per_s")
-    peak = result.get("peak_flops_per_s")
-    flops = cost.model_flops(config.model, 1, config.train.seq_len)
+    flops, peak = cost.model_flops(config.model, 1, config.train.seq_len), result.get("peak_flops_per_s")
     mfu = cost.mfu(flops * tokens_per_s, devices=devices, peak_flops_per_s=peak) if tokens_per_s else None
     dense = cost.dense_equivalents(config.model, tokens, seq_len=config.train.seq_len, mfu=mfu, peak_flops_per_s=peak,
                                    usd_per_h=price, devices=devices)
-    usd, charged_s = ledger.usd(released_at), ledger.charged_s(released_at)
     bits = result.get("bits_per_byte") or {}
-    hours = {"device_hours": charged_s / 3600}
     device = result.get("device") or config.hardware.device
-    if device == "cuda":
-        hours["gpu_hours"] = hours["device_hours"]
     return _finite({
         "status": result.get("status", "failed"),
         "steps": result.get("steps") or 0,
@@ -110,30 +105,11 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
         "bits_per_byte": {key: bits.get(key) for key in ("validation", "bigram", "gzip")},
         "tokens_per_s": tokens_per_s,
         "mfu": mfu,
-        **hours,
-        "usd_total": usd,
-        "usd_per_million_tokens": cost.usd_per_million_tokens(usd, tokens),
-        "goodput": ledger.buckets_s["goodput"] / charged_s if charged_s else None,
-        "buckets_s": ledger.buckets_s,
+        **_bill(ledger, tokens, released_at=released_at, gpu=device == "cuda"),
         "dense": {"at": "this run's own MFU, productive time only", **dense},
         "predicted": result.get("predicted") or {},
-        "measured": {
-            "step_time_s": result.get("step_time_s"),
-            **{f"{name}_s": seconds for name, seconds in (result.get("parts_s") or {}).items()},
-            "machine": result.get("machine"),
-            "memory_peak_gib": result.get("memory_peak_gib"),
-            "skipped_steps": result.get("skipped_steps"),
-            "loss_spikes": result.get("loss_spikes"),
-            "rollbacks": result.get("rollbacks"),
-            "tokens_per_s_per_rank": tokens_per_s / devices if tokens_per_s else None,
-            "model_flops_total": result.get("model_flops_total") or flops * tokens,
-            "model_flops_per_token": flops,
-            "peak_flops_per_s": peak,
-            "peak_source": _peak_source(config, peak),
-            "mfu_convention": cost.MFU_CONVENTION,
-            "charged_s": charged_s,
-            "wall_s": released_at - placed_at,
-        },
+        "measured": _measured(config, result, devices=devices, flops=flops) | {
+            "charged_s": ledger.charged_s(released_at), "wall_s": released_at - placed_at},
         "model": {"name": config.model.name, "parameters": count.parameters(config.model).total,
                   "active_parameters": dense["equal_active"]["parameters"]},
         "layout": {"pp": config.layout.pp, "dp": config.layout.dp, "ep": config.layout.ep,
@@ -150,6 +126,39 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
         "released_at": released_at,
         "wandb_id": result.get("wandb_id"),
     })
+
+
+def _bill(ledger: Ledger, tokens: int, *, released_at: float, gpu: bool) -> dict:
+    """Of a ledger that is closed."""
+    usd, charged_s = ledger.usd(released_at), ledger.charged_s(released_at)
+    return {
+        "device_hours": charged_s / 3600,
+        **({"gpu_hours": charged_s / 3600} if gpu else {}),
+        "usd_total": usd,
+        "usd_per_million_tokens": cost.usd_per_million_tokens(usd, tokens),
+        "goodput": ledger.buckets_s["goodput"] / charged_s if charged_s else None,
+        "buckets_s": ledger.buckets_s,
+    }
+
+
+def _measured(config: Config, result: dict, *, devices: int, flops: float) -> dict:
+    """flops: the model's, of one token."""
+    tokens_per_s, peak = result.get("tokens_per_s"), result.get("peak_flops_per_s")
+    return {
+        "step_time_s": result.get("step_time_s"),
+        **{f"{name}_s": seconds for name, seconds in (result.get("parts_s") or {}).items()},
+        "machine": result.get("machine"),
+        "memory_peak_gib": result.get("memory_peak_gib"),
+        "skipped_steps": result.get("skipped_steps"),
+        "loss_spikes": result.get("loss_spikes"),
+        "rollbacks": result.get("rollbacks"),
+        "tokens_per_s_per_rank": tokens_per_s / devices if tokens_per_s else None,
+        "model_flops_total": result.get("model_flops_total") or flops * (result.get("tokens") or 0),
+        "model_flops_per_token": flops,
+        "peak_flops_per_s": peak,
+        "peak_source": _peak_source(config, peak),
+        "mfu_convention": cost.MFU_CONVENTION,
+    }
 
 
 def headline(summary: dict) -> list[str]:
