@@ -215,10 +215,11 @@ def _example(hint: object) -> str:
 def _over_saved(config: Config, overrides: list[str]) -> Config:
     """Continuing a run takes its saved config, then what this command overrides; an experiment names everything."""
     from orchestrator.train import storage
+    from orchestrator.train.run_dir import CONFIG, read_config
 
     if config.resume != "auto" or config.run.dir is None or any(o.startswith("experiment=") for o in overrides):
         return config
-    path = storage.join(config.run.dir, "config.yaml")
+    path = storage.join(config.run.dir, CONFIG)
     if not storage.exists(path):
         return config
     saved, asked = read_config(path), to_dict(config)
@@ -232,19 +233,6 @@ def _over_saved(config: Config, overrides: list[str]) -> Config:
             source, target = source[part], target[part]
         target[leaf] = source[leaf]
     return from_dict(Config, merged)
-
-
-def read_config(path: str) -> Config:
-    """A run's config.yaml."""
-    import yaml
-
-    from orchestrator.train import storage
-
-    try:
-        return from_dict(Config, yaml.safe_load(storage.read_bytes(path)))
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise BadRequest(f"{path}: is no config of a run ({str(error).splitlines()[0]}); repair it, or start a new run "
-                         "in another run.dir") from error
 
 
 def _groups() -> list[str]:

@@ -7,7 +7,8 @@ from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import format_number
 from orchestrator.train import storage
 from orchestrator.train.finish import SUMMARY, format_usd, read_summary
-from orchestrator.train.metrics import EVENTS, METRICS, read_rows
+from orchestrator.train.metrics import EVENTS, METRICS, read_lines
+from orchestrator.train.run_dir import CONFIG
 
 LAST_STEPS = 50
 
@@ -54,8 +55,8 @@ class Share:
 
 def read_run(path: str) -> Run:
     """Read a run directory; one that is still running or was killed is summed up from its rows."""
-    rows = [row for row in read_rows(_text(path, METRICS)) if "step" in row]
-    events, config, written, note = read_rows(_text(path, EVENTS)), _text(path, "config.yaml"), {}, ""
+    rows = [row for row in read_lines(path, METRICS) if "step" in row]
+    events, config, written, note = read_lines(path, EVENTS), _config(path), {}, ""
     try:
         written = read_summary(path) or {}
     except NotTrustworthy:
@@ -160,8 +161,8 @@ def labelled(runs: list[Run]) -> list[Run]:
     return [Run(**(vars(run) | {"label": name})) for run, name in zip(runs, names, strict=True)]
 
 
-def _text(path: str, name: str) -> str:
-    at = storage.join(path, name)
+def _config(path: str) -> str:
+    at = storage.join(path, CONFIG)
     return storage.read_bytes(at).decode(errors="replace") if storage.exists(at) else ""
 
 

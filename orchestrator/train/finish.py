@@ -13,7 +13,7 @@ from orchestrator.errors import NotTrustworthy
 from orchestrator.plan import cost
 from orchestrator.plan.cost import Ledger
 from orchestrator.train import storage
-from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
+from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_lines
 
 SUMMARY = "summary.json"
 BILL = ("device_hours", "gpu_hours", "usd_total", "usd_per_million_tokens", "goodput", "buckets_s", "attempts",
@@ -28,8 +28,7 @@ def finish_run(config: Config, result: dict, *, placed_at: float, released_at: f
     takes nothing from a run that is complete but the money. failure: what the event of a failed attempt says."""
     earlier = earlier_end(config.run.dir)
     if result.get("ledger") is None or result.get("tokens_per_s") is None:
-        rows_at = storage.join(config.run.dir, METRICS)
-        rows = read_rows(storage.read_bytes(rows_at).decode()) if storage.exists(rows_at) else []
+        rows = read_lines(config.run.dir, METRICS)
     if result.get("ledger") is not None and result.get("tokens_per_s") is None:  # it went on where nothing was to do
         result = result | _rates(rows)
     if result.get("ledger") is None:
@@ -74,9 +73,7 @@ def earlier_end(run_dir: str) -> dict | None:
     with contextlib.suppress(NotTrustworthy, KeyError, TypeError):
         if (summary := read_summary(run_dir)) and summary["attempts"] and summary["measured"]["charged_s"] >= 0:
             return summary
-    path = storage.join(run_dir, EVENTS)
-    events = read_rows(storage.read_bytes(path).decode(errors="replace")) if storage.exists(path) else []
-    for event in reversed(events):
+    for event in reversed(read_lines(run_dir, EVENTS)):
         if event.get("kind") in ("run_ended", "run_failed") and event.get("charged_s") is not None:
             return {"status": None, "attempts": event["attempt"], "measured": {"charged_s": event["charged_s"]}}
     return None

@@ -97,10 +97,17 @@ def open_tracker(config: Config, *, resumed_step: int = 0, row: dict | None = No
     return Tracker([lines, wandb], dropped=lines.dropped, wandb_id=wandb_id)
 
 
-def read_rows(text: str) -> list[dict]:
-    """The whole lines of a JSON-lines file; a last line torn by a crash is left out."""
+def read_lines(run_dir: str, name: str, *, last: int | None = None) -> list[dict]:
+    """What `METRICS` or `EVENTS` of a run directory holds, or the `last` lines of it; none where there is no file."""
+    path = storage.join(run_dir, name)
+    lines = storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else []
+    return _rows(lines if last is None else lines[-last:])
+
+
+def _rows(lines: Iterable[str]) -> list[dict]:
+    """Of JSON-lines; one that holds no JSON object is left out, wherever it stands: a crash tears lines."""
     rows = []
-    for line in text.splitlines():
+    for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -150,7 +157,7 @@ class JsonlSink:
         with open(self.mirror.fetch(METRICS), "a+b") as file:
             end = file.tell()
             for start, line in _lines_from_the_end(file):
-                rows = read_rows(line.decode("ascii", "replace"))  # none where a crash tore it
+                rows = _rows([line.decode("ascii", "replace")])  # none where a crash tore it
                 hours = max([hours, *(row.get("cost/device_hours") or 0.0 for row in rows)])
                 if rows and rows[0]["step"] <= resumed_step:
                     self.last_step = rows[0]["step"]

@@ -25,7 +25,7 @@ from orchestrator.train.control import Control
 from orchestrator.train.finish import finish_run
 from orchestrator.train.lineage import look_back
 from orchestrator.train.progress import Progress
-from orchestrator.train.run_dir import Claim, claim_run_dir
+from orchestrator.train.run_dir import Claim, claim_run_dir, read_config
 
 
 def train_as_rank(config: Config) -> dict | None:
@@ -88,25 +88,14 @@ def _claimed(config: Config, store, stack: contextlib.ExitStack, progress: Progr
     return claim
 
 
-def _read(path: str) -> Config:
-    import yaml
-
-    try:
-        with open(path) as file:
-            config = from_dict(Config, yaml.safe_load(file))
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError, OSError) as error:
-        raise BadRequest(f"{path}: cannot be read as a run's config.yaml: {error}") from error
-    check_run(config)
-    return config
-
-
 def main(argv: list[str]) -> int:
     """CONFIG.yaml: a run's `config.yaml`, or any file with the same keys."""
     if len(argv) != 1:
         print("usage: torchrun ... -m orchestrator.train.rank CONFIG.yaml", file=sys.stderr)
         return 2
     try:
-        config = _read(argv[0])
+        config = read_config(argv[0])
+        check_run(config)
         summary = train_as_rank(config)
     except SparingError as error:
         print(f"error: {error}", file=sys.stderr)

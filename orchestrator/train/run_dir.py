@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from orchestrator.config import Config, to_dict
+from orchestrator.config import Config, from_dict, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.train import storage
 from orchestrator.train.finish import SUMMARY, read_kept
-from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_rows
+from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def claim_run_dir(config: Config) -> Iterator[Claim]:
         local = storage.local_path(run_dir)
         stack.enter_context(_locked_folder(local, run_dir) if local else _locked_url(run_dir))
         _refuse_used(config)
-        attempt = 1 + len([row for row in _events(run_dir) if row.get("kind") == "attempt_claimed"])
+        attempt = 1 + len([row for row in read_lines(run_dir, EVENTS) if row.get("kind") == "attempt_claimed"])
         storage.write_bytes(storage.join(run_dir, CONFIG), _yaml(config).encode())
         append_event(run_dir, "attempt_claimed", attempt=attempt, node=socket.gethostname(), pid=os.getpid())
         yield Claim(config, attempt)
@@ -71,6 +71,17 @@ def named(config: Config) -> Config:
         resume = os.path.abspath(storage.local_path(resume))
     return replace(config, run=replace(run, dir=run_dir), checkpoint=replace(config.checkpoint, dir=checkpoints),
                    resume=resume)
+
+
+def read_config(path: str) -> Config:
+    """Of a `config.yaml`, as runs keep it."""
+    import yaml
+
+    try:
+        return from_dict(Config, yaml.safe_load(storage.read_bytes(path)))
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, FileNotFoundError) as error:
+        raise BadRequest(f"{path}: is no config of a run ({str(error).splitlines()[0]}); repair it, or name another "
+                         "run.dir") from error
 
 
 def _new_dir(name: str) -> str:
@@ -219,11 +230,6 @@ def _born(pid: int | None) -> str | None:
             return file.read().rsplit(")", 1)[1].split()[19]
     except OSError:
         return None
-
-
-def _events(run_dir: str) -> list[dict]:
-    path = storage.join(run_dir, EVENTS)
-    return read_rows(storage.read_bytes(path).decode()) if storage.exists(path) else []
 
 
 def _yaml(config: Config) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.config import Config, WandbMode
 from orchestrator.train import metrics, storage
-from orchestrator.train.metrics import EVENT_KEYS, Mirror, append_event, open_tracker, read_rows
+from orchestrator.train.metrics import EVENT_KEYS, Mirror, append_event, open_tracker, read_lines
 
 CANARIES = {"WANDB_API_KEY": "c" * 20 + "canarykey" + "0" * 11, "AWS_SECRET_ACCESS_KEY": "canary-in-the-environment"}
 IN_ARGV = "token=canary-in-argv"
@@ -29,7 +29,7 @@ def row(step, **more):
 
 
 def lines_of(run_dir, name="metrics.jsonl"):
-    return read_rows(storage.read_bytes(storage.join(str(run_dir), name)).decode())
+    return read_lines(str(run_dir), name)
 
 
 def test_rows_keep_full_precision_and_are_readable_while_the_run_goes_on(tmp_path):
