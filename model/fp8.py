@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Routing, Sorted, permute
-from model.ops import grouped_mm, of_weight, swiglu, swiglu_backward
+from model.ops import autocast_dtype, grouped_mm, of_weight, swiglu, swiglu_backward
 from model.quantize import (
     AMAX_FLOOR,
     GRAD_AMAX_FLOOR,
@@ -167,7 +167,7 @@ class _Product(torch.autograd.Function):
         rows = _quantized(x, of_x)
         ctx.save_for_backward(*rows, weight, counts)
         ctx.scales, ctx.dtype = (of_x, of_grad), x.dtype
-        return _product(rows, weight, counts, _out_dtype(x), power_of_two=of_x, exact=of_x)
+        return _product(rows, weight, counts, autocast_dtype(x), power_of_two=of_x, exact=of_x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -184,7 +184,7 @@ class _SwiGLUProduct(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
         ctx.save_for_backward(*_quantized(hidden, of_x), weight, counts)
         ctx.scales, ctx.dtype = (of_x, of_grad), hidden.dtype
-        return _product(_quantized(swiglu(hidden), of_x), weight, counts, _out_dtype(hidden), power_of_two=of_x,
+        return _product(_quantized(swiglu(hidden), of_x), weight, counts, autocast_dtype(hidden), power_of_two=of_x,
                         exact=of_x)
 
     @staticmethod
@@ -249,8 +249,3 @@ def _grouped(a: Tensor, b: Tensor, counts: Tensor | None, *, exact: bool) -> Ten
         if counts is None:
             return a.to(dtype) @ b.to(dtype)
         return grouped_mm(a.to(dtype), b.to(dtype), counts.cumsum(0).to(torch.int32))
-
-
-def _out_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

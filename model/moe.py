@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, ScoreFunc
-from model.ops import cast_weight, gather_rows, grouped_mm, swiglu
+from model.ops import autocast_dtype, cast_weight, gather_rows, grouped_mm, swiglu
 
 
 class Routing(NamedTuple):
@@ -196,7 +196,7 @@ class GroupedExperts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [R, D] sorted by expert, counts [E] rows of each -> [R, D]."""
         offsets = counts.cumsum(0).to(torch.int32)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = autocast_dtype(x)
         hidden = grouped_mm(x.to(dtype), cast_weight(self.w13, dtype).transpose(1, 2), offsets)
         return grouped_mm(swiglu(hidden), cast_weight(self.w2, dtype).transpose(1, 2), offsets)
 

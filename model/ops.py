@@ -65,6 +65,12 @@ def of_weight(make: Callable, weight: Tensor, **options):
     return _made[key][1]
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x comes out in: under autocast its dtype, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """weight.to(dtype), once."""
     return weight if weight.dtype == dtype else of_weight(Tensor.to, weight, dtype=dtype)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.ops import autocast_dtype
 from model.quantize import pack, unpack
 from orchestrator.parallel.overlap import hand_over
 
@@ -81,9 +82,7 @@ def precisions(fp8: bool) -> tuple[Precision, Precision]:
 
 def as_experts_compute(rows: Tensor, fp8: bool) -> Tensor:
     """Under autocast in its dtype, half the bytes. Eight bits are made of the rows as they are."""
-    if fp8 or not torch.is_autocast_enabled(rows.device.type):
-        return rows
-    return rows.to(torch.get_autocast_dtype(rows.device.type))
+    return rows if fp8 else rows.to(autocast_dtype(rows))
 
 
 class _Depart(torch.autograd.Function):
