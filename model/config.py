@@ -58,20 +58,26 @@ class ModelConfig:
     inter_dim: int = 512
     """Inner size of a dense feed-forward."""
     norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
     tie_embeddings: bool = False
     """The head is the transposed embedding."""
     init_std: float = 0.006
     """Standard deviation of every initial matrix (V3 report, section 4.2)."""
 
     attention: Attention = Attention.mla
+    """Kind of attention, which decides what of this block counts."""
     n_heads: int = 4
+    """Query heads."""
     q_lora_rank: int = 0
     """Rank of the query path; 0 means a full query projection. MLA only."""
     kv_lora_rank: int = 32
     """Size of the latent key-value cache per token. MLA only."""
     qk_nope_head_dim: int = 32
+    """Part of a query or key head that carries no position. MLA only."""
     qk_rope_head_dim: int = 16
+    """Part that rotates, in keys one for all heads. MLA only."""
     v_head_dim: int = 32
+    """Size of a value head. MLA only."""
     n_kv_heads: int = 4
     """Key-value heads. GQA only."""
     head_dim: int = 32
@@ -84,6 +90,7 @@ class ModelConfig:
     """Share of a head's dimensions that rotate. GQA only."""
 
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     rope_interleaved: bool = True
     """Pairs are (0,1),(2,3).. as in DeepSeek; otherwise (0,h/2),(1,h/2+1).. as in Llama."""
     rope_factor: float = 1.0
@@ -97,23 +104,28 @@ class ModelConfig:
     beta_slow: float = 1.0
     """Those that turn less often are slowed down by `rope_factor`."""
     mscale: float = 1.0
+    """YaRN: how much the rotating parts of queries and keys grow with `rope_factor`."""
     mscale_all_dim: float = 1.0
     """YaRN: 0 leaves the softmax scale alone."""
 
     n_routed_experts: int = 8
     """Routed experts of a MoE layer; 0 makes every layer dense."""
     n_shared_experts: int = 1
+    """Experts of a MoE layer that see every token, computed as one."""
     n_activated_experts: int = 2
     """top_k."""
     moe_inter_dim: int = 128
     """Inner size of one expert."""
     n_expert_groups: int = 1
+    """Groups that routed experts are divided into."""
     n_limited_groups: int = 1
     """Groups a token may reach (node-limited routing, V3 report section 2.1.2)."""
     score_func: ScoreFunc = ScoreFunc.sigmoid
+    """From gate logits to affinities."""
     norm_topk: bool = True
     """Normalise the chosen affinities to sum to one (eq. 13)."""
     route_scale: float = 1.0
+    """Factor on the weights of the chosen experts."""
     expert_bias: bool = True
     """Auxiliary-loss-free balancing by a bias that only selection sees (eq. 16)."""
     bias_update_speed: float = 0.001

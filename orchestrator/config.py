@@ -13,16 +13,15 @@ from pathlib import Path
 
 from model.config import ModelConfig
 from orchestrator.choices import (
-    ClusterKind,
     ComputeDtype,
     DataKind,
-    LaunchKind,
     LRSchedule,
     OnSpike,
     Recompute,
     Schedule,
     WandbMode,
 )
+from orchestrator.config_cluster import ClusterConfig, LaunchConfig
 
 
 @dataclass
@@ -76,19 +75,26 @@ class LayoutConfig:
     crosses to each node once and goes on to its experts' ranks from there; 0: a copy for each of its experts, straight
     to their ranks."""
     schedule: Schedule = Schedule["1f1b"]
+    """Order in which the stages of a pipeline take their microbatches."""
     microbatches: int = 1
     """Parts a data-parallel rank's share of the batch is cut into."""
     stages_per_rank: int = 2
     """Virtual stages of a rank under the interleaved schedules; V schedules use 2, the others 1."""
     recompute: Recompute = Recompute.none
+    """What backward computes a second time, to hold less in memory."""
     overlap: bool = True
     """dualpipev runs the forward and the backward of a pair at once, exchanges of one beside computation of the other;
     false: in turn, with the same results."""
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp
 
 
 @dataclass
 class DataConfig:
     kind: DataKind = DataKind.text
+    """`text` is read from `path`; `random` tokens measure speed."""
     path: str = "stdlib"
     """fsspec glob(s), comma separated, of plain text, .jsonl or .parquet; `stdlib` is the running Python's library
     source."""
@@ -111,13 +117,19 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     """Final over peak learning rate."""
     schedule: LRSchedule = LRSchedule.wsd
+    """Course of the learning rate."""
     warmup_steps: int = 10
+    """Steps over which the rate rises to its peak."""
     decay_fraction: float = 0.3
     """Share of the run that decays (wsd only)."""
     beta1: float = 0.9
+    """Share of the first moment that a step keeps."""
     beta2: float = 0.95
+    """Of the second."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
+    """Share of a matrix taken off per step, times the learning rate; vectors (norms, biases) do not decay."""
     clip_norm: float = 1.0
     """Global gradient norm; 0 is no clipping."""
 
@@ -125,6 +137,7 @@ class OptimConfig:
 @dataclass
 class PrecisionConfig:
     compute_dtype: ComputeDtype = ComputeDtype.auto
+    """Of products and activations."""
     fp8: bool = False
     """Linear layers and experts on FP8 operands, as in the V3 report, section 3.3 (model/fp8.py)."""
     power_of_two_scales: bool = False
@@ -153,11 +166,18 @@ class CheckpointConfig:
 
 @dataclass
 class TrackerConfig:
+    """metrics.jsonl and events.jsonl are always written."""
+
     wandb: WandbMode = WandbMode.offline
+    """Weights & Biases beside them."""
     project: str = "sparing"
+    """Of W&B, like the rest."""
     entity: str | None = None
+    """User or team; none is the default of the API key."""
     group: str | None = None
+    """Runs of one group are shown together."""
     tags: list[str] = field(default_factory=list)
+    """Labels to find the run by."""
 
 
 @dataclass
@@ -165,6 +185,7 @@ class PriceConfig:
     usd_per_h: float | None = None
     """Of one device for one hour; none is not known."""
     source: str = ""
+    """Where the price was read."""
     date: str = ""
     """Day the price was read, YYYY-MM-DD."""
 
@@ -182,9 +203,13 @@ class HardwareConfig:
     bf16_tflops: float | None = None
     """Dense peak, 1e12 FLOP/s; none is measured at start (a GEMM in the compute dtype)."""
     fp32_tflops: float | None = None
+    """Dense peak, likewise."""
     fp8_tflops: float | None = None
+    """Dense peak, without sparsity; none has no FP8."""
     memory_gib: float | None = None
+    """Of one device, in all, 2^30 bytes."""
     memory_gb_per_s: float | None = None
+    """From the device's memory, 1e9 bytes/s."""
     scale_up_devices: int = 8
     """Devices of one scale-up domain (NVLink)."""
     scale_up_gb_per_s: float | None = None
@@ -194,7 +219,9 @@ class HardwareConfig:
     bf16_best_tflops: float | None = None
     """Best matrix product that anyone measured."""
     fp8_best_tflops: float | None = None
+    """Likewise in FP8."""
     fp4_best_tflops: float | None = None
+    """Likewise in FP4."""
     gemm_share: float | None = None
     """Share of the best product that a model's large ones reach, fitted to published runs; none takes the planner's
     assumption."""
@@ -203,10 +230,13 @@ class HardwareConfig:
     multiprocessors: int | None = None
     """SMs or compute units; a product's last wave fills only some of them."""
     watts: float | None = None
+    """Of one device at full load, by its data sheet."""
     usd_per_h: float | None = None
     """Price of one device for one hour; none is shown as unknown, never as 0."""
     market: str = "on_demand"
+    """What `usd_per_h` is paid for: `on_demand`, `reserved` or `spot`."""
     source: str = ""
+    """Where the price was read."""
     date: str = ""
     """Day the price was read, YYYY-MM-DD."""
     reserved: PriceConfig = field(default_factory=PriceConfig)
@@ -216,60 +246,9 @@ class HardwareConfig:
 
 
 @dataclass
-class ClusterConfig:
-    kind: ClusterKind = ClusterKind.auto
-    nodes: int = 0
-    """Nodes; 0 derives them from the layout. Under `local` they are simulated."""
-    ranks_per_node: int = 0
-    """Ranks of a node; 0 puts all on one node (local) or one per device (ray)."""
-    threads_per_rank: int = 0
-    """CPU threads of a rank; 0 shares the machine's cores out evenly."""
-    resources: dict[str, float] = field(default_factory=dict)
-    """Of Ray's custom resources, what every rank takes beside its device, as in {rack1: 1}."""
-    join_timeout_s: float = 0.0
-    """Longest wait for a Ray cluster's head to answer and its nodes to join before what is missing is said."""
-    start_timeout_s: float = 120.0
-    """Longest wait for the ranks to be placed and connected."""
-    step_timeout_s: float = 600.0
-    """Longest wait for one step, also the process group's timeout."""
-    save_timeout_s: float = 600.0
-    """Longest time that ranks may stand still for a checkpoint."""
-    spares: int = 0
-    """Warm ranks kept ready beside the others: a lost rank is replaced in seconds. Charged like the others."""
-    mtbf_hours_per_device: float = 50_000.0
-    """Mean time between failures of one device. Llama 3 405B had 419 unexpected interruptions in 54 days on 16,384 GPUs
-    (Llama team 2024, section 3.3.4); a run's own rate counts once it is higher."""
-    replace_timeout_s: float = 60.0
-    """Longest wait for the place of a lost rank; afterwards the run goes on with fewer (`min_ranks`) or ends."""
-    min_ranks: int = 0
-    """A run that finds no place for lost ranks goes on with a smaller data-parallel degree, down to this many ranks,
-    and grows back when there is room; 0 keeps the layout."""
-
-
-@dataclass
 class BudgetConfig:
     max_usd: float | None = None
     """The run ends with a checkpoint before it has cost this; none is no limit."""
-
-
-@dataclass
-class LaunchConfig:
-    kind: LaunchKind = LaunchKind.local
-    dry_run: bool = False
-    """Print the filled manifest and submit nothing."""
-    address: str | None = None
-    """ray_job: the cluster's dashboard, default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265. torchrun on several
-    nodes: the rendezvous, host:port of one of them."""
-    allow_insecure: bool = False
-    """Submit to a dashboard on another machine although it lets anyone in."""
-    install: bool = False
-    """ray_job: have Ray install the pinned packages for this job on every node."""
-    image: str | None = None
-    """kuberay: the container image that `deploy/Dockerfile` makes."""
-    hours: float = 24.0
-    """slurm, kuberay: the job's time limit; under slurm a run saves before it and is queued again."""
-    restarts: int = 3
-    """slurm, kuberay, skypilot: how often a run that failed in passing (exit code 33) is started again."""
 
 
 @dataclass

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from orchestrator.choices import LaunchKind
-from orchestrator.config import ClusterKind, Config, conf_dir
+from orchestrator.choices import ClusterKind, LaunchKind
+from orchestrator.config import Config, conf_dir
 from orchestrator.errors import BadRequest
 
 HELP = """\
@@ -142,7 +142,7 @@ def _check(config: Config) -> None:
 
 def _nodes(config: Config) -> tuple[int, int]:
     """Nodes and ranks of each, spares included; one node where the config does not say."""
-    ranks, cluster = config.layout.pp * config.layout.dp, config.cluster
+    ranks, cluster = config.layout.world_size, config.cluster
     per_node = cluster.ranks_per_node or (ranks // cluster.nodes if cluster.nodes else ranks + cluster.spares)
     return math.ceil((ranks + cluster.spares) / per_node), per_node
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from orchestrator.choices import ClusterKind
 from orchestrator.cluster import placement
 from orchestrator.cluster.group import FINAL, Group, cause_of, fault_of, silent_s, state_of
 from orchestrator.cluster.policy import (
@@ -28,7 +29,7 @@ from orchestrator.cluster.policy import (
     reshape,
     respond,
 )
-from orchestrator.config import ClusterKind, Config
+from orchestrator.config import Config
 from orchestrator.errors import BadRequest, NoProgress, SparingError, Transient, words
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run

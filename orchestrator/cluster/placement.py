@@ -46,7 +46,7 @@ class Request:
 
 def nodes_of(config: Config) -> tuple[int, int]:
     """Nodes and ranks per node that a layout is spread over, as far as the config says; local default is one node."""
-    ranks = config.layout.pp * config.layout.dp
+    ranks = config.layout.world_size
     nodes, per_node = config.cluster.nodes, config.cluster.ranks_per_node
     if nodes:
         return nodes, ranks // nodes
@@ -55,7 +55,7 @@ def nodes_of(config: Config) -> tuple[int, int]:
 
 def request_of(config: Config, *, gpu: bool, simulated: bool) -> Request:
     """On a cluster, asking for nodes means as many real ones; simulated nodes are packed where there is room."""
-    ranks = config.layout.pp * config.layout.dp
+    ranks = config.layout.world_size
     if (config.cluster.nodes or config.cluster.ranks_per_node) and not simulated:
         nodes, per_node = nodes_of(config)
         return Request(nodes, per_node, gpu, nodes > 1, config.cluster.resources)
@@ -158,7 +158,7 @@ def layouts(config: Config) -> dict[int, LayoutConfig]:
     """The layouts that a run may go on with, by number of ranks, largest first: its own and, if `cluster.min_ranks`
     says so, those with a smaller data-parallel degree. Experts are spread over as many ranks as still divide it; the
     batch and the order of samples stay what they are."""
-    full, found = config.layout, {config.layout.pp * config.layout.dp: config.layout}
+    full, found = config.layout, {config.layout.world_size: config.layout}
     for dp in range(full.dp - 1, 0, -1):
         if not config.cluster.min_ranks or full.pp * dp < config.cluster.min_ranks:
             break

@@ -15,7 +15,7 @@ def has_gpus(config: Config, progress: Progress, *, here: bool) -> bool:
     cluster also where the hardware that was named is one: its nodes may still be on their way."""
     if not here and config.hardware.device == "cuda":
         return True
-    there, ranks = int(ray.cluster_resources().get("GPU", 0)), config.layout.pp * config.layout.dp
+    there, ranks = int(ray.cluster_resources().get("GPU", 0)), config.layout.world_size
     if here and 0 < there < ranks:
         progress.say(f"{ranks} ranks and {there} GPU{'s' * (there > 1)}: running on the CPU; a layout of {there} or "
                      "fewer ranks takes the GPU")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.config import ClusterKind, Config
+from orchestrator.choices import ClusterKind
+from orchestrator.config import Config
 from orchestrator.errors import NotFit, Transient
 
 RANK_PROGRAM = "orchestrator.train.loop"
@@ -33,7 +34,7 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
             _knock(os.environ.get("RAY_ADDRESS", ""), patience_s=config.cluster.join_timeout_s)
             ray.init(address="auto", **quiet)
         else:
-            ranks = config.layout.pp * config.layout.dp + config.cluster.spares
+            ranks = config.layout.world_size + config.cluster.spares
             _start(ranks, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
                    **quiet)
     except ConnectionError as error:

@@ -35,7 +35,7 @@ def train_as_rank(config: Config) -> dict | None:
     """
     placed_at = time.time()
     info = rank_from_env()
-    world = config.layout.pp * config.layout.dp
+    world = config.layout.world_size
     require(info.world_size == world, "layout.dp", config.layout.dp,
             f"times layout.pp={config.layout.pp} must equal the {info.world_size} processes that torchrun started",
             f"start {world} processes, or use layout.dp={max(1, info.world_size // config.layout.pp)}")

@@ -65,6 +65,16 @@ def test_a_file_keeps_to_its_floor(file):
     assert Path(file).name != "utils.py"
 
 
+@pytest.mark.parametrize("file", ["model/config.py", "orchestrator/config.py", "orchestrator/config_cluster.py"])
+def test_every_key_says_what_it_is(file):
+    for kind in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(kind, ast.ClassDef) and kind.name != "Config":
+            keys = [line for line in kind.body if isinstance(line, ast.AnnAssign)]
+            told = [line for line, after in zip(kind.body, kind.body[1:], strict=False)
+                    if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr)]
+            assert keys == told, kind.name
+
+
 def test_a_breach_inside_a_function_is_found():
     source = "def f():\n    import ray\n    from torch import distributed\n    from orchestrator.train import loop\n"
     assert sorted(breaches("model/new.py", source)) == ["orchestrator.train", "orchestrator.train.loop", "ray", "ray",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.__main__ import main
+from orchestrator.choices import ClusterKind
 from orchestrator.cluster.session import ray_session
 from orchestrator.cluster.worker import LEASE_S
 from orchestrator.compose import compose_config
-from orchestrator.config import ClusterKind
 from tests.cluster_harness import wait_until
 from tests.orchestrator.cluster.runs import (
     LONG,
