@@ -25,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.train.processes import lives
+
 ROOT = Path(__file__).resolve().parent.parent
 PLACE, DISK = Path("/tmp/soak"), Path("/tmp/soak-disk")
 DISK_MIB = 256
@@ -149,7 +151,7 @@ def kill_controller(run: Run, chance: random.Random) -> None:
     pids = run.ranks()
     run.process.kill()
     run.process.wait()
-    if not wait_for(lambda: not any(is_alive(pid) for pid in pids), 90):
+    if not wait_for(lambda: not any(lives(pid) for pid in pids), 90):
         raise SystemExit("ranks outlive their controller")
 
 
@@ -186,14 +188,6 @@ def fill_disk(run: Run, chance: random.Random) -> Callable[[], bool]:
 OFTEN = (kill_rank, kill_rank_0, kill_two_ranks, kill_rank_in_a_save, pause_rank, fill_disk)
 SELDOM = (freeze_rank, kill_controller, preempt, damage_newest_checkpoint)
 """Half as often as the others: each takes a timeout or a whole start."""
-
-
-def is_alive(pid: int) -> bool:
-    """And no zombie: orphans end under this process, which buries them at the end of a run."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def wait_for(condition, timeout_s: float, poll_s: float = 0.1) -> bool:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.hf_files import safetensors_header
 from model.moe import Router
 from model.ops import swiglu
 from model.packed import pack, packed_bytes, unpack
@@ -24,12 +25,9 @@ from model.packed import pack, packed_bytes, unpack
 def write_store(path: Path, experts: Iterable[Tensor], *, number: int, shape: tuple[int, int], form: str) -> None:
     """One matrix of `number` experts, [N, K] each, written one after the other: no two are in memory at once."""
     size = packed_bytes(*shape, form)
-    fields = {str(i): {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]}
-              for i in range(number)}
-    head = json.dumps({"__metadata__": {"format": form, "rows": str(shape[0]), "columns": str(shape[1])}} | fields)
-    head += " " * (-len(head) % 8)
     with open(path, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head.encode())
+        file.write(safetensors_header(((str(i), "U8", [size], size) for i in range(number)),
+                                      {"format": form, "rows": str(shape[0]), "columns": str(shape[1])}))
         for expert in experts:
             file.write(pack(expert, form).numpy())
         file.flush()

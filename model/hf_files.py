@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -95,6 +95,21 @@ class Dequantized(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]],
+                       metadata: dict[str, str] | None = None) -> bytes:
+    """Of a file with tensors (name, type as the format has it, shape, bytes) one behind the other: its length as 8
+    bytes, then JSON padded with spaces to a multiple of 8."""
+    fields, offset = {} if metadata is None else {"__metadata__": metadata}, 0
+    for name, dtype, shape, num_bytes in tensors:
+        if name in fields:
+            raise ValueError(f"{name}: handed in twice")
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_json(path: Path) -> dict:

@@ -52,8 +52,8 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
         cache = cache_bytes(weights.config, cache_tokens, dtype)
         rest = sum(shape.numel() * dtype.itemsize for name, shape in shapes.items() if EXPERTS not in name)
         try:
-            each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items()
-                       if name.startswith(_first_layer(shapes)))
+            first = _first_layer(shapes)
+            each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items() if name.startswith(first))
         except ValueError as error:
             raise BadRequest(f"weights={form}: {error}") from error
         least = rest + cache + 2 * each
@@ -61,9 +61,9 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
             raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "
                              f"experts ({rest / GIB:.3g}), keys and values ({cache / GIB:.3g}) and two experts "
                              f"take; use memory.max_gib={least / GIB * 1.1:.2g}")
-        _check_free(weights, form, int(max_gib * GIB), rest + cache, device)
+        _check_free(shapes, form, int(max_gib * GIB), rest + cache, device)
         text = read_tokenizer(weights, tokenizer)
-        folder, kept = _prepare(weights, form, Path(cache_dir).expanduser())
+        folder, kept = _prepare(weights, shapes, form, Path(cache_dir).expanduser())
         tensors = kept or {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
         with torch.device("meta"):
             model = Transformer(weights.config)
@@ -72,10 +72,9 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
         return finish_loading(weights, model, tensors.items(), text, device=device, dtype=dtype)
 
 
-def _check_free(weights: Weights, form: str, limit: int, rest: int, device: torch.device | str) -> None:
+def _check_free(shapes: dict[str, torch.Size], form: str, limit: int, rest: int, device: torch.device | str) -> None:
     """Refuse a limit that is more than there is, unless the model takes less."""
-    experts = sum(shape[0] * packed_bytes(*shape[1:], form) for name, shape in hf.tensor_shapes(weights.config).items()
-                  if EXPERTS in name)
+    experts = sum(shape[0] * packed_bytes(*shape[1:], form) for name, shape in shapes.items() if EXPERTS in name)
     free = free_bytes(device)
     if free is not None and min(limit, rest + experts) > free:
         raise BadRequest(f"memory.max_gib={limit / GIB:g}: only {free / GIB:.2f} GiB are free here; end other "
@@ -94,7 +93,8 @@ def _place(model: Transformer, folder: Path, hot: HotExperts, *, read_ahead: boo
         before = module.experts
 
 
-def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, Tensor]]:
+def _prepare(weights: Weights, shapes: dict[str, torch.Size], form: str,
+             cache: Path) -> tuple[Path, dict[str, Tensor]]:
     """The store's directory, written first if it is not there; then also all tensors but the experts, if at hand."""
     target = cache / f"{_identity(weights)}-{form}"
     if target.is_dir():
@@ -110,7 +110,7 @@ def _prepare(weights: Weights, form: str, cache: Path) -> tuple[Path, dict[str, 
             if EXPERTS not in name:
                 kept[name] = weights.tensors[name]
                 continue
-            number, *shape = hf.tensor_shapes(weights.config)[name]
+            number, *shape = shapes[name]
             write_store(temporary / f"{name}.safetensors", weights.tensors.experts(name), number=number,
                         shape=tuple(shape), form=form)
         os.replace(temporary, target)

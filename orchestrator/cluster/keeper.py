@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import errors
 from orchestrator.config import Config, from_dict, to_dict
+from orchestrator.train.processes import lives
 from orchestrator.train.progress import Progress
 
 ASK_EVERY_S = 0.25
@@ -28,7 +29,7 @@ class Keeper:
     """`attempt(config, progress, notice)` is a run; what it says and shows waits here for the driver to ask."""
 
     def __init__(self, driver: int):
-        self.driver = driver if _lives(driver) else None
+        self.driver = driver if lives(driver) else None
         self.asked_at, self.ended = time.monotonic(), False
         self.cause: str | None = None
         self.lines: list[str] = []
@@ -61,7 +62,7 @@ class Keeper:
 
     def _is_alone(self) -> bool:
         if self.driver is not None:
-            return not _lives(self.driver)
+            return not lives(self.driver)
         return time.monotonic() - self.asked_at > SILENT_S
 
     def _leave_alone(self) -> None:
@@ -100,12 +101,3 @@ def _follow(keeper, running, notice: Callable[[], str | None], progress: Progres
         if said["status"]:
             progress.show(said["status"])
     return ray.get(running)
-
-
-def _lives(pid: int) -> bool:
-    """Zombies do not: nobody may come to collect a killed driver."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from orchestrator.errors import NotTrustworthy
 from orchestrator.parallel.mesh import Mesh
-from orchestrator.train.shards import DTYPES, Piece, safetensors_header
+from orchestrator.train.shards import DTYPES, Piece, header_of
 
 KEPT_STEPS = 2
 COPIES = 2 * (KEPT_STEPS + 1)
@@ -222,7 +222,7 @@ def pack(pieces: Iterable[Piece], state: dict, *, room: Callable[[int], Tensor])
     text = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     named = [(f"{piece.key}@{piece.start}", piece.tensor.detach()) for piece in pieces if piece.num_rows]
     named = sorted(named, key=lambda pair: -pair[1].element_size()) + [("state", text)]  # so that each is aligned
-    header = safetensors_header(named)
+    header = header_of(named)
     data = room(len(header) + sum(tensor.nbytes for _, tensor in named))
     data[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     offset = len(header)

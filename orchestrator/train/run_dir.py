@@ -5,7 +5,6 @@ created `lock.json`, which its holder renews and a later attempt takes over once
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -15,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from orchestrator.config import Config, from_dict, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.train import storage
 from orchestrator.train.finish import SUMMARY, read_kept
 from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_lines
+from orchestrator.train.processes import born, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -115,24 +116,14 @@ def _locked_folder(folder: str, run_dir: str) -> Iterator[None]:
         raise NotFit(f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another run.dir") from error
     with file:
         file.seek(0)
-        if not _try_lock(file, run_dir) and _is_live(run_dir, file.read(), is_free=lambda: _try_lock(file, run_dir)):
+        locked = partial(try_lock, file, "run.dir", run_dir)
+        if not locked() and _is_live(run_dir, file.read(), is_free=locked):
             file.seek(0)
             raise _in_use(run_dir, file.read())
         file.truncate(0)
         file.write(_holder())
         file.flush()
         yield
-
-
-def _try_lock(file, run_dir: str) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise NotFit(f"run.dir={run_dir}: its file system takes no locks ({error.strerror}); mount it with them, or "
-                     "choose another run.dir") from error
 
 
 @contextlib.contextmanager
@@ -177,8 +168,8 @@ def _is_live(run_dir: str, held: str, *, is_free: Callable[[], bool]) -> bool:
     except ValueError:
         return is_local
     if holder.get("host") == socket.gethostname():
-        born = _born(holder.get("pid"))
-        return is_local or not _is_ours(holder) and born is not None and holder.get("born", born) == born
+        start = born(holder.get("pid"))
+        return is_local or not _is_ours(holder) and start is not None and holder.get("born", start) == start
     first = _last_sign(run_dir, holder)
     deadline = time.monotonic() + min(STALE_S, first + STALE_S - time.time())
     while time.monotonic() < deadline and not is_free():
@@ -208,7 +199,7 @@ def _in_use(run_dir: str, held: str) -> BadRequest:
 
 
 def _holder() -> str:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()),
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()),
                        "since": time.time()})
 
 
@@ -221,15 +212,6 @@ def _still_ours(path: str) -> bool:
 
 def _is_ours(holder: dict) -> bool:
     return all(holder.get(key) == value for key, value in json.loads(_holder()).items() if key != "since")
-
-
-def _born(pid: int | None) -> str | None:
-    """When a process started, in ticks since the machine did: a restarted container gives the same numbers again."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        return None
 
 
 def _yaml(config: Config) -> str:

@@ -6,7 +6,6 @@ every kind of storage. Reading is the library's.
 """
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.hf_files import safetensors_header
 from orchestrator.train import storage
 from orchestrator.train.manifest import (
     KEY,
@@ -227,19 +227,10 @@ class Loader:
 
 def _header(pieces: Sequence[Piece], index: list[tuple[str, Entry]]) -> bytes:
     names = (tensor_name(key, entry, entry.pieces[0]) for key, entry in index)
-    return safetensors_header([(name, piece.tensor) for name, piece in zip(names, pieces, strict=True)])
+    return header_of((name, piece.tensor) for name, piece in zip(names, pieces, strict=True))
 
 
-def safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
-    """Of a file with these tensors one behind the other: its length as 8 bytes, then JSON padded with spaces to a
-    multiple of 8."""
-    fields, offset = {}, 0
-    for name, tensor in tensors:
-        if name in fields:
-            raise ValueError(f"{name}: handed in twice")
-        fields[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def header_of(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
+    """Of a safetensors file with these in it, in order."""
+    return safetensors_header((name, _DTYPE_NAMES[tensor.dtype], tensor.shape, tensor.nbytes)
+                              for name, tensor in tensors)

@@ -11,7 +11,6 @@ once, under a lock that dies with its holder; readers see a whole directory or n
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ import numpy as np
 from orchestrator.config import DataConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
 from orchestrator.train import storage
+from orchestrator.train.processes import try_lock
 from orchestrator.train.texts import documents, find_files
 from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
 
@@ -251,21 +251,14 @@ def _locked(cache: Path, name: str, on_wait: Callable[[], None]) -> Iterator[Non
     """An advisory lock that the kernel drops with its holder; others wait while it gets on."""
     path, written, deadline = cache / f"{name}.lock", None, 0.0
     with open(path, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if written != (written := _bytes_under(cache, f".{name}-*/*")):
-                    deadline = time.monotonic() + LOCK_TIMEOUT_S
-                if time.monotonic() > deadline:
-                    raise NotFit(f"{path}: the process that holds it has written no tokens for {LOCK_TIMEOUT_S:.0f} s; "
-                                 "see what it does, or choose another data.cache_dir") from None
-                on_wait()
-                time.sleep(0.1)
-            except OSError as error:
-                raise NotFit(f"data.cache_dir={cache}: its file system takes no locks ({error.strerror}); choose "
-                             "another directory") from error
+        while not try_lock(file, "data.cache_dir", cache):
+            if written != (written := _bytes_under(cache, f".{name}-*/*")):
+                deadline = time.monotonic() + LOCK_TIMEOUT_S
+            if time.monotonic() > deadline:
+                raise NotFit(f"{path}: the process that holds it has written no tokens for {LOCK_TIMEOUT_S:.0f} s; "
+                             "see what it does, or choose another data.cache_dir")
+            on_wait()
+            time.sleep(0.1)
         yield
 
 

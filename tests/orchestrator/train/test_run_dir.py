@@ -16,6 +16,7 @@ import yaml
 from orchestrator.config import Config, from_dict
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.train import run_dir, storage
+from orchestrator.train.processes import born
 from orchestrator.train.run_dir import claim_run_dir
 
 ROOT = Path(__file__).parents[3]
@@ -80,7 +81,7 @@ def test_an_object_store_directory_is_held_and_taken_over_from_the_dead(tmp_path
         assert claim.config.run.dir == url and storage.exists(lock)
         held = json.loads(storage.read_bytes(lock))
     assert not storage.exists(lock)
-    parent = held | {"pid": os.getppid(), "born": run_dir._born(os.getppid())}
+    parent = held | {"pid": os.getppid(), "born": born(os.getppid())}
     storage.write_bytes(lock, json.dumps(parent | {"born": "7"}).encode())  # a container before this one, say
     with claim_run_dir(config_for(url)) as claim:
         assert claim.attempt == 2
