@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model.attention import rope_table
 from model.cache import Cache
@@ -93,7 +94,7 @@ class Decoder:
         counts = [len(row) for row in rows]
         positions, views = self.drafts.step(slots, counts)
         rope = tuple(table[positions] for table in self.rope)
-        states = torch.nn.utils.rnn.pad_sequence(list(hidden), batch_first=True)
+        states = pad_sequence(list(hidden), batch_first=True)
         module = self.model.mtp["0"]
         out = module.norm(module(states, self._padded(rows), self.model.tok_embeddings, rope, views[0]))
         last = torch.tensor(counts, device=out.device) - 1
@@ -104,8 +105,12 @@ class Decoder:
         return self.model.head(hidden)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.rope[0].device)
+        return padded(rows).to(self.rope[0].device)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """[B, S], zeros after the tokens of shorter rows."""
+    return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
 
 
 @dataclass

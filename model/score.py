@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import rope_table
+from model.generate import padded
 from model.transformer import Transformer
 
 BATCH_TOKENS = 8192
@@ -67,9 +68,8 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 def _hidden(model: Transformer, rows: Sequence[Sequence[int]]) -> Tensor:
     """Normalised hidden states [B, S, D]; what pads shorter rows comes after them and is seen by none of theirs."""
-    width, device = max(map(len, rows)), model.tok_embeddings.weight.device
-    x = model.embed(torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device))
-    rope = rope_table(model.config, width, device)
+    tokens = padded(rows).to(model.tok_embeddings.weight.device)
+    x, rope = model.embed(tokens), rope_table(model.config, tokens.shape[1], tokens.device)
     for block in model.layers.values():
         x = block(x, rope)
     return model.norm(x)

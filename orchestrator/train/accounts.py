@@ -21,7 +21,7 @@ from orchestrator.plan.cost import (
     would_pass,
 )
 from orchestrator.train import metrics
-from orchestrator.train.cadence import Cadence
+from orchestrator.train.cadence import KEPT, Cadence
 from orchestrator.train.control import Recovery, steady
 from orchestrator.train.data import Corpus
 from orchestrator.train.expected import expected
@@ -108,8 +108,8 @@ class Accounts:
             self._recovered()
         self.ledger.charge("data", data_s)
         self.ledger.charge("goodput" if sums.applied else "lost_work", seconds - data_s)
-        self.step_seconds = [*self.step_seconds[-19:], seconds]
-        self.parts = [*self.parts[-19:], parts_s | {"cpu": sums.cpu_s}]
+        self.step_seconds = [*self.step_seconds[1 - KEPT :], seconds]
+        self.parts = [*self.parts[1 - KEPT :], parts_s | {"cpu": sums.cpu_s}]
         self.cadence.step(seconds, saving=saving)
         if sums.applied:
             self.kept_tokens, self.kept_seconds = self.kept_tokens + tokens, self.kept_seconds + seconds

@@ -35,6 +35,7 @@ def check_replicas(mesh: Mesh, pipeline: Pipeline, progress) -> None:
         held = []  # the only copy, and large: nobody could tell
     embeddings = {digest([value]) for value in held}
     ours = [digest(bias for _, bias in biases(pipeline)),
+            # 0 is none; 2 are this rank's own copies that differ, which is like no digest: those are odd numbers
             embeddings.pop() if len(embeddings) == 1 else len(embeddings),
             digest([], json.dumps([state[name] for name in COUNTERS]))]
     table = torch.zeros(mesh.layout.world_size, len(ours), dtype=torch.int64)
@@ -62,7 +63,7 @@ def odd_ones(values: dict[int, int]) -> list[int]:
 
 
 def digest(tensors, text: str = "") -> int:
-    """A hash as a positive int64; 0 is that of nothing."""
+    """A hash as a positive, odd int64; 0 is that of nothing."""
     state, found = hashlib.sha256(text.encode()), bool(text)
     for tensor in tensors:
         state.update(_bytes(tensor))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.transformer import routers
+from model.transformer import moe_layers
 from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.parallel.shard import Shard
 from orchestrator.train.manifest import MissingTensor
@@ -63,13 +63,8 @@ def share_biases(pipeline: Pipeline) -> None:
 
 def biases(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
     """The routers' biases by name: every data-parallel rank of a stage holds the same."""
-    found = []
-    for stage in pipeline.stages:
-        for name, buffer in stage.named_buffers():
-            if name.endswith(".expert_bias"):
-                found.append((name, buffer))
-    assert len(found) == sum(hasattr(r, "expert_bias") for s in pipeline.stages for _, r in routers(s))
-    return found
+    return [(f"{name}.router.expert_bias", moe.router.expert_bias) for stage in pipeline.stages
+            for name, moe in moe_layers(stage) if hasattr(moe.router, "expert_bias")]
 
 
 def _shard_pieces(prefix: str, shard: Shard, rows: Tensor) -> list[Piece]:
