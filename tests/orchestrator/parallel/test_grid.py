@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from model import init
 from model.config import ModelConfig
 from model.transformer import routers
 from orchestrator.config import Config, Recompute, Schedule
@@ -131,11 +132,15 @@ def test_replicas_share_out_rows_where_experts_do_not_divide(ranks, reference, d
     assert all(sizes == owned[0] for sizes in owned)
 
 
-def test_a_replica_that_owns_no_expert_draws_none():
+@pytest.mark.parametrize("experts", [range(6, 8), range(8, 8)])
+def test_a_replica_draws_its_own_experts_and_none_if_it_owns_none(monkeypatch, experts):
     """Four experts over three replicas whose rows do not divide either: the last one has padding alone."""
-    config = make_config(1, 1, 1, "1f1b").model
-    empty = torch.nn.Parameter(torch.empty(0, 64, 48))
-    shard._draw(shard.Shard("layers.1.moe.experts.w13", empty, empty, (8, 64, 48), 8, True, False), config, seed=0)
+    drawn, config = [], make_config(1, 1, 1, "1f1b").model
+    monkeypatch.setattr(init, "initial_rows", lambda name, shape, *_, **__: drawn.append(name) or torch.ones(shape))
+    own = torch.nn.Parameter(torch.zeros(len(experts), 64, 48))
+    shard._draw(shard.Shard("layers.1.moe.experts.w13", own, own, (8, 64, 48), experts.start, True, False), config,
+                seed=0)
+    assert drawn == [f"layers.1.moe.experts.{expert}.w13" for expert in experts] and own.eq(1).all()
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])
