@@ -214,6 +214,8 @@ class HardwareConfig:
     """Devices of one scale-up domain (NVLink)."""
     scale_up_gb_per_s: float | None = None
     """Of one device to its domain, one direction, 1e9 bytes/s."""
+    peer_gb_per_s: float | None = None
+    """Of it to each other device, where no switch lies between them."""
     scale_out_gb_per_s: float | None = None
     """Of one device to other nodes, one direction, 1e9 bytes/s."""
     bf16_best_tflops: float | None = None

@@ -1,24 +1,25 @@
 """From a plan's words to what is asked of the planner; mistakes are told by key, value, rule and remedy."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from math import inf
 
 from model.config import ModelConfig
 from orchestrator.compose import compose_config
-from orchestrator.config import Config, HardwareConfig
+from orchestrator.config import ComputeDtype, Config, HardwareConfig
 from orchestrator.errors import BadRequest
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
-from orchestrator.plan.forecast import OWN, on_cores, routing_of
+from orchestrator.plan.forecast import on_cores, routing_of
 from orchestrator.plan.hardware import at_market
-from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, require
+from orchestrator.plan.layout import LOOPED_SCHEDULES, MOST_RANKS, check_hardware, check_ramp, require
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import Request, default_batch
+from orchestrator.plan.search import DEGREES
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration
 from orchestrator.train.expected import counted, read_calibration
 
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
-
 
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
 """What a bill counts, by the words of a plan; validation and the batch's ramp are keys of train."""
@@ -43,6 +44,12 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     if config.hardware.device == "cuda" and calibration.cores:
         raise BadRequest(f"calibrate={calibration.run}: was measured on a CPU and says nothing of "
                          f"hardware={config.hardware.name}; name a run on such GPUs, or leave it out")
+    if calibration.hardware not in ("", "auto", config.hardware.name):
+        raise BadRequest(f"calibrate={calibration.run}: ran on {calibration.hardware} and says nothing of "
+                         f"hardware={config.hardware.name}; name a run on such devices, or leave it out")
+    if calibration.stack and "stack" in options:
+        raise BadRequest(f"stack={options['stack']}: calibrate={calibration.run} is a run of this program and says "
+                         "nothing of another; leave one of them out")
     devices = config.cluster.nodes * config.cluster.ranks_per_node
     if "gpus" in options:
         devices = int(number("gpus", options["gpus"], whole=True))
@@ -52,21 +59,25 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
         raise BadRequest("gpus: must be given; add gpus=64, or cluster.nodes and cluster.ranks_per_node")
     if "tokens" not in options:
         raise BadRequest("tokens: must be given; add the training tokens, as in tokens=1e12")
-    dtype = options.get("dtype", "bf16")
-    if dtype not in ("bf16", "fp8", "any"):
-        raise BadRequest(f"dtype={dtype}: must be bf16 or fp8, or any of the two; use dtype=bf16")
+    if "train.steps" in given:
+        raise BadRequest(f"{given['train.steps']}: a plan counts its steps from tokens={options['tokens']}; leave it "
+                         "out")
+    if "layout.ep_per_node" in given:
+        raise BadRequest(f"{given['layout.ep_per_node']}: a plan chooses it by the links of the hardware; leave it out")
+    dtype = _dtype(options, config, given)
     try:
         config.model.check()
     except ValueError as error:
         raise BadRequest(str(error)) from None
+    assumptions = Assumptions()
     hardware = at_market(config.hardware, options.get("market", config.hardware.market),
                          given="hardware.usd_per_h" in given)
-    assumptions = Assumptions()
-    stack = stack_named(options.get("stack", "default"))
+    stack = calibration.stack or stack_named(options.get("stack", "default"))
     routing = _routing(options.get("routing"), config.model, calibration)
     if hardware.device != "cuda":
         hardware, assumptions = on_cores(hardware, devices, calibration)
-        stack = OWN if "stack" not in options else stack
+    if not config.layout.overlap:
+        assumptions = replace(assumptions, overlap_cost=inf)
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
     if seq_len > config.model.max_seq_len:
         raise BadRequest(f"train.seq_len={seq_len}: must not exceed model.max_seq_len={config.model.max_seq_len}; "
@@ -77,12 +88,25 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
                          f"{seq_len:,}; use tokens={batch * seq_len} or more, or a smaller train.batch_size")
-    asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype, pinned=_pinned(config, given),
+    asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype,
+                    pinned=_pinned(options, config, given),
                     assumptions=assumptions, calibration=calibration, stack=stack, routing=routing,
                     batch_asked=batch_asked, terms=_terms(options, config),
                     run_words=_run_words(options, config, given, hardware, devices))
     _check_degrees(asked, sized=sized)
     return asked
+
+
+def _dtype(options: dict[str, str], config: Config, given: dict[str, str]) -> str:
+    words = [word for key, word in given.items() if key.split(".")[0] == "precision"]
+    if words and "dtype" in options:
+        raise BadRequest(f"{words[0]}: dtype={options['dtype']} says it as well; leave one of them out")
+    if words and config.precision.compute_dtype is ComputeDtype.fp32 and not config.precision.fp8:
+        raise BadRequest(f"{words[0]}: a plan is of products in bf16 or fp8; use precision=bf16")
+    dtype = options.get("dtype", "fp8" if words and config.precision.fp8 else "bf16")
+    if dtype not in ("bf16", "fp8", "any"):
+        raise BadRequest(f"dtype={dtype}: must be bf16 or fp8, or any of the two; use dtype=bf16")
+    return dtype
 
 
 def _terms(options: dict[str, str], config: Config) -> Terms:
@@ -100,7 +124,9 @@ def _run_words(options: dict[str, str], config: Config, given: dict[str, str], h
                devices: int) -> tuple[str, ...]:
     """Those that `train` takes as they stand: hardware, cluster, a batch ramp. gpus= may have made the cluster another
     one, and market= the price."""
-    words = [given[key] for key in given if key.split(".")[0] not in ("model", "layout") and key not in PLANNED]
+    words = [given[key] for key in given if key.split(".")[0] not in ("model", "layout", "precision")
+             and key not in PLANNED]
+    words += [word for key, word in given.items() if key == "layout.overlap"]
     nodes, ranks = config.cluster.nodes, config.cluster.ranks_per_node
     if (nodes or ranks) and nodes * ranks != devices:
         nodes, ranks = (devices // ranks, ranks) if ranks and devices % ranks == 0 else (0, 0)
@@ -111,7 +137,7 @@ def _run_words(options: dict[str, str], config: Config, given: dict[str, str], h
     return tuple(words)
 
 
-PLANNED = ("precision", "train.batch_size", "train.seq_len", "train.steps")
+PLANNED = ("train.batch_size", "train.seq_len")
 """Keys that a plan sets itself."""
 
 
@@ -135,9 +161,19 @@ def _routing(asked: str | None, model: ModelConfig, calibration: Calibration) ->
     return Routing(asked, counts)
 
 
-def _pinned(config: Config, given: dict[str, str]) -> tuple[tuple[str, object], ...]:
+def _pinned(options: dict[str, str], config: Config, given: dict[str, str]) -> tuple[tuple[str, object], ...]:
     """Keys of the layout that were given hold for every layout."""
     values = {key: getattr(config.layout, key) for key in PINNED if f"layout.{key}" in given}
+    for key, value in values.items():
+        if isinstance(value, int):
+            require(value >= 1, f"layout.{key}", value, "must be at least 1", "use 1 or more, or leave it to the plan")
+    looped = config.layout.schedule in LOOPED_SCHEDULES
+    require(values.get("stages_per_rank", 2) > 1 or not looped, "layout.stages_per_rank", 1,
+            f"must be at least 2 with layout.schedule={config.layout.schedule.name}", "use 2 or more")
+    for key in (*DEGREES, "zero"):
+        if key in options:
+            values[key] = int(number(key, options[key], whole=True, example="1"))
+    require(values.get("zero", 1) <= 3, "zero", values.get("zero"), "must be a ZeRO stage, 1 to 3", "use zero=1")
     return tuple((key, getattr(value, "name", value)) for key, value in values.items())
 
 

@@ -9,7 +9,7 @@ from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.money import money, terms_of
 from orchestrator.plan.planner import Plan, Request, make_plan, to_json
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
-from orchestrator.plan.search import layouts
+from orchestrator.plan.search import DEGREES, layouts
 from orchestrator.plan.workload import MOST_MICROBATCHES
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
@@ -20,7 +20,7 @@ from orchestrator.plan_table import print_plan, reasons
 from orchestrator.words import plain
 
 OPTIONS = ("tokens", "gpus", "dtype", "stack", "routing", "out", "html", "explain", "market", "multiplier_from",
-           "calibrate", *QUESTIONS, *TERMS)
+           "calibrate", *DEGREES, "zero", *QUESTIONS, *TERMS)
 
 
 def run(arguments: list[str]) -> int:

@@ -47,7 +47,7 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     launches = work.assumptions.operators + (work.assumptions.operators_moe if moe else 0)
     moved = hidden / split + (heads + work.assumptions.moe_light * routed + once) / work.tp
     light = overhead * (tokens * moved / rates.bytes_per_s + launches * gap)
-    tensor, context = tensor_s(work) * (1 - work.stack.tensor_hidden), context_s(work, core)
+    tensor, context = tensor_s(work, moe) * (1 - work.stack.tensor_hidden), context_s(work, core)
     if moe:
         each = work.stack.expert_launches * (1 if work.dtype == "bf16" else 4)
         launches += each * work.model.n_routed_experts / work.ep
@@ -55,11 +55,13 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     ahead = max(forward + core + light, host)
     weights += WEIGHT_LIGHT * light
     behind = inputs + 2.5 * core / work.assumptions.attention_backward + (BACKWARD_LIGHT - WEIGHT_LIGHT) * light
-    again = {Recompute.none: 0.0, Recompute.selective: core, Recompute.full: ahead + tensor + context}[work.recompute]
-    if work.recompute is Recompute.selective and model.attention is Attention.mla:
-        again = _cheap_again(work, rates, tokens / work.tp)
-    if work.recompute is Recompute.selective and work.stack.recomputed:
-        again = work.stack.recomputed * forward + light
+    again = ahead + tensor + context if work.recompute is Recompute.full else 0.0
+    if work.recompute is Recompute.selective:
+        again = _cheap_again(work, rates, moe)
+        if work.stack.recomputes_core and model.attention is not Attention.mla:
+            again = core
+        elif work.stack.recomputed:
+            again = work.stack.recomputed * forward + light
     behind = max(behind, 2 * host - weights)
     sent, up = dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
     return LayerTime(ahead + tensor + context, behind + again + tensor + context, weights, sent, up,
@@ -120,14 +122,19 @@ def _core(work: Workload, rates: Rates, tokens: float) -> float:
     return core_s(rates, flops, work.seq_len, width)
 
 
-def _cheap_again(work: Workload, rates: Rates, tokens: float) -> float:
-    """What V3 computes again (report, section 3.2.3): MLA's up-projections, and RMSNorms by bytes."""
-    model = work.model
-    low = work.dtype != "bf16"
+def _cheap_again(work: Workload, rates: Rates, moe: bool) -> float:
+    """What V3 computes again (report, sections 3.2.3 and 3.3.3): MLA's up-projections; RMSNorms and SwiGLU by bytes,
+    which is all that other attention has."""
+    model, tokens, low = work.model, work.microbatch_tokens / work.tp, work.dtype != "bf16"
+    inner = model.inter_dim
+    if moe:
+        inner = model.moe_inter_dim * (model.n_activated_experts * work.felt_imbalance + model.n_shared_experts)
+    light = tokens * (2 * 4 * model.dim + 6 * inner) / rates.bytes_per_s
+    if model.attention is not Attention.mla:
+        return light
     up = product_s(rates, tokens, model.n_heads * model.qk_head_dim, max(1, model.q_lora_rank), low=low)
-    up += product_s(rates, tokens, model.n_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank,
-                    low=low)
-    return up + tokens * 2 * 4 * model.dim / rates.bytes_per_s
+    return light + up + product_s(rates, tokens, model.n_heads * (model.qk_nope_head_dim + model.v_head_dim),
+                                  model.kv_lora_rank, low=low)
 
 
 def head_time(work: Workload) -> LayerTime:

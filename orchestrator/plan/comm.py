@@ -5,16 +5,21 @@ here: the experts' all-to-all and pipeline sends (`estimate`), which the schedul
 """
 
 from model.config import Attention
+from orchestrator.plan.exchange import scale_up_bytes_per_s
 from orchestrator.plan.workload import Workload, rank_parameters
 
 
-def tensor_s(work: Workload) -> float:
+def tensor_s(work: Workload, moe: bool) -> float:
     """Seconds of one block's forward: two all-gathers and two reduce-scatters of its tokens (Korthikanti et al.,
-    figure 5), as many bytes as two all-reduces without sequence parallelism. Backward takes as long. Not overlapped."""
+    figure 5), as many bytes as two all-reduces without sequence parallelism. Backward takes as long. Not overlapped.
+    Tokens leave for their experts from the ranks that share them, so that without shared or split experts attention's
+    half is all."""
     if work.tp == 1:
         return 0.0
+    whole = not moe or work.model.n_shared_experts or work.etp > 1 or not work.stack.sequence_parallel
     payload = work.microbatch_tokens * work.model.dim * 2 * (work.tp - 1) / work.tp
-    return 4 * (payload / _ring(work, work.tp) + work.assumptions.latency_s + (work.tp - 1) * work.assumptions.hop_s)
+    each = payload / _ring(work, work.tp) + work.assumptions.latency_s + (work.tp - 1) * work.assumptions.hop_s
+    return (4 if whole else 2) * each
 
 
 def context_s(work: Workload, core_s: float) -> float:
@@ -43,7 +48,7 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
     hardware = work.hardware
     ranks = work.devices if work.copies > 1 else work.replicas * work.tp  # copies are at a pipeline's two ends
-    together = hardware.scale_up_gb_per_s * 1e9
+    together = scale_up_bytes_per_s(hardware, ranks)
     if ranks > hardware.scale_up_devices:
         sharing = max(1, hardware.scale_up_devices // work.tp)
         together = min(together, hardware.scale_out_gb_per_s * sharing * 1e9)
@@ -51,15 +56,22 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     others = (work.replicas - 1) / work.replicas, (work.expert_replicas - 1) / work.expert_replicas
     per_byte = (dense * others[0] / together + experts * others[1] / alone) / work.assumptions.network
     shown, blocks = 1 - work.stack.reduce_hidden, max(map(len, ranges)) * len({a.stage for s in table[0] for a in s})
-    buckets = (blocks + 1) + blocks * (work.expert_replicas > 1 and experts > 0)
+    start = _around(work, work.replicas) * (blocks + 1)  # a collective for each block, of its experts another
+    if work.expert_replicas > 1 and experts:
+        start += _around(work, work.expert_replicas) * blocks
     if work.zero == 0:
-        return 2 * work.stack.gradient_bytes * per_byte * shown
+        return (2 * work.stack.gradient_bytes * per_byte + 2 * start) * shown
     if work.zero == 1:
-        return (work.stack.gradient_bytes + 2) * per_byte * shown + 2 * buckets * work.assumptions.bucket_s
+        return ((work.stack.gradient_bytes + 2) * per_byte + 2 * start) * shown
     once, each = (2, work.stack.gradient_bytes) if work.zero == 2 else (0, work.stack.gradient_bytes + 4)
-    whole = each * per_byte * work.microbatches
+    whole = (each * per_byte + (1 if work.zero == 2 else 3) * start) * work.microbatches
     exposed = max(0.0, whole - compute_s) + (1 - work.assumptions.behind) * min(whole, compute_s)
-    return exposed + once * per_byte * shown
+    return exposed + (once * per_byte + start * (work.zero == 2)) * shown
+
+
+def _around(work: Workload, ranks: int) -> float:
+    """Seconds that a ring over so many ranks takes beyond its bytes."""
+    return work.assumptions.bucket_s + work.assumptions.latency_s + (ranks - 1) * work.assumptions.hop_s
 
 
 def _link(work: Workload, ranks: int) -> float:
@@ -67,8 +79,8 @@ def _link(work: Workload, ranks: int) -> float:
     hardware = work.hardware
     if ranks > hardware.scale_up_devices:
         return hardware.scale_out_gb_per_s * 1e9 * work.assumptions.network
-    few = 1 - work.assumptions.few_ranks / ranks**2
-    return hardware.scale_up_gb_per_s * 1e9 * work.assumptions.network * few
+    few = 1.0 if hardware.peer_gb_per_s else 1 - work.assumptions.few_ranks / ranks**2
+    return scale_up_bytes_per_s(hardware, ranks) * work.assumptions.network * few
 
 
 def _ring(work: Workload, ranks: int) -> float:

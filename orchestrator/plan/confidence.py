@@ -1,7 +1,8 @@
 """How a prediction was made, and the band that it carries: what eight of ten published runs of its kind lay within.
 
-`measured` is a run's own calibration; `calibrated` has the device's shares and the stack's scalar fitted to published
-runs; `formula` lacks the stack's; `extrapolated` lacks the device's: no published run with a layout exists for it.
+`measured` is calibrated on a run of this model; `calibrated` on one of another model, or has the device's shares and
+the stack's scalar fitted to published runs; `formula` lacks the stack's; `extrapolated` lacks the device's: no
+published run with a layout exists for it.
 """
 
 from functools import lru_cache
@@ -14,7 +15,7 @@ from orchestrator.plan.workload import Workload
 
 def made(work: Workload) -> str:
     if work.calibration.run:
-        return "measured"
+        return "measured" if work.calibration.model == work.model.name else "calibrated"
     if work.hardware.gemm_share is None:
         return "extrapolated"
     return "calibrated" if work.stack.rows else "formula"

@@ -13,7 +13,7 @@ from math import inf
 from orchestrator.config import HardwareConfig, Recompute
 from orchestrator.plan.block import LayerTime, head_time, layer_time
 from orchestrator.plan.comm import reduce_s
-from orchestrator.plan.exchange import all_to_all_s
+from orchestrator.plan.exchange import all_to_all_s, scale_up_bytes_per_s
 from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.simulate import StageTime, Timeline, simulate
 from orchestrator.plan.workload import Workload, is_last, pipeline_of, rank_parameters
@@ -120,8 +120,7 @@ def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:
 
 
 def _link_bytes_per_s(work: Workload, *, crossing_nodes: bool) -> float:
-    hardware = work.hardware
-    return (hardware.scale_out_gb_per_s if crossing_nodes else hardware.scale_up_gb_per_s) * 1e9
+    return work.hardware.scale_out_gb_per_s * 1e9 if crossing_nodes else scale_up_bytes_per_s(work.hardware, 2)
 
 
 def linked(hardware: HardwareConfig, devices: int) -> HardwareConfig:

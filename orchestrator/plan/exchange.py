@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.config import ModelConfig
+from orchestrator.config import HardwareConfig
 from orchestrator.plan.workload import Workload
 
 NAMED = {"balanced": 1.0, "bias": 1.15, "unbalanced": 2.0}
@@ -88,6 +89,12 @@ def _distinct(places: float, draws: float) -> float:
 
 def all_to_all_s(work: Workload, sent_bytes: float, up_bytes: float, share: float) -> float:
     """Scale-out and scale-up links work at once; the slower one sets the pace."""
-    hardware = work.hardware
-    return max(sent_bytes / (hardware.scale_out_gb_per_s * 1e9 * share), up_bytes / (hardware.scale_up_gb_per_s * 1e9
-                                                                                    * share))
+    ranks = min(work.ep * work.etp, work.hardware.scale_up_devices)
+    return max(sent_bytes / (work.hardware.scale_out_gb_per_s * 1e9), up_bytes / scale_up_bytes_per_s(work.hardware,
+                                                                                                     ranks)) / share
+
+
+def scale_up_bytes_per_s(hardware: HardwareConfig, ranks: int) -> float:
+    """Of one of so many ranks in a domain, one direction: without a switch it has a link to each of the others."""
+    whole = hardware.scale_up_gb_per_s
+    return 1e9 * (min(whole, max(1, ranks - 1) * hardware.peer_gb_per_s) if hardware.peer_gb_per_s else whole)

@@ -82,7 +82,8 @@ def calibrate(config: Config, machine: Machine, measured: dict, run: str,
     expected = forecast(config, machine, base)
     return replace(base, forward_backward=measured["forward_backward_s"] / expected["forward_backward_s"],
                    optimizer=measured["optimizer_s"] / expected["optimizer_s"] if expected["optimizer_s"] else 1.0,
-                   run=run)
+                   run=run, model=config.model.name, hardware=config.hardware.name,
+                   stack=workload_of(config, machine, base).stack)
 
 
 def workload_of(config: Config, machine: Machine, calibration: Calibration = Calibration()) -> Workload:

@@ -46,7 +46,8 @@ class Keeping:
     eager: bool = False
     """As torch's autograd, FSDP2 and pipelining do unless told otherwise: gradients are made by a stage's first
     backward of a step and reduced as copies; a stage's output is kept until its backward; from a backward's input part
-    to its weight part, gradients of every product's and norm's output are kept."""
+    to its weight part, gradients of every product's and norm's output are kept; MTP modules have their copy of the
+    embedding beside the embedding itself too."""
     gathers_tokens: bool = False
     """Expert-parallel ranks gather each other's tokens whole, rather than exchange rows."""
     padded_values: bool = False

@@ -6,7 +6,7 @@ flight is read off the schedule's table. The peak is the largest sum over a rank
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from model.config import ModelConfig
@@ -20,6 +20,7 @@ from orchestrator.plan.activations import (
     loss_bytes,
     stream,
 )
+from orchestrator.plan.keeping import PLANNED
 from orchestrator.plan.layout import stages_of
 from orchestrator.plan.schedule import actions, dualpipe
 from orchestrator.plan.workload import Workload, is_last, largest_block, stage_layers, stage_parameters, tables
@@ -171,7 +172,7 @@ def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_ra
                microbatches: int, eager: bool) -> list[_Group]:
     model = ModelConfig(**dict(shape))
     work = Workload(model, HardwareConfig(), seq_len, 1, pp, 1, 1, schedule, microbatches, stages_per_rank,
-                    even_stages=even)
+                    even_stages=even, keeping=replace(PLANNED, eager=eager))
     ranges, groups = stage_layers(work), {}
     for rank, cases in enumerate(in_flight(work)):
         stages = stages_on(work, rank)

@@ -30,6 +30,8 @@ SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.
 VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
+DEGREES = ("tp", "cp")
+"""That only others' programs have, beside a ZeRO stage."""
 KINDS = ("needs ", "slower: ", "saves memory", "split backward", "at least", "equal rounds", " stages for ", "replicas",
          "leaves a rank", "equal parts", "was asked for", "microbatches a step")
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
@@ -155,7 +157,7 @@ def _cells(request: Request) -> list[_Cell]:
     for work in islice(layouts(request), 1):
         check_hardware(work)
     cells = [_Cell(work, _even_s(work, layers)) for work in layouts(request)
-             if request.asks(work, "pp", "dp", "ep", "microbatches")]
+             if request.asks(work, "pp", "dp", "ep", "microbatches", *DEGREES)]
     return sorted(cells, key=lambda cell: cell.floor_s)
 
 

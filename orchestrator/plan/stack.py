@@ -32,7 +32,9 @@ class Stack:
     """Share of gradient reduction and weight gathering that runs behind the pipeline."""
     recomputed: float = 0.0
     """Share of its products that a block does again in selective recompute, beside all memory-bound operators
-    (torchtitan's saves every second product and attention); 0: the attention core, as Megatron's."""
+    (torchtitan's saves every second product and attention)."""
+    recomputes_core: bool = False
+    """Selective recompute is of the attention core (Megatron's), where keys and values are not latent."""
     gradient_bytes: float = 4.0
     """Of a gradient on the wire."""
     graphs: float = 0.0

@@ -99,6 +99,10 @@ class Calibration:
     counts: tuple[tuple[float, ...], ...] = ()
     """That run's tokens per expert, of each layer and step that was counted."""
     run: str = ""
+    model: str = ""
+    hardware: str = ""
+    stack: Stack | None = None
+    """What that run was predicted with before, which its figures are over."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ def illegal(work: Workload) -> str | None:
             return f"{work.schedule} wants at least {least} microbatches, not {micro}"
         if schedule in LOOPED_SCHEDULES and micro % max(1, micro // pp):
             return f"{work.schedule} wants microbatches in equal rounds of {pp} ranks, not {micro}"
-    if work.schedule in SPLIT and work.recompute is Recompute.full:
+    if work.schedule in (*SPLIT, "dualpipe") and work.recompute is Recompute.full:
         return f"{work.schedule} wants no recompute: its split backward cannot go with it"
     if stages > work.model.n_layers:
         return f"{stages} stages for {work.model.n_layers} layers"
@@ -251,6 +255,12 @@ def is_first(work: Workload, stage: int) -> bool:
     return stage == 0 or (work.schedule == "dualpipe" and stage == work.pp)
 
 
+def _ends_meet(work: Workload) -> bool:
+    """Whether the last stage's rank has the first, whose embedding MTP modules use (V3 report, section 3.2.3)."""
+    folded = work.schedule == "dualpipe" or Schedule[work.schedule] in V_SCHEDULES
+    return work.pp > 1 and folded and not work.keeping.eager
+
+
 def rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[float, float]:
     """Parameters on one rank: its share of those outside the routed experts, and of the experts."""
     stages = {action.stage for slot in row for action in slot}
@@ -260,8 +270,9 @@ def rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[flo
 
 def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[float, float]:
     """The same of one stage. Its last one has the head and the MTP modules, and copies of the embedding for these
-    where the first stage is another one."""
+    where the first stage is on another rank, or the program copies it all the same."""
     model, first, last = work.model, is_first(work, stage), is_last(work, stage, len(ranges))
+    shared = first or _ends_meet(work)
     sizes = _sizes(tuple(vars(model).items()))
     moe = sum(model.is_moe(layer) for layer in ranges[stage])
     dense = moe * sizes.moe + (len(ranges[stage]) - moe) * sizes.dense
@@ -270,7 +281,7 @@ def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[f
         dense += table
     if last:
         own = not (first and model.tie_embeddings)
-        dense += sizes.mtp + model.dim + (table if own else 0) + (0 if first else model.n_mtp_layers * table)
+        dense += sizes.mtp + model.dim + (table if own else 0) + (0 if shared else model.n_mtp_layers * table)
         routed += sizes.mtp_routed
     return dense / work.tp, routed / (work.ep * work.etp)
 
@@ -281,15 +292,16 @@ def tables(work: Workload, stage: int, ranges: list[range]) -> tuple[float, floa
     model, first, last = work.model, is_first(work, stage), is_last(work, stage, len(ranges))
     table = model.vocab_size * model.dim
     looked_up = 0 if first and last and model.tie_embeddings else table * first
-    looked_up += model.n_mtp_layers * table if last and not first else 0
+    looked_up += 0 if first or _ends_meet(work) or not last else model.n_mtp_layers * table
     heads = table + model.n_mtp_layers * 2 * model.dim**2 if last else 0
     return looked_up / work.tp, heads / work.tp
 
 
 def largest_block(work: Workload) -> float:
-    """Parameters of the largest block outside its routed experts, on one rank."""
+    """Parameters of the largest block on one rank, without experts that no other rank has."""
     sizes = _sizes(tuple(vars(work.model).items()))
-    return max(sizes.moe, sizes.dense) / work.tp
+    routed = sizes.routed / (work.ep * work.etp) if work.expert_replicas > 1 else 0.0
+    return max(sizes.moe / work.tp + routed, sizes.dense / work.tp)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ def expected(config: Config, machine: Machine) -> dict:
         learnt = read_calibration(config.run.calibrate)
         if learnt.run and bool(learnt.cores) != (machine.device == "cpu"):
             raise BadRequest(f"run.calibrate={learnt.run} ran on another kind of device")
+        if learnt.hardware not in ("", "auto", config.hardware.name):
+            raise BadRequest(f"run.calibrate={learnt.run} ran on {learnt.hardware}")
         return forecast(config, machine, learnt)
     except ValueError as error:
         return {"how": f"not predicted: {error}"}

@@ -9,6 +9,7 @@ from orchestrator.config import Recompute
 from orchestrator.plan.block import layer_time
 from orchestrator.plan.comm import context_s, reduce_s, tensor_s
 from orchestrator.plan.estimate import estimate
+from orchestrator.plan.exchange import scale_up_bytes_per_s
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
 
@@ -23,10 +24,16 @@ def test_tensor_ranks_move_the_bytes_of_two_all_reduces(work):
     alone = replace(work.assumptions, latency_s=0.0, hop_s=0.0, few_ranks=0.0)
     two = replace(work, tp=2, assumptions=alone)
     all_reduces = 2 * 2 * (1 / 2) * two.microbatch_tokens * 7168 * 2
-    assert tensor_s(two) == pytest.approx(all_reduces / (200e9 * 0.8))
+    assert tensor_s(two, False) == tensor_s(two, True) == pytest.approx(all_reduces / (200e9 * 0.8))
     slower = replace(two, assumptions=replace(alone, few_ranks=1.06))
-    assert tensor_s(slower) == pytest.approx(tensor_s(two) / 0.735), "as measured of two ranks against eight"
-    assert tensor_s(work) == 0.0 and tensor_s(replace(work, tp=16)) > tensor_s(replace(work, tp=8))
+    assert tensor_s(slower, False) == pytest.approx(tensor_s(two, False) / 0.735), "as measured of two against eight"
+    assert tensor_s(work, False) == 0.0 < tensor_s(replace(work, tp=8), False) < tensor_s(replace(work, tp=16), False)
+
+
+def test_tokens_leave_for_their_experts_from_the_ranks_that_share_them(work):
+    routed = replace(work, tp=2, model=replace(work.model, n_shared_experts=0))
+    assert tensor_s(routed, True) == pytest.approx(tensor_s(routed, False) / 2), "attention gathers and scatters alone"
+    assert tensor_s(replace(routed, etp=2), True) == tensor_s(routed, False)
 
 
 def test_tensor_ranks_share_a_layers_products_and_its_dense_parameters(work):
@@ -46,6 +53,7 @@ def test_a_ring_of_keys_is_hidden_behind_an_attention_core_that_is_long_enough(w
 
 def test_zero_stage_3_hides_its_gathers_as_far_as_computation_goes(work):
     ranges, table, _ = pipeline_of(work)
+    work = replace(work, assumptions=replace(work.assumptions, latency_s=0.0, hop_s=0.0))
     once = reduce_s(work, ranges, table, 0.0)
     three = replace(work, zero=3)
     shown = reduce_s(three, ranges, table, 0.0)
@@ -57,3 +65,20 @@ def test_selective_recompute_lies_between_none_and_full(work):
     none, selective, full = (estimate(replace(work, recompute=how)).step_time_s
                              for how in (Recompute.none, Recompute.selective, Recompute.full))
     assert none < selective < full
+
+
+def test_a_ring_of_many_replicas_takes_longer_than_its_bytes(work):
+    """A collective for each block, and for its experts; each goes once around for gradients and once for weights."""
+    ranges, table, _ = pipeline_of(work)
+    bytes_alone = replace(work, assumptions=replace(work.assumptions, latency_s=0.0, hop_s=0.0))
+    blocks, around = max(map(len, ranges)), 10e-6 + 127 * 3e-6
+    experts = 10e-6 + 1 * 3e-6
+    found = reduce_s(work, ranges, table, 0.0) - reduce_s(bytes_alone, ranges, table, 0.0)
+    assert found == pytest.approx(2 * ((blocks + 1) * around + blocks * experts))
+
+
+def test_without_a_switch_a_rank_has_one_link_to_each_other():
+    """MI300X: 448 GB/s to seven peers, 64 to one."""
+    mi300x = catalogue()["mi300x"]
+    assert [scale_up_bytes_per_s(mi300x, ranks) for ranks in (2, 4, 8)] == [64e9, 192e9, 448e9]
+    assert scale_up_bytes_per_s(catalogue()["h800"], 2) == 200e9

@@ -15,7 +15,7 @@ from orchestrator.plan.exchange import Routing, dispatch_bytes, imbalance_of, no
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.kernels import fill, product_s, rates_of
 from orchestrator.plan.stack import Stack, stack_named, stacks
-from orchestrator.plan.workload import Assumptions, Workload, stage_layers
+from orchestrator.plan.workload import Assumptions, Calibration, Workload, stage_layers
 
 H100 = catalogue()["h100"]
 RATES = rates_of(H100, "bf16", Assumptions())
@@ -134,10 +134,24 @@ def test_layers_of_others_runs_are_split_as_megatron_does(pp, per_rank, layers, 
     assert len(set(found[1:-1])) == 1
 
 
+def test_selective_recompute_does_again_what_it_does_not_keep():
+    """Norms and SwiGLU by bytes; Megatron's is of the attention core. Either is less than a whole forward."""
+    model = compose_config(["model=qwen3_235b"]).model
+    none = Workload(model, H100, 32768, 64, 8, 8, 8, "1f1b", 8)
+    light, core = (layer_time(replace(none, recompute=Recompute.selective, stack=Stack(recomputes_core=core)), True).
+                   backward - layer_time(none, True).backward for core in (False, True))
+    moved = none.microbatch_tokens * (8 * model.dim + 6 * model.moe_inter_dim * model.n_activated_experts)
+    assert light == pytest.approx(moved / (H100.memory_gb_per_s * 1e9 * none.assumptions.memory), rel=0.01)
+    assert 5 * light < core < layer_time(none, True).forward
+
+
 def test_a_prediction_says_how_it_was_made_and_how_far_it_may_be_off(moe):
     known = replace(moe, stack=stack_named("nemo_25"))
     assert [made(known), made(moe), made(replace(moe, hardware=catalogue()["l40s"]))] == [
         "calibrated", "formula", "extrapolated"]
+    run = Calibration(run="runs/before", model=moe.model.name)
+    assert made(replace(moe, calibration=run)) == "measured"
+    assert made(replace(moe, calibration=replace(run, model="another"))) == "calibrated"
     widths = [band(replace(moe, stack=stack, hardware=hardware)) for stack, hardware in (
         (known.stack, H100), (moe.stack, H100), (moe.stack, catalogue()["l40s"]))]
     assert all(low < 1.1 and high > 1 for low, high in widths)

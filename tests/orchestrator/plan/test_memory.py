@@ -202,3 +202,30 @@ def test_a_tied_embedding_on_one_rank_is_held_once(v3):
     work = replace(v3, model=replace(model, tie_embeddings=True), pp=1, dp=1, ep=1, schedule="1f1b")
     ranges, table, _ = pipeline_of(work)
     assert sum(rank_parameters(work, ranges, table[0])) == count.parameters(work.model, mtp=True).total
+
+
+def test_gathered_weights_and_reduced_gradients_have_the_experts_that_others_have_too():
+    """Mixtral 8x22B on 32 ranks without expert parallelism: a block's experts are 2.4B parameters."""
+    model = compose_config(["model=mixtral_8x22b"]).model
+    work = Workload(model, catalogue()["h100"], 4096, 128, 1, 32, 1, "1f1b", 4, zero=3, recompute=Recompute.full)
+    block = count.layer_parameters(model, 0).total
+    assert block > 2.4e9 and memory_gib(work)["buffers"] == pytest.approx((2 * 2 + 4) * block / GIB)
+    own_experts = replace(work, ep=8, dp=8)  # one expert on each rank, that no other has
+    dense = block - count.layer_parameters(model, 0).routed_experts
+    rows = 2 * 2 * own_experts.microbatch_tokens * model.dim * model.n_activated_experts
+    assert memory_gib(own_experts)["buffers"] == pytest.approx(((2 * 2 + 4) * dense + rows) / GIB)
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev", "dualpipe"])
+def test_mtp_uses_the_embedding_of_its_own_rank(v3, schedule):
+    """V3 report, section 3.2.3: one rank has the first layers and the last, and MTP shares its embedding; `train` has a
+    copy there too, and whose first stage is on another rank has one."""
+    table = v3.model.vocab_size * v3.model.dim
+    work = replace(v3, schedule=schedule)
+    copied = replace(work, keeping=replace(work.keeping, eager=True))
+    sizes = [rank_parameters(each, *(pipeline_of(each)[0], pipeline_of(each)[1][0]))[0] for each in (work, copied)]
+    assert sizes[1] - sizes[0] == pytest.approx(v3.model.n_mtp_layers * table)
+    apart = replace(v3, schedule="1f1b")
+    ranges, rows, _ = pipeline_of(apart)
+    last = rank_parameters(apart, ranges, rows[-1])[0]
+    assert rank_parameters(replace(apart, keeping=copied.keeping), ranges, rows[-1])[0] == last

@@ -290,7 +290,7 @@ def test_every_layout_in_the_table_says_why_it_is_there(small):
 @pytest.mark.parametrize("market, price_per_h", [("on_demand", 2.99), ("reserved", 2.35), ("spot", 1.25)])
 def test_the_market_sets_the_price(small, market, price_per_h):
     given = ["model=moonlight_16b", "hardware=h100"]
-    asked = read_request({"tokens": "1e12", "gpus": "16", "market": market}, compose_config(given), set())
+    asked = read_request({"tokens": "1e12", "gpus": "16", "market": market}, compose_config(given), {})
     bill = bill_of(dataclasses.replace(small[0], hardware=asked.hardware), small[1].candidates[0], Terms())
     assert bill["price"]["usd_per_h"] == price_per_h and bill["price"]["market"] == market
     assert bill["steady"]["usd"] == pytest.approx(bill["steady"]["gpu_hours"] * price_per_h)

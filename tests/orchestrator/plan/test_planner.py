@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from orchestrator.plan.runs import cannot_run, not_run, overrides_of
 from orchestrator.plan.search import illegal, layouts
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
+from orchestrator.plan_request import compose_plan, read_request
 
 ROOT = Path(__file__).parents[3]
 ALL = [schedule.name for schedule in Schedule]
@@ -76,12 +78,13 @@ def test_parts_sum_to_the_step_and_components_to_the_memory(v3):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zbv", "dualpipe"])
 def test_all_ranks_parameters_are_the_models(schedule):
-    """Twice with dualpipe; an MTP module on another rank than the embedding has its own copy of it."""
+    """Twice with dualpipe; an MTP module has a copy of the embedding where that is on another rank."""
     work = Workload(model("deepseek_v3"), catalogue()["h800"], 4096, 512, 4, 64, 64, schedule, 16)
     ranges, table, _ = pipeline_of(work)
     shares = [rank_parameters(work, ranges, row) for row in table]
     embedding = work.model.vocab_size * work.model.dim
-    whole = count.parameters(work.model, mtp=True).total + embedding
+    apart = schedule in ("1f1b", "interleaved_1f1b")
+    whole = count.parameters(work.model, mtp=True).total + apart * embedding
     copies = 2 if schedule == "dualpipe" else 1
     assert sum(dense + experts * 64 for dense, experts in shares) == pytest.approx(copies * whole, rel=1e-4)
 
@@ -178,6 +181,39 @@ def test_tokens_go_as_the_plan_prices_them(v3, name, ep, stack, per_node):
     work = dataclasses.replace(v3, model=model(name), ep=ep, stack=stack_named(stack), schedule="dualpipev")
     found = dict(word.split("=") for word in overrides_of(work))
     assert found.get("layout.ep_per_node") == per_node
+
+
+@pytest.mark.parametrize("options, words, message", [
+    ({}, ["layout.pp=0"], "layout.pp=0: must be at least 1"), ({}, ["layout.dp=-2"], "layout.dp=-2: must be at least"),
+    ({}, ["layout.microbatches=-4"], "layout.microbatches=-4: must be at least 1"),
+    ({}, ["layout.schedule=interleaved_1f1b", "layout.stages_per_rank=1"], "layout.stages_per_rank=1: must be at lea"),
+    ({}, ["precision=fp32"], "precision=fp32: a plan is of products in bf16 or fp8"),
+    ({"dtype": "bf16"}, ["precision=fp8"], "precision=fp8: dtype=bf16 says it as well"),
+    ({}, ["train.steps=5"], "train.steps=5: a plan counts its steps from tokens=1e9"),
+    ({}, ["layout.ep_per_node=4"], "layout.ep_per_node=4: a plan chooses it"),
+    ({"zero": "4"}, [], "zero=4: must be a ZeRO stage"), ({"tp": "0"}, [], "tp=0: must be a positive whole"),
+])
+def test_words_that_a_plan_cannot_honour_are_refused(options, words, message):
+    config, given = compose_plan(["model=deepseek_v2_lite", "hardware=h100", *words])
+    with pytest.raises(BadRequest, match=message):
+        read_request({"gpus": "8", "tokens": "1e9"} | options, config, given)
+
+
+def test_words_that_hold_for_the_run_hold_for_its_plan():
+    """FP8, pairs in turn, no tensor parallelism: as asked for, in the plan and in the command that it prints."""
+    config, given = compose_plan(["model=deepseek_v2_lite", "hardware=h100", "precision=fp8", "layout.overlap=false"])
+    asked = read_request({"gpus": "8", "tokens": "1e9", "tp": "1", "cp": "1", "zero": "1"}, config, given)
+    found = make_plan(dataclasses.replace(asked, keep=2)).candidates
+    assert {(each.work.tp, each.work.cp, each.work.zero, each.work.dtype) for each in found} == {(1, 1, 1, "fp8")}
+    words = overrides_of(found[0].work, others=asked.run_words)
+    assert "precision=fp8" in words and "layout.overlap=false" in words and words.count("precision=fp8") == 1
+    assert found[0].work.assumptions.overlap_cost == inf
+
+
+def test_dualpipe_has_no_recompute_of_whole_blocks(v3):
+    """Its backwards are split, as those of zbv and DualPipeV are."""
+    full = dataclasses.replace(v3, recompute=Recompute.full)
+    assert illegal(v3) is None and "split backward" in illegal(full)
 
 
 def test_context_ranks_have_equal_parts_of_a_sequence():

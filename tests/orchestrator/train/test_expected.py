@@ -52,8 +52,31 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
         planned({"gpus": "4", "tokens": "1e6"}, words)
     with pytest.raises(BadRequest, match=f"calibrate={tmp_path}: was measured on a CPU and says nothing of hardw"):
         planned({"gpus": "4", "tokens": "1e6", "calibrate": str(tmp_path)}, ["model=tiny", "hardware=h100"])
+    with pytest.raises(BadRequest, match="stack=nemo_25: calibrate=.* is a run of this program"):
+        planned(options | {"stack": "nemo_25"}, words)
     gpu = Machine("cuda", 1e15, 4)
     here = compose_config(["experiment=tiny", "hardware=h100", f"run.calibrate={tmp_path}"])
     assert expected(here, gpu) == {"how": f"not predicted: run.calibrate={tmp_path} ran on another kind of device"}
     with pytest.raises(BadRequest, match="calibrate=/nowhere: holds no finished run"):
         planned({"gpus": "4", "tokens": "1e6", "calibrate": "/nowhere"}, words)
+
+
+def test_a_plan_by_a_run_on_gpus_is_that_run_and_of_no_other_device(tmp_path):
+    """Its layout, planned again, takes what it took: figures are over those of this program, tokens sent as it did."""
+    machine = Machine("cuda", 989e12, 8)
+    for per_node in (0, 8):
+        layout = ["layout.pp=2", "layout.dp=8", "layout.ep=8", "layout.schedule=1f1b", "layout.microbatches=16"]
+        words = ["model=qwen3_30b_a3b", "train.batch_size=128", "train.seq_len=4096", *layout]
+        config = compose_config([*words, "hardware=h100", f"layout.ep_per_node={per_node}"])
+        measured = {key: 1.25 * forecast(config, machine)[key] for key in ("forward_backward_s", "optimizer_s")}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+        (tmp_path / "summary.json").write_text(json.dumps({"measured": measured | {"machine": vars(machine)}}))
+        options = {"gpus": "16", "tokens": "1e9", "calibrate": str(tmp_path), "tp": "1", "cp": "1", "zero": "1"}
+        data = planned(options, [*words, "hardware=h100"])[1]
+        assert data["best"]["step_time_s"] == pytest.approx(sum(measured.values()))
+        assert data["bill"]["made"] == "measured"
+    with pytest.raises(BadRequest, match=f"calibrate={tmp_path}: ran on h100 and says nothing of hardware=b200"):
+        planned(options, [*words, "hardware=b200"])
+    assert planned(options, ["model=deepseek_v2_lite", "hardware=h100"])[1]["bill"]["made"] == "calibrated"
+    elsewhere = compose_config(["experiment=tiny", "hardware=h800", f"run.calibrate={tmp_path}"])
+    assert expected(elsewhere, machine) == {"how": f"not predicted: run.calibrate={tmp_path} ran on h100"}
