@@ -13,9 +13,8 @@ import pytest
 
 from orchestrator.__main__ import HELP, MODULES, VERBS
 from orchestrator.arguments import options, positional, taken
-from orchestrator.compose import FLAGS, combinations, compose_config
+from orchestrator.compose import FLAGS, check_overrides, compose_config
 from orchestrator.plan.layout import check_run
-from orchestrator.plan_request import compose_plan
 from orchestrator.show_plan import split_words
 from orchestrator.words import plain
 
@@ -88,9 +87,7 @@ def check_plan(words: list[str]) -> None:
     elif words[0] == "diff":
         assert len(words) == 3
     else:
-        _, overrides = split_words([word for word in words if word not in ("-m", "hardware=all")])
-        for each in combinations(overrides):
-            compose_plan(each)
+        check_overrides(split_words([word for word in words if word not in ("-m", "hardware=all")])[1])
 
 
 class Parsed(Exception):
@@ -105,7 +102,7 @@ def test_a_benchmark_takes_its_arguments(command, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     if "argparse" not in source:  # keys of `sparing train`, and of the script
         own = {word: value for word, value in (word.split("=", 1) for word in words) if f'"{word}"' in source}
-        compose_config([word for word in words if word.split("=")[0] not in own])
+        check_overrides([word for word in words if word.split("=")[0] not in own])
         return
 
     def parse(self, parse=argparse.ArgumentParser.parse_args):
