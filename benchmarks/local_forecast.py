@@ -1,6 +1,6 @@
 """Forecast against measured step time on this machine: one layout calibrates, the others are foretold.
 
-    python benchmarks/local_forecast.py                     # tiny and mini, twelve layouts each
+    python benchmarks/local_forecast.py                     # tiny and mini, fourteen layouts each
     python benchmarks/local_forecast.py --models tiny --steps 12 --runs runs/forecast
 
 Every row is a `sparing train` of its own (by torchrun), its forecast made from the first row's run, as `run.calibrate`

@@ -1,12 +1,12 @@
 """The planner's memory held against what others measured: the peaks of Megatron-LM's own functional tests.
 
-    python benchmarks/validate_memory.py memory.csv [--rows]
+    python benchmarks/validate_memory.py [--rows]
 
-The table has a test a row: layout, and what torch's allocator held after a step (`mem_allocated_gib`) and at most
-(`mem_max_allocated_gib`) on the last rank, which is the one that writes. `megatron_flags.csv` beside this file adds
-what that table leaves out, read from the same test's model_config.yaml at the commit that recorded its peak. One
-offset per GPU type and container (the library workspaces of each) is taken from every other test case, set=fit; the
-rest are set=check. A row the model cannot express is listed with why.
+Each row of `data/memory.csv` is a test: its layout, and what torch's allocator held after a step (`mem_allocated_gib`)
+and at most (`mem_max_allocated_gib`) on the last rank, which is the one that writes. `data/megatron_flags.csv` adds
+what that table leaves out, read from the same test's model_config.yaml at the commit that recorded its peak. One offset
+per GPU type and container (the library workspaces of each) is taken from every other test case, set=fit; the rest are
+set=check. A row the model cannot express is listed with why.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from orchestrator.plan.keeping import MEGATRON, Keeping
 from orchestrator.plan.memory import rank_memory_gib
 from orchestrator.plan.workload import Workload
 
+DATA = Path(__file__).parent / "data"
 STATE = ("weights", "gradients", "masters", "moments")
 NOT_MODELLED = {
     "hybrid": "Mamba blocks", "rl": "reinforcement learning with an inference engine", "muon": "the Muon optimizer",
@@ -128,10 +129,10 @@ def predict(row: dict) -> tuple[float, float]:
     return sum(parts[name] for name in STATE), parts["total"]
 
 
-def read(table: str) -> list[dict]:
-    with open(Path(__file__).parent / "megatron_flags.csv") as file:
+def read() -> list[dict]:
+    with open(DATA / "megatron_flags.csv") as file:
         flags = {row["id"]: row for row in csv.DictReader(file)}
-    with open(table) as file:
+    with open(DATA / "memory.csv") as file:
         rows = [row | flags[row["id"]] for row in csv.DictReader(file) if row["id"] in flags]
     cases = sorted({row["case"] for row in rows})
     for row in rows:
@@ -141,10 +142,9 @@ def read(table: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table")
     parser.add_argument("--rows", action="store_true", help="print every row")
     args = parser.parse_args()
-    rows, known, reasons = read(args.table), [], Counter()
+    rows, known, reasons = read(), [], Counter()
     for row in rows:
         try:
             known.append((row, *predict(row)))

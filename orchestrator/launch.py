@@ -1,7 +1,8 @@
 """The verb `launch`: one manifest of `deploy/` filled for a run, shown or submitted. Submitting is launch_submit.py.
 
-What is filled in is arithmetic over the config and the words of the command line; nothing is read from the environment,
-so that no secret can get into a manifest. The same command line in the manifest continues the run (`resume=auto`).
+What is filled in is arithmetic over the config and the words of the command line. Of the environment it reads only
+RAY_API_SERVER_ADDRESS, the dashboard's address where `launch.address` is not given, so that no secret can get into a
+manifest. The same command line in the manifest continues the run (`resume=auto`).
 """
 
 import json

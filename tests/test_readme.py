@@ -1,19 +1,17 @@
-"""The README against the disk: its tree, its commands, its links."""
+"""The documents against the disk: the tree, verbs, configs, links, files and tests that they name."""
 
-import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator.compose import compose_config
-from orchestrator.plan.layout import check_run
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "deploy" / "README.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 def blocks() -> list[str]:
@@ -43,19 +41,6 @@ def test_the_tree_names_every_source_file_and_no_other():
     assert named == there
 
 
-@pytest.mark.parametrize("command", commands("train"))
-def test_every_train_command_composes_and_passes_the_checks(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arguments = shlex.split(command)[2:]
-    if "model=path/to/config.json" in arguments:
-        from model.config import ModelConfig
-        from model.hf_config import config_to_hf
-
-        Path("path/to").mkdir(parents=True)
-        Path("path/to/config.json").write_text(json.dumps(config_to_hf(ModelConfig())))
-    check_run(compose_config(arguments))
-
-
 @pytest.mark.parametrize("verb", ["train", "prepare", "status", "report", "export", "import"])
 def test_verbs_explain_themselves(verb):
     assert commands(verb), f"the README shows no use of {verb}"
@@ -64,7 +49,23 @@ def test_verbs_explain_themselves(verb):
     assert done.returncode == 0 and done.stdout.startswith(f"usage: sparing {verb}") and done.stderr == ""
 
 
-def test_links_and_pictures_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-    assert "<!--" not in README
+def test_the_configs_are_those_of_conf():
+    section = README[README.index("## Configs") :].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([\w, ]+) \|$", section, re.MULTILINE)
+    there = {folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+             for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    assert {group: sorted(options.split(", ")) for group, options in rows} == there
+    defaults = dict(re.findall(r"^  - (\w+): (\w+)$", (ROOT / "conf" / "config.yaml").read_text(), re.MULTILINE))
+    assert {group: options.split(", ")[0] for group, options in rows if group in defaults} == defaults
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_pictures_files_and_tests_are_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for file in re.findall(r"(?:tests|benchmarks|docs|deploy|conf|orchestrator|model)/[\w/]+\.[a-z]{2,4}\b", text):
+        assert (ROOT / file).exists() or (ROOT / "orchestrator" / file).exists(), file
+    for name in re.findall(r"`(test_\w+)(?:`|\.\.\.)", text):
+        assert f"def {name}" in TESTS, name
+    assert "<!--" not in text

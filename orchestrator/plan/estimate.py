@@ -4,7 +4,7 @@ Compute: every layer's products at the achievable share of the peak of their dty
 memory-bound operators by bytes. Communication: expert all-to-all by the nodes a token reaches, pipeline sends, and the
 collectives of `comm`. These become stage times, `simulate` runs the schedule's own table over them, and what is left
 (reduction, optimizer) is added. An assumption names what it was read from; a share or two of some GPUs are fitted to
-published runs (`conf/hardware`, `benchmarks/validate_planner.py --fit`).
+published runs (`conf/hardware`, `benchmarks/fit_planner.py`).
 """
 
 from dataclasses import dataclass, replace
