@@ -8,7 +8,6 @@ import torch
 
 from orchestrator.__main__ import main
 from orchestrator.inference import load_for_inference
-from tests.orchestrator.test_generate import checkpoint  # noqa: F401
 
 
 def evaluate(capsys, *arguments, code=0) -> tuple[str, str]:
@@ -17,7 +16,7 @@ def evaluate(capsys, *arguments, code=0) -> tuple[str, str]:
     return out, err
 
 
-def test_a_model_that_knows_nothing_needs_the_vocabularys_bits(checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_model_that_knows_nothing_needs_the_vocabularys_bits(checkpoint, tmp_path, capsys, monkeypatch):
     """All 264 tokens are equally likely: log2(264) bits per byte, perplexity 264, by hand."""
     def even(path, **options):
         loaded = load_for_inference(path, **options)
@@ -35,7 +34,7 @@ def test_a_model_that_knows_nothing_needs_the_vocabularys_bits(checkpoint, tmp_p
     assert result["total"]["perplexity"] == pytest.approx(264, rel=1e-5)
 
 
-def test_text_that_is_not_utf8_is_scored_and_said_so(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_text_that_is_not_utf8_is_scored_and_said_so(checkpoint, tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     out, err = evaluate(capsys, checkpoint, f"text={tmp_path}/a.txt")
     assert "a.txt" in out and err == (f"warning: text={tmp_path}/a.txt: 1 file is not UTF-8 ({tmp_path}/a.txt): stray "
@@ -53,12 +52,12 @@ def test_text_that_is_not_utf8_is_scored_and_said_so(checkpoint, tmp_path, capsy
     (["text=README.md", "limit=3"], "limit=3: means nothing beside text=; leave it out"),
     (["text=README.md", "out=/nowhere/x.json"], "out=/nowhere/x.json: cannot be written; name a file"),
 ])
-def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):  # noqa: F811
+def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):
     out, err = evaluate(capsys, checkpoint, *arguments, code=2)
     assert not out and words in err and err.count("\n") == 1
 
 
-def test_the_harness_runs_local_tasks_offline(checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_the_harness_runs_local_tasks_offline(checkpoint, tmp_path, capsys, monkeypatch):
     """Multiple choice, rolling perplexity and generation: figures of the harness against figures by hand."""
     pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install 'sparing[eval]'")
     from model.score import score

@@ -11,36 +11,16 @@ import sys
 import pytest
 import torch
 
-from model import hf
-from model.transformer import Transformer
 from orchestrator.__main__ import main
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.inference import TextStream, load, load_for_inference, look
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control
-from orchestrator.train.export import export_checkpoint, import_hf
+from orchestrator.train.export import export_checkpoint
 from orchestrator.train.loop import run_rank
 from orchestrator.train.memory import _group_free
 from orchestrator.train.tokenizer import bytes_as_files, load_tokenizer
-from tests.model.test_hf import TINY
-
-BYTES = dataclasses.replace(TINY, vocab_size=264, n_mtp_layers=1, max_seq_len=96)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("generate"), Transformer(BYTES)
-    with torch.no_grad():
-        for i, (name, parameter) in enumerate(model.named_parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
-            if name == "lm_head.weight":  # letters only, so that the text can be read
-                parameter[:97], parameter[123:] = 0, 0
-    hf.export(folder / "hf", BYTES, model.state_dict())
-    for name, text in bytes_as_files().items():
-        (folder / "hf" / name).write_text(text)
-    import_hf(str(folder / "hf"), str(folder / "checkpoints"))
-    return folder
 
 
 def generate(capsys, *arguments, code=0) -> tuple[str, str]:

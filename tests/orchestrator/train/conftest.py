@@ -1,12 +1,31 @@
-"""What is saved, and places to save it: a disk, a small one, memory, and S3 over HTTP (a moto server here)."""
+"""A text and a whole run on it; what is saved, and places to save it: a disk, a small one, memory, and S3 over HTTP (a
+moto server here). What a session shares, no test changes."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from orchestrator.train import storage
+from tests.harness import write_corpus
+from tests.orchestrator.train.runs import make_config, run, train
 from tests.orchestrator.train.team import EXPERTS, Team, pieces_of
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_corpus(folder, 12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(ranks, text, tmp_path_factory):
+    """An uninterrupted run of six steps on pp2 x ep2."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(ranks, train, make_config(text, folder, "pp2_ep2"))
+    return folder
 
 
 @pytest.fixture(scope="module")

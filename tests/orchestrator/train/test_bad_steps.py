@@ -14,7 +14,7 @@ from orchestrator.train import data, loop
 from orchestrator.train.control import Control
 from orchestrator.train.loop import Trainer, run_rank
 from orchestrator.train.replica import Replicas
-from tests.orchestrator.train.test_loop import checkpoint_of, events, losses, make_config, rows, run, text, train, whole  # noqa: F401  (fixtures)
+from tests.orchestrator.train.runs import checkpoint_of, events, losses, make_config, rows, run, train
 
 
 def train_with_bad_steps(info: RankInfo, config: Config, bad: list[int], in_memory: bool = False) -> dict:
@@ -61,7 +61,7 @@ def train_without_samples(info: RankInfo, config: Config, first: int, num: int) 
         data.batch = original
 
 
-def test_a_non_finite_step_is_skipped_by_all_ranks_and_counted(ranks, text, whole, tmp_path):  # noqa: F811
+def test_a_non_finite_step_is_skipped_by_all_ranks_and_counted(ranks, text, whole, tmp_path):
     results = run(ranks, train_with_bad_steps, make_config(text, tmp_path, "pp2_ep2"), [3])
     assert {result["skipped_steps"] for result in results} == {1}
     ours, expected = losses(tmp_path), losses(whole)
@@ -87,7 +87,7 @@ def train_with_spike(info: RankInfo, config: Config, at: int) -> dict:
         Trainer._reduce = original
 
 
-def test_a_loss_spike_seen_by_one_rank_is_skipped_by_all_also_right_after_a_resume(ranks, text, tmp_path):  # noqa: F811
+def test_a_loss_spike_seen_by_one_rank_is_skipped_by_all_also_right_after_a_resume(ranks, text, tmp_path):
     spiky = {"train__spike_sigmas": 8.0, "train__spike_window": 4}
     run(ranks, train_with_bad_steps, make_config(text, tmp_path / "skipped", "pp2_ep2"), [5])
     results = run(ranks, train_with_spike, make_config(text, tmp_path / "spike", "pp2_ep2", **spiky), 5)
@@ -103,7 +103,7 @@ def test_a_loss_spike_seen_by_one_rank_is_skipped_by_all_also_right_after_a_resu
 
 @pytest.mark.parametrize("in_memory, schedule", [(False, "1f1b"), (True, "1f1b"), (True, "dualpipev")],
                          ids=("from storage", "from memory", "from memory, first and last stage on one rank"))
-def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text, tmp_path, in_memory, schedule):  # noqa: F811
+def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text, tmp_path, in_memory, schedule):
     """Step 6 is bad; what was kept last is the state after step 4 on storage, or after step 3 in memory."""
     kept, again = (3, [4, 5, 6]) if in_memory else (4, [5, 6])
     config = make_config(text, tmp_path / "back", "pp2_ep2", train__steps=8, train__on_spike=OnSpike.rollback,
@@ -127,7 +127,7 @@ def test_a_rollback_goes_on_behind_the_data_that_led_to_the_bad_step(ranks, text
     assert 0.9 * ledger["charged_s"] <= sum(ledger["buckets_s"].values()) <= ledger["charged_s"] * (1 + 1e-9)
 
 
-def test_too_many_bad_steps_end_the_run_as_not_trustworthy(text, tmp_path):  # noqa: F811
+def test_too_many_bad_steps_end_the_run_as_not_trustworthy(text, tmp_path):
     config = make_config(text, tmp_path, train__max_bad_steps=2)
     with pytest.raises(NotTrustworthy, match="2 steps in a row"):
         train_with_bad_steps(RankInfo(), config, [2, 3, 4, 5])

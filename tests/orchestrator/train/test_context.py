@@ -7,7 +7,7 @@ from orchestrator.errors import BadRequest
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.export import export_checkpoint, import_hf
 from tests.harness import write_corpus
-from tests.orchestrator.train.test_loop import checkpoint_of, losses, make_config, train
+from tests.orchestrator.train.runs import checkpoint_of, losses, make_config, train
 
 YARN = {"model__rope_factor": 4.0, "model__original_seq_len": 32, "train__seq_len": 96}
 LLAMA3 = YARN | {"model__rope_scaling": RopeScaling.llama3, "model__beta_fast": 4.0}

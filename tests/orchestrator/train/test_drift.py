@@ -9,7 +9,7 @@ from orchestrator.parallel.shard import EMBEDDING
 from orchestrator.train.drift import odd_ones
 from orchestrator.train.loop import Trainer
 from orchestrator.train.state import biases
-from tests.orchestrator.train.test_loop import make_config, run, text, train  # noqa: F401  (a fixture)
+from tests.orchestrator.train.runs import make_config, run, train
 
 
 def train_with_a_flipped_bit(info: RankInfo, config, what: str, victim: int, at: int) -> tuple[str, str]:
@@ -37,7 +37,7 @@ def train_with_a_flipped_bit(info: RankInfo, config, what: str, victim: int, at:
 @pytest.mark.parametrize("layout, what, victim, odd", [
     ("dp4_ep2", "bias", 2, [2]), ("pp2_ep2", "embedding", 3, [1, 3])])
 def test_a_flipped_bit_is_found_before_the_next_checkpoint_and_its_rank_is_named(
-        ranks, text, tmp_path, layout, what, victim, odd):  # noqa: F811
+        ranks, text, tmp_path, layout, what, victim, odd):
     config = make_config(text, tmp_path, layout, train__validate_every=0)
     ends = run(ranks, train_with_a_flipped_bit, config, what, victim, 2)
     assert [kind for kind, _ in ends] == ["Drifted" if rank in odd else "PeerLost" for rank in range(4)]

@@ -11,7 +11,7 @@ from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
 from orchestrator.train.replica import Buddies, MemoryLoader, Replica, Replicas, buddy_shift, checksum
-from tests.orchestrator.train.test_loop import make_config, run, text  # noqa: F401  (a fixture)
+from tests.orchestrator.train.runs import make_config, run
 
 
 def train_with_a_laggard(info: RankInfo, config) -> list[tuple[int, int]]:
@@ -33,7 +33,7 @@ def train_with_a_laggard(info: RankInfo, config) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("steps, kept", [(3, []), (4, [(0, 2), (1, 2)])])
-def test_no_rank_leaves_in_the_middle_of_an_exchange(ranks, text, tmp_path, steps, kept):  # noqa: F811
+def test_no_rank_leaves_in_the_middle_of_an_exchange(ranks, text, tmp_path, steps, kept):
     config = make_config(text, tmp_path, train__steps=steps, checkpoint__memory_every=2, train__validate_every=0,
                          checkpoint__every=0)
     config.layout.dp = config.layout.ep = 2
@@ -67,7 +67,7 @@ def train_on_uneven_nodes(info: RankInfo, config) -> list[tuple[int, int]]:
     return replicas.held()
 
 
-def test_ranks_on_uneven_nodes_exchange_their_states(ranks, text, tmp_path):  # noqa: F811
+def test_ranks_on_uneven_nodes_exchange_their_states(ranks, text, tmp_path):
     config = make_config(text, tmp_path, train__steps=4, checkpoint__memory_every=2, train__validate_every=0,
                          checkpoint__every=0)
     config.layout.dp, config.layout.ep = 4, 2

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import straggler
-from tests.orchestrator.train.test_loop import events, make_config, run, text, train  # noqa: F401  (a fixture)
+from tests.orchestrator.train.runs import events, make_config, run, train
 
 
 def train_with_a_slow_rank(info: RankInfo, config, slow_from: int) -> None:
@@ -23,7 +23,7 @@ def train_with_a_slow_rank(info: RankInfo, config, slow_from: int) -> None:
         train(info, config)
 
 
-def test_a_rank_that_is_slower_than_the_rest_for_long_is_named_once(ranks, text, tmp_path):  # noqa: F811
+def test_a_rank_that_is_slower_than_the_rest_for_long_is_named_once(ranks, text, tmp_path):
     config = make_config(text, tmp_path, train__validate_every=0, train__steps=8, checkpoint__every=0,
                          checkpoint__memory_every=1)
     config.layout.dp = config.layout.ep = 2
@@ -49,7 +49,7 @@ def train_with_a_slow_link(info: RankInfo, config) -> None:
         train(dataclasses.replace(info, node_rank=info.rank), config)
 
 
-def test_a_link_slower_than_the_rest_is_named_once_with_both_its_ends(ranks, text, tmp_path):  # noqa: F811
+def test_a_link_slower_than_the_rest_is_named_once_with_both_its_ends(ranks, text, tmp_path):
     config = make_config(text, tmp_path, "pp2_ep2", train__validate_every=0, train__steps=7, checkpoint__every=0,
                          checkpoint__memory_every=1)
     run(ranks, train_with_a_slow_link, config)
