@@ -39,7 +39,7 @@ class ScoreFunc(Enum):
     softmax = "softmax"
 
 
-@dataclass
+@dataclass(unsafe_hash=True)  # never changed once composed; what is worked out of one is cached by it
 class ModelConfig:
     """Sizes are numbers of elements, token counts are tokens. `check()` raises on a contradiction."""
 

@@ -108,11 +108,6 @@ def attention_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     return whole / 2 if causal else whole
 
 
-def embedding_flops(config: ModelConfig) -> float:
-    """Forward FLOPs of one token: a lookup multiplies nothing."""
-    return 0.0
-
-
 def head_flops(config: ModelConfig) -> float:
     """Forward FLOPs of one token in the final norm and the head."""
     return 2 * (config.dim + config.vocab_size * config.dim)
@@ -127,18 +122,14 @@ def mtp_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -> floa
 
 def forward_flops(config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False) -> float:
     """FLOPs per token: 2 * (active - input embedding) + L * S * H * (d_qk + d_v), the last twice if not causal."""
-    flops = embedding_flops(config) + head_flops(config)
+    flops = head_flops(config)
     flops += sum(layer_flops(config, layer, seq_len, causal=causal) for layer in range(config.n_layers))
     return flops + mtp_flops(config, seq_len, causal=causal) if mtp else flops
 
 
-def backward_flops(config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False) -> float:
-    """FLOPs per token: each product of forward has two in backward, for its input and for its weight."""
-    return 2 * forward_flops(config, seq_len, causal=causal, mtp=mtp)
-
-
 def training_flops(config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False) -> float:
-    """Forward and backward FLOPs per token, recompute not counted (ISCA Table 2: 250e9 for V3, 155e9 for V2)."""
+    """Forward and backward FLOPs per token, recompute not counted (ISCA Table 2: 250e9 for V3, 155e9 for V2): each
+    product of forward has two in backward, for its input and for its weight."""
     return 3 * forward_flops(config, seq_len, causal=causal, mtp=mtp)
 
 

@@ -86,13 +86,10 @@ def num_stages(config: Config) -> int:
 
 
 @lru_cache
-def _costs(key: tuple) -> tuple[float, ...]:
-    from model.config import ModelConfig
-    from model.count import embedding_flops, head_flops, layer_flops, mtp_flops
+def _costs(model: ModelConfig, seq_len: int) -> tuple[float, ...]:
+    from model.count import head_flops, layer_flops, mtp_flops
 
-    model, seq_len = ModelConfig(**dict(key[0])), key[1]
     costs = [float(layer_flops(model, layer, seq_len)) for layer in range(model.n_layers)]
-    costs[0] += embedding_flops(model)
     costs[-1] += head_flops(model) + mtp_flops(model, seq_len)
     return tuple(costs)
 
@@ -100,15 +97,15 @@ def _costs(key: tuple) -> tuple[float, ...]:
 def split_stages(model: ModelConfig, stages: int, seq_len: int) -> list[range]:
     """Contiguous layers per stage, the largest stage as cheap as can be (then the earlier stages as full as can be).
 
-    Costs are forward FLOPs per token: the embedding counts on the first layer, final head and MTP on the last.
+    Costs are forward FLOPs per token: final head and MTP count on the last layer.
     Every stage holds at least one layer.
     """
-    return list(_split((tuple(vars(model).items()), seq_len), stages))
+    return list(_split(model, seq_len, stages))
 
 
 @lru_cache(maxsize=256)
-def _split(key: tuple, stages: int) -> tuple[range, ...]:
-    costs = _costs(key)
+def _split(model: ModelConfig, seq_len: int, stages: int) -> tuple[range, ...]:
+    costs = _costs(model, seq_len)
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)

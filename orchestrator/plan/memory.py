@@ -163,14 +163,13 @@ class _Group:
 
 def _groups(work: Workload) -> list[_Group]:
     schedule = work.schedule if work.pp > 1 else "1f1b"
-    return _groups_of(tuple(vars(work.model).items()), work.seq_len, work.pp, schedule, work.stages_per_rank,
+    return _groups_of(work.model, work.seq_len, work.pp, schedule, work.stages_per_rank,
                       work.even_stages, _enough(schedule, work.microbatches, work.pp), work.keeping.eager)
 
 
 @lru_cache(maxsize=512)
-def _groups_of(shape: tuple, seq_len: int, pp: int, schedule: str, stages_per_rank: int, even: bool,
+def _groups_of(model: ModelConfig, seq_len: int, pp: int, schedule: str, stages_per_rank: int, even: bool,
                microbatches: int, eager: bool) -> list[_Group]:
-    model = ModelConfig(**dict(shape))
     work = Workload(model, HardwareConfig(), seq_len, 1, pp, 1, 1, schedule, microbatches, stages_per_rank,
                     even_stages=even, keeping=replace(PLANNED, eager=eager))
     ranges, groups = stage_layers(work), {}

@@ -47,10 +47,6 @@ class Timeline:
     step_time: float
     busy: list[float]
     """Per rank, time at work."""
-    peak_in_flight: list[list[int]]
-    """Per rank, for each of its stages in order of number, the most microbatches whose activations are held at once."""
-    peak_held: list[float]
-    """Per rank, the most activation held at once, each microbatch weighted by `weights` of its stage."""
 
     @property
     def bubble(self) -> list[float]:
@@ -64,16 +60,14 @@ class Timeline:
 
 
 def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, transfer: float = 0.0,
-             weights: list[float] | None = None, chains: int = 1, cores: float | None = None) -> Timeline:
+             chains: int = 1, cores: float | None = None) -> Timeline:
     """Run the table on the clock.
 
     times: one per stage. transfer: from the end of an action until its neighbour on another rank has the result.
-    weights: activation of one microbatch per stage, any unit; one each by default. Activations are held from the
-    forward until the weight part is done. chains: copies of the pipeline whose stages are numbered on (DualPipe: 2).
-    cores: that all ranks share, where they have none of their own (a CPU's): those at work progress alike.
+    chains: copies of the pipeline whose stages are numbered on (DualPipe: 2). cores: that all ranks share, where they
+    have none of their own (a CPU's): those at work progress alike.
     Raises ValueError if the table can never end.
     """
-    counts, peak = held(table, weights or [1.0] * len(times))
     order = _order(tuple(map(tuple, table)), len(times) // chains)
     seconds = _seconds(times)
     lengths = [_length(slot.actions, seconds) for slot in order]
@@ -82,7 +76,7 @@ def simulate(table: list[list[tuple[Action, ...]]], times: list[StageTime], *, t
     busy = [0.0] * len(table)
     for span in spans:
         busy[span.rank] += span.end - span.start
-    return Timeline(spans, max(span.end for span in spans), busy, counts, peak)
+    return Timeline(spans, max(span.end for span in spans), busy)
 
 
 class _Slot(NamedTuple):
@@ -192,30 +186,3 @@ def _length(slot: tuple[Action, ...], seconds: list[dict[str, float]]) -> float:
     if None not in together:
         return sum(together) / 2
     return sum(seconds[action.stage][action.kind] for action in slot)
-
-
-def held(table: list[list[tuple[Action, ...]]], weights: list[float]) -> tuple[list[list[int]], list[float]]:
-    """`peak_in_flight` and `peak_held` of a Timeline. They follow from each rank's own order; no clock is needed.
-
-    Up with a forward, down with a full backward or a weight part. Of an overlapped pair the forward comes first.
-    """
-    counts, peaks = [], []
-    for row in table:
-        now: dict[int, int] = {}
-        most: dict[int, int] = {}
-        weight = peak = 0.0
-        for slot in row:
-            for kind, stage, _ in slot:
-                change = _HELD[kind]
-                if change:
-                    now[stage] = now.get(stage, 0) + change
-                    weight += change * weights[stage]
-                    if change > 0:
-                        most[stage] = max(most.get(stage, 0), now[stage])
-                        peak = max(peak, weight)
-        counts.append([most[stage] for stage in sorted(most)])
-        peaks.append(peak)
-    return counts, peaks
-
-
-_HELD = {"F": 1, "B": -1, "W": -1, "I": 0}

@@ -7,7 +7,7 @@ def held_over_time(timeline: Timeline, weights: list[float]) -> list[list[tuple[
     """Per rank, (time, activation held from then on), from 0 to the end of the step.
 
     weights: activation of one microbatch per stage, any unit. Held from the start of a forward until its full backward
-    or weight part has ended, as `Timeline.peak_held` counts it; there an overlapped pair's forward comes first.
+    or weight part has ended.
     """
     changes: list[list[tuple[float, int, float]]] = [[] for _ in timeline.busy]
     for span in timeline.spans:

@@ -273,7 +273,7 @@ def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[f
     where the first stage is on another rank, or the program copies it all the same."""
     model, first, last = work.model, is_first(work, stage), is_last(work, stage, len(ranges))
     shared = first or _ends_meet(work)
-    sizes = _sizes(tuple(vars(model).items()))
+    sizes = _sizes(model)
     moe = sum(model.is_moe(layer) for layer in ranges[stage])
     dense = moe * sizes.moe + (len(ranges[stage]) - moe) * sizes.dense
     routed, table = moe * sizes.routed, model.vocab_size * model.dim
@@ -299,7 +299,7 @@ def tables(work: Workload, stage: int, ranges: list[range]) -> tuple[float, floa
 
 def largest_block(work: Workload) -> float:
     """Parameters of the largest block on one rank, without experts that no other rank has."""
-    sizes = _sizes(tuple(vars(work.model).items()))
+    sizes = _sizes(work.model)
     routed = sizes.routed / (work.ep * work.etp) if work.expert_replicas > 1 else 0.0
     return max(sizes.moe / work.tp + routed, sizes.dense / work.tp)
 
@@ -316,8 +316,7 @@ class _Sizes:
 
 
 @lru_cache(maxsize=64)
-def _sizes(shape: tuple) -> _Sizes:
-    model = ModelConfig(**dict(shape))
+def _sizes(model: ModelConfig) -> _Sizes:
     blocks = {model.is_moe(layer): count.layer_parameters(model, layer) for layer in range(model.n_layers)}
     mtp = count.mtp_parameters(model)
     dense, moe = (blocks.get(kind, count.Parameters()) for kind in (False, True))

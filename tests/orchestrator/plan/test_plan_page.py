@@ -15,6 +15,7 @@ from orchestrator.compose import combinations, compose_config
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.memory import in_flight
 from orchestrator.plan.money import money
 from orchestrator.plan.planner import Plan, Request, make_plan, to_json
 from orchestrator.plan.questions import scaled
@@ -93,7 +94,8 @@ def test_memory_over_time_peaks_where_the_schedules_own_order_does(pipelined, sc
     work = dataclasses.replace(pipelined, schedule=schedule)
     timeline, stages = estimate(work).timeline, len(pipeline_of(work)[0])
     held = held_over_time(timeline, [1.0] * stages)
-    assert [max(value for _, value in points) for points in held] == timeline.peak_held
+    most = [max(sum(times for _, times in counts) for _, counts, _, _ in cases) for cases in in_flight(work)]
+    assert [max(value for _, value in points) for points in held] == most
     assert all(points[-1][1] == 0 for points in held)
 
 

@@ -5,7 +5,8 @@ import pytest
 from orchestrator.config import Schedule
 from orchestrator.plan.layout import stages_per_rank
 from orchestrator.plan.schedule import Action, actions, dualpipe
-from orchestrator.plan.simulate import StageTime, simulate
+from orchestrator.plan.simulate import StageTime, Timeline, simulate
+from orchestrator.plan.trace import held_over_time
 
 F, B, W = 1.0, 1.25, 0.75
 
@@ -17,14 +18,18 @@ def run(name: str, pp: int, microbatches: int, time: StageTime | None = None, **
     return simulate(table, [time or StageTime(F, B, W)] * stages, **options)
 
 
+def most_held(timeline: Timeline, weights: list[float]) -> list[float]:
+    return [max(value for _, value in points) for points in held_over_time(timeline, weights)]
+
+
 @pytest.mark.parametrize("pp, microbatches", [(2, 4), (4, 8), (8, 32), (16, 120)])
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 def test_one_stage_a_rank_has_the_textbook_bubble(name, pp, microbatches):
     timeline = run(name, pp, microbatches)
     assert timeline.step_time == pytest.approx((microbatches + pp - 1) * (F + B + W))
     assert timeline.bubble == pytest.approx([(pp - 1) * (F + B + W)] * pp)
-    expected = [[microbatches if name == "gpipe" else min(microbatches, pp - rank)] for rank in range(pp)]
-    assert timeline.peak_in_flight == expected
+    assert most_held(timeline, [1.0] * pp) == [microbatches if name == "gpipe" else min(microbatches, pp - rank)
+                                               for rank in range(pp)]
 
 
 @pytest.mark.parametrize("pp, microbatches", [(2, 4), (4, 8), (8, 16)])
@@ -54,7 +59,7 @@ def test_dualpipev_equals_its_readme_where_its_assumptions_hold(pp, microbatches
     f, b, w = 1.0, 2.0, 1.0
     timeline = run("dualpipev", pp, microbatches, StageTime(f, b - w, w, overlapped=f + b))
     assert max(timeline.bubble) == pytest.approx((pp - 1) * ((f + b) + b - 3 * w))
-    assert all(sum(stages) <= 2 * pp + 1 for stages in timeline.peak_in_flight)
+    assert max(most_held(timeline, [1.0] * 2 * pp)) <= 2 * pp + 1
 
 
 @pytest.mark.parametrize("rank", range(16))
@@ -80,7 +85,7 @@ def test_dualpipe_equals_its_readme_where_its_assumptions_hold(pp, microbatches)
     for pair in (f + b, 2.5):
         timeline = simulate(dualpipe(pp, microbatches), [StageTime(f, b - w, w, overlapped=pair)] * 2 * pp, chains=2)
         assert max(timeline.bubble) == pytest.approx((pp / 2 - 1) * (pair + b - 3 * w))
-        assert max(map(sum, timeline.peak_in_flight)) == pp + 1
+        assert max(most_held(timeline, [1.0] * 2 * pp)) == pp + 1
 
 
 @pytest.mark.parametrize("pp, microbatches", [(3, 12), (4, 6), (4, 9)])
@@ -109,10 +114,10 @@ def test_ranks_that_share_cores_leave_none_idle_and_end_no_sooner_than_on_their_
 def test_a_slow_stage_sets_the_pace_and_weights_count_its_memory():
     schedule = Schedule["1f1b"]
     times = [StageTime(F, B, W)] * 3 + [StageTime(2 * F, 2 * B, 2 * W)]
-    timeline = simulate(actions(schedule, 4, 64), times, weights=[3.0, 1.0, 1.0, 1.0])
+    timeline = simulate(actions(schedule, 4, 64), times)
     assert timeline.busy[3] == pytest.approx(64 * 2 * (F + B + W))
     assert timeline.step_time == pytest.approx(timeline.busy[3] + 3 * (F + B + W))
-    assert timeline.peak_held == [12.0, 3.0, 2.0, 1.0]
+    assert most_held(timeline, [3.0, 1.0, 1.0, 1.0]) == [12.0, 3.0, 2.0, 1.0]
 
 
 def test_a_table_that_can_never_end_is_refused():
