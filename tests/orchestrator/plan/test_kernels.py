@@ -136,7 +136,7 @@ def test_layers_of_others_runs_are_split_as_megatron_does(pp, per_rank, layers, 
 
 def test_selective_recompute_does_again_what_it_does_not_keep():
     """Norms and SwiGLU by bytes; Megatron's is of the attention core. Either is less than a whole forward."""
-    model = compose_config(["model=qwen3_235b"]).model
+    model = compose_config(["model=qwen3_235b_a22b"]).model
     none = Workload(model, H100, 32768, 64, 8, 8, 8, "1f1b", 8)
     light, core = (layer_time(replace(none, recompute=Recompute.selective, stack=Stack(recomputes_core=core)), True).
                    backward - layer_time(none, True).backward for core in (False, True))
