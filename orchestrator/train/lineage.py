@@ -7,10 +7,11 @@ the same of what they read (resume.py).
 import contextlib
 import os
 import re
+from collections.abc import Callable
 
 from model.config import ModelConfig
 from orchestrator.config import Config, DataConfig, DataKind, from_dict, to_dict
-from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
+from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.train import storage
 from orchestrator.train.finish import read_summary
 from orchestrator.train.manifest import MANIFEST, CorruptManifest, Manifest, read_manifest
@@ -88,6 +89,25 @@ def find_latest(directory: str) -> str | None:
     """The newest committed checkpoint whose manifest is sound. Its shards are not looked at."""
     found = _latest(directory)
     return found and found[0]
+
+
+def newest_loadable(propose: Callable[[list[str]], str | None],
+                    load: Callable[[str, int], SparingError | None]) -> tuple[str | None, dict[str, str]]:
+    """The first checkpoint that loads, and why each before it does not. propose(tried): the next to try, if there is
+    one. load(path, turn): what keeps it from being loaded.
+
+    Only what is damaged is passed over: storage that is away comes back, and going back in silence would cost the steps
+    since.
+    """
+    damaged: dict[str, str] = {}
+    while (path := propose(list(damaged))) is not None:
+        error = load(path, len(damaged))
+        if error is None:
+            return path, damaged
+        if not isinstance(error, NotTrustworthy):
+            raise error
+        damaged[path] = str(error)
+    return None, damaged
 
 
 def list_checkpoints(directory: str, *, retry_s: float = storage.RETRY_S) -> list[str]:

@@ -122,29 +122,32 @@ class Checkpoints:
     def _restore_from_storage(self, progress) -> dict | None:
         if self.resume == "none":
             return None
-        tried: list[str] = []
-        causes: list[str] = []
-        while (path := self._proposed(tried)) is not None:
+        loader: Loader | None = None
+
+        def load(path: str, turn: int) -> SparingError | None:
+            nonlocal loader
             loader, error = self._load(path)
-            failure = self._first_error(error, str(len(tried)))
-            if failure is None:
-                share_biases(self.pipeline)
-                state = loader.state
-                loader.close()
-                self.resumed = {"path": path, "skipped": tried, "causes": causes}
-                if state.get("weights_only"):
-                    return None
-                _fill(progress, state)
-                return state
-            if self.resume != "auto" or not isinstance(failure, NotTrustworthy):  # storage that is away comes back
+            failure = self._first_error(error, str(turn))
+            if failure is not None and self.resume != "auto":
                 raise error or failure
-            tried.append(path)
-            causes.append(str(failure))
+            return failure
+
+        path, damaged = lineage.newest_loadable(self._proposed, load)
+        if path is not None:
+            share_biases(self.pipeline)
+            state = loader.state
+            loader.close()
+            self.resumed = {"path": path, "skipped": list(damaged), "causes": list(damaged.values())}
+            if state.get("weights_only"):
+                return None
+            _fill(progress, state)
+            return state
         if self.resume != "auto":
             raise BadRequest(f"resume={self.resume}: no whole checkpoint there; give its path, or resume=auto")
-        if tried:
-            raise NotTrustworthy(f"resume=auto: none of the {len(tried)} checkpoints in {self.config.checkpoint.dir} "
-                                 f"is whole: {causes[-1]}; start a new run with resume=none and another run.dir")
+        if damaged:
+            raise NotTrustworthy(f"resume=auto: none of the {len(damaged)} checkpoints in {self.config.checkpoint.dir} "
+                                 f"is whole: {list(damaged.values())[-1]}; start a new run with resume=none and "
+                                 "another run.dir")
         return None
 
     def remember(self, progress, extra: Callable[[], dict], *, due: bool) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from orchestrator.errors import SparingError
 from orchestrator.train import lineage, manifest
 from orchestrator.train.checkpoint import Saver
 from orchestrator.train.shards import Loader, Piece
@@ -56,19 +57,20 @@ def assert_holds(path, tensors):
     loader.close()
 
 
-def newest_loadable(directory: str, on_skip: Callable[[str, str], None], *, content: bool = True) -> str | None:
-    """The newest whole checkpoint: every shard there, of its size and (with `content`) its hash.
-
-    A damaged one is told to `on_skip(path, reason)` and the next older one is tried. Storage that does not answer, or
-    a newer format, is an error instead: going back in silence would cost the steps since.
-    """
-    for path in reversed(lineage.list_checkpoints(directory)):
+def newest_loadable(directory: str, on_skip: Callable[[str, str], None]) -> str | None:
+    """What `resume=auto` would go on from, by whole files and their hashes instead of a rank's part of them."""
+    def load(path: str, turn: int) -> SparingError | None:
         try:
-            Loader(path).check(content=content)
-            return path
-        except manifest.Damaged as error:
-            on_skip(path, str(error))
-    return None
+            Loader(path).check()
+        except SparingError as error:
+            return error
+
+    found, damaged = lineage.newest_loadable(
+        lambda tried: next((path for path in reversed(lineage.list_checkpoints(directory)) if path not in tried), None),
+        load)
+    for path, why in damaged.items():
+        on_skip(path, why)
+    return found
 
 
 def flip_bit(path, chance):
