@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.__main__ import MODULES, VERBS
+from orchestrator.__main__ import MODULES, VERBS, main
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, HardwareConfig, conf_dir, from_dict, to_dict
 from orchestrator.errors import INTERRUPTED, BadRequest
@@ -246,9 +246,15 @@ def run(*arguments: str, env: dict | None = None) -> subprocess.CompletedProcess
     (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
     (["train", "--config-dir=/tmp", "--cfg", "job"], 2, "--config-dir=/tmp: configs come from conf/ alone"),
 ])
-def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, code, words):
-    done = run(*arguments)
-    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, code, words, capfd):
+    assert main(arguments) == code
+    told = capfd.readouterr().err
+    assert words in told and "Traceback" not in told and len(told.splitlines()) == 1
+
+
+def test_a_users_mistake_is_the_exit_code_of_the_command_too():
+    done = run("train", "train.stepz=3")
+    assert done.returncode == 2 and done.stderr.startswith("error: train.stepz: unknown key")
     assert len(done.stderr.splitlines()) == 1
 
 
