@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from orchestrator.errors import BadRequest
-from orchestrator.plan_table import dollars
+from orchestrator.plan_format import console as console_of
+from orchestrator.plan_format import dollars
 
 USAGE = "usage: sparing plan diff A.json B.json"
 UNTOLD = ("match", "reserved", "spot", "source", "date")
@@ -34,10 +35,9 @@ def difference(a: dict, b: dict) -> dict:
 
 
 def print_diff(a: dict, b: dict, names: list[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    found, console = difference(a, b), Console(highlight=False, soft_wrap=True, width=120)
+    found, console = difference(a, b), console_of(width=120)
     for key, (before, after) in found["changed"].items():
         console.print(f"changed   {key}: {before} -> {after}", markup=False)
     if not found["changed"] and a["bill"] == b["bill"]:

@@ -7,8 +7,9 @@ from orchestrator.plan.estimate import estimate
 from orchestrator.plan.kernels import product_s, rates_of
 from orchestrator.plan.planner import Plan
 from orchestrator.plan.workload import Workload, pipeline_of
+from orchestrator.plan_format import console as console_of
+from orchestrator.plan_format import dollars
 from orchestrator.plan_page import dense_rows
-from orchestrator.plan_table import dollars
 
 Line = tuple[str, str, str]
 """What, how much, by which equation."""
@@ -24,11 +25,9 @@ def explained(plan: Plan, data: dict) -> list[tuple[str, list[Line]]]:
 
 
 def print_explained(plan: Plan, data: dict) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.width = max(150, console.width) if console.is_terminal else 150
+    console = console_of()
     for title, lines in explained(plan, data):
         table = Table(box=None, pad_edge=False, show_header=False)
         for justify in ("left", "right", "left"):

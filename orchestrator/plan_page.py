@@ -10,9 +10,10 @@ from orchestrator.plan.money import ITSELF
 from orchestrator.plan.planner import Plan
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
+from orchestrator.plan_format import days, dollars, first_runnable, usd_range
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
-from orchestrator.plan_table import band_words, days, dollars, layout_words, mfu_words, price_words
+from orchestrator.plan_table import band_words, layout_words, mfu_words, price_words
 from orchestrator.report_plots import WIDTH, format_number, stacked_bar
 from orchestrator.report_style import STYLE, details, figure, table
 
@@ -163,8 +164,8 @@ def _dense(data: dict) -> str:
 def _cost(data: dict) -> str:
     """Of the offers of a question, else of the best layout on fewer and more replicas."""
     offers = data.get("question", {}).get("offers", [])
-    note = "every offer, a line for each kind of GPU" if offers else (
-        "the best layout on fewer and more replicas, the same batch")
+    note = "expected bills of every offer, a line for each kind of GPU" if offers else (
+        "expected bills of the best layout on fewer and more replicas, the same batch")
     points = [(row.get("hardware", data["hardware"]["name"]), row["days"], row["usd_total"])
               for row in offers or data.get("scaling", []) if row.get("usd_total") is not None]
     return figure("Cost against days", note, cost_chart(points)) if points else ""
@@ -173,7 +174,7 @@ def _cost(data: dict) -> str:
 def _published(data: dict) -> str:
     rows = []
     for row in data["published"]:
-        usd = " to ".join(dollars(each) for each in sorted(set(row["usd"]))) if "usd" in row else "-"
+        usd = usd_range(sorted(row["usd"]), between=" to ") if "usd" in row else "-"
         hours = f"{row['gpu_hours']:,} {row.get('device', '')}" if "gpu_hours" in row else "-"
         rows.append([f"{escape(row['name'])}<small>{escape(row['source'])}, {escape(row['date'])}</small>",
                      escape(row["kind"]), hours, format_number(row.get("flops")), usd])
@@ -191,7 +192,7 @@ def _assumptions(data: dict) -> str:
     groups = (data["assumptions"], data["bill"]["terms"], data["hardware"])
     rows = [[escape(name), escape(f"{value:g}" if isinstance(value, int | float) else str(value))]
             for group in groups for name, value in group.items()]
-    runs = next((row for row in data["candidates"] if row["train"]), None)
+    runs = first_runnable(data["candidates"])
     command = "" if runs is None else details("The best layout that `sparing train` runs",
                                               f"<pre>sparing train {escape(shlex.join(runs['train']))}</pre>")
     return details("What was assumed", table(["", ""], rows)) + command

@@ -5,7 +5,8 @@ from model import count
 from orchestrator.compose import compose_config
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.published import gap, published, serving_cost
-from orchestrator.plan_table import dollars
+from orchestrator.plan_format import console as console_of
+from orchestrator.plan_format import usd_range
 
 V3_TOKENS, LLAMA_TOKENS = 14.8e12, 15.6e12
 
@@ -16,11 +17,9 @@ the cache too."""
 
 
 def print_prices() -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console, data = Console(highlight=False, soft_wrap=True), published()
-    console.width = max(130, console.width) if console.is_terminal else 130
+    console, data = console_of(width=130), published()
     table = Table("price or cost", "cached", "input", "output", "source", "date", box=None, pad_edge=False)
     for column in table.columns[1:4]:
         column.justify = "right"
@@ -40,11 +39,9 @@ def print_prices() -> None:
 
 
 def print_budgets() -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console, rows = Console(highlight=False, soft_wrap=True), published()["budgets"]
-    console.width = max(150, console.width) if console.is_terminal else 150
+    console, rows = console_of(), published()["budgets"]
     table = Table("run", "kind", "devices", "device-hours", "FLOPs", "USD", "source", "date", box=None, pad_edge=False)
     for column in table.columns[2:6]:
         column.justify, column.no_wrap = "right", True
@@ -52,7 +49,7 @@ def print_budgets() -> None:
         devices = f"{row['devices']:,} {row['device']}" if "devices" in row else row.get("device", "")
         table.add_row(row["name"], row["kind"], devices, f"{row['gpu_hours']:,}" if "gpu_hours" in row else "-",
                       f"{row['flops']:.3g}" if "flops" in row else "-",
-                      " - ".join(dollars(usd) for usd in sorted(set(row["usd"]))) if "usd" in row else "-",
+                      usd_range(sorted(row["usd"])) if "usd" in row else "-",
                       row["source"], row["date"])
     console.print(table)
     console.print()

@@ -6,33 +6,30 @@
     deadline_days=30                                 GPUs needed
     budget_usd=1e6                                   with tokens: the fastest within it; with gpus alone: tokens
 
-The last three go with several hardware= too: the best of what each of them offers.
+The last three go with several hardware= too: the best of what each of them offers. A deadline, a budget and what is
+cheapest go by the expected bill.
 """
 
-import sys
 from dataclasses import dataclass, replace
-from datetime import date
 from itertools import product
 
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
-from orchestrator.plan.hardware import MARKETS, catalogue, hardware_named, price_age_days
+from orchestrator.plan.hardware import MARKETS, catalogue, hardware_named
 from orchestrator.plan.planner import Request
 from orchestrator.plan.questions import (
     MOST_DEVICES,
     Offer,
-    assumed,
     chosen,
-    comparable,
     for_budget,
     for_deadline,
-    front,
     offer,
     smallest,
     tokens_for,
 )
+from orchestrator.plan_format import dollars
+from orchestrator.plan_offers import Told, offer_words, question_of
 from orchestrator.plan_request import compose_plan, number, read_request
-from orchestrator.plan_table import days, dollars, grid, layout_words, price_words
 
 NOT_HELD = "no cluster holds it"
 OPTIONS = ("objective", "deadline_days", "budget_usd")
@@ -105,23 +102,23 @@ def _compared(options: dict[str, str], overrides: list[str], words: dict, object
               for key, word in words.items()}
     if words["hardware"]:
         values["hardware"] = _names(words["hardware"])
-    told, offers = _Told(), {}
+    told, offers = Told(), {}
     fixed = [word for word in overrides if word.split("=", 1)[0] not in MANY]
     for combination in product(*(values[key] for key in MANY)):
         picked = {key: value for key, value in zip(MANY, combination, strict=True) if value}
         gpus = picked.pop("gpus", None)
         each = options | ({"gpus": gpus} if gpus else {}), [*(f"{k}={v}" for k, v in picked.items()), *fixed]
         found = _offer(*each)
-        offers[id(found)] = found, each
+        offers[found] = each
         told(found)
-    everyone = [found for found, _ in offers.values()]
+    everyone = list(offers)
     best = chosen(everyone, objective)
     told.show(everyone, best)
     if best is None:
         _priceless(everyone, objective)
         _lacking(everyone)
         raise NotFit(f"model={everyone[0].request.model.name}: fits on none of them; use more GPUs, or larger ones")
-    return Answer(*offers[id(best)][1], _question(everyone, front(everyone), best, objective=objective))
+    return Answer(*offers[best], question_of(everyone, best, objective=objective))
 
 
 def _tokens_for(options: dict[str, str], overrides: list[str], budget: float) -> Answer:
@@ -131,16 +128,17 @@ def _tokens_for(options: dict[str, str], overrides: list[str], budget: float) ->
         raise NotFit(f"gpus={one.request.devices}: {one.reason or 'no layout fits'}")
     tokens = tokens_for(one, budget)
     if not tokens:
-        raise NotFit(f"budget_usd={budget:g}: does not pay for one step on {one.request.devices:,} x "
+        raise NotFit(f"budget_usd={budget:g}: does not pay for start-up and one step on {one.request.devices:,} x "
                      f"{one.request.hardware.name}; use more money, fewer GPUs or a smaller train.batch_size")
-    print(f"{dollars(budget)} buy {tokens:.4g} tokens on {one.request.devices:,} x {one.request.hardware.name}\n")
+    print(f"{dollars(budget)} buy {tokens:.4g} tokens on {one.request.devices:,} x {one.request.hardware.name}, by the "
+          "expected bill\n")
     return Answer(options | {"tokens": repr(tokens)}, overrides, {"budget_usd": budget, "tokens": tokens})
 
 
 def _limited(options: dict[str, str], overrides: list[str], asked: str | None, limit: _Limit) -> Answer:
     """GPUs for a deadline, the fastest for a budget, the smallest cluster that fits; of one kind of GPU or the best of
     several."""
-    told, known, fixed = _Told(), {}, _sized(overrides)
+    told, known, fixed = Told(), {}, _sized(overrides)
     names = _names(asked) if asked else [None]
     for name in names:
         words = [f"hardware={name}" if name and word.startswith("hardware=") else word for word in fixed]
@@ -151,15 +149,15 @@ def _limited(options: dict[str, str], overrides: list[str], asked: str | None, l
                 raise
             lacking = Offer(_unpriced(options | {"gpus": "8"}, words, sized=False), None, str(error))
             told(lacking)
-            known[id(lacking)] = lacking, words
+            known[lacking] = words
             continue
         if len(names) == 1 and str(limit) == "gpus=fit":
             return _fit(options, words, start)
         if len(names) == 1 and limit.budget is not None:
             _need_price(start, "budget_usd")
         for each in _offers(start, limit, told):
-            known[id(each)] = each, words
-    offers = [each for each, _ in known.values()]
+            known[each] = words
+    offers = list(known)
     able = [each for each in offers if limit.keeps(each)]
     unpriced = limit.deadline is not None and all(each.usd is None for each in able)
     best = chosen(able, "time" if unpriced else limit.objective)
@@ -170,14 +168,14 @@ def _limited(options: dict[str, str], overrides: list[str], asked: str | None, l
         _lacking(offers)
         near = [each for each in offers if each.best]
         nearest = min(near, key=lambda each: each.days if limit.deadline else each.usd or float("inf"), default=None)
-        least = f"; the nearest is {_words(nearest)}" if nearest else ""
+        least = f"; the nearest is {offer_words(nearest)}" if nearest else ""
         of = start.hardware.name if len(names) == 1 else ", ".join(names)
         raise NotFit(f"{limit}: no number of {of} that was tried, up to {MOST_DEVICES:,}, meets it{least}")
     question = {"deadline_days": limit.deadline, "budget_usd": limit.budget}
     if limit.deadline is None and limit.budget is None:
         question["smallest"] = best.request.devices
-    return Answer(options | {"gpus": str(best.request.devices)}, known[id(best)][1],
-                  _question(offers, front(offers), best, **question))
+    return Answer(options | {"gpus": str(best.request.devices)}, known[best],
+                  question_of(offers, best, **question))
 
 
 def _fit(options: dict[str, str], words: list[str], start: Request) -> Answer:
@@ -191,7 +189,7 @@ def _fit(options: dict[str, str], words: list[str], start: Request) -> Answer:
     return Answer(options | {"gpus": str(least.devices)}, words, {"smallest": least.devices})
 
 
-def _offers(start: Request, limit: _Limit, told: "_Told") -> list[Offer]:
+def _offers(start: Request, limit: _Limit, told: Told) -> list[Offer]:
     """Of one kind of GPU; one that lacks a figure is an offer with its reason."""
     try:
         if limit.deadline is not None:
@@ -274,61 +272,3 @@ def _lacking(offers: list[Offer]) -> None:
     """Where every offer lacks a figure, that is the answer."""
     if offers and all(each.plan is None and each.reason != NOT_HELD for each in offers):
         raise BadRequest(offers[0].reason)
-
-
-def _words(each: Offer) -> str:
-    return f"{each.request.devices} x {each.request.hardware.name}: {days(each.days)} days, {dollars(each.usd)}"
-
-
-def _question(offers: list[Offer], pareto: list[Offer], best: Offer, **asked) -> dict:
-    """As plan.json has it."""
-    rows = [{"hardware": each.request.hardware.name, "devices": each.request.devices, "days": each.days,
-             "usd_total": each.usd, "price": price_of(each), "layout": each.best["layout"],
-             "on_front": any(each is other for other in pareto), "chosen": each is best}
-            if each.best else {"hardware": each.request.hardware.name, "devices": each.request.devices,
-                               "reason": each.reason} for each in offers]
-    return {key: value for key, value in asked.items() if value is not None} | {"offers": rows}
-
-
-def price_of(each: Offer) -> dict:
-    """What a GPU-hour was taken to cost, whence, how long ago (days), and whether anybody offers it at that."""
-    hardware = each.request.hardware
-    return {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")} | {
-        "age_days": price_age_days(hardware, date.today()), "assumed": assumed(hardware)}
-
-
-class _Told:
-    """Offers as they come, for progress on stderr, and in the end as a table."""
-
-    def __init__(self):
-        self.offers: list[Offer] = []
-
-    def __call__(self, each: Offer) -> None:
-        self.offers.append(each)
-        if sys.stderr.isatty():
-            print(f"  {_words(each) if each.best else each.reason}", file=sys.stderr)
-
-    def show(self, offers: list[Offer], best: Offer | None) -> None:
-        """The table of these, with the price of each kind of GPU; one that lacks something stands with its reason."""
-        from rich.console import Console
-
-        console = Console(highlight=False, soft_wrap=True, width=150, markup=False)
-        table = grid("<hardware", "GPUs", "days", "GPU-hours", "USD", "<layout", "<")
-        pareto, compared = front(offers), comparable(offers)
-        for each in offers:
-            name, devices = each.request.hardware.name, f"{each.request.devices:,}"
-            if each.best is None:
-                table.add_row(name, devices, "", "", "", each.reason.split("; ")[0], "")
-                continue
-            aside = each.usd is not None and not any(each is other for other in compared)
-            marks = ["on the front of dollars against days"] * any(each is other for other in pareto)
-            marks += ["price assumed, so not compared in dollars"] * aside + ["chosen"] * (each is best)
-            table.add_row(name, devices, days(each.days), f"{each.steady['gpu_hours']:,.0f}", dollars(each.usd),
-                          layout_words(each.best["layout"]), ", ".join(marks))
-        console.print(table)
-        prices = {each.request.hardware.name: price_of(each) for each in offers if each.best}
-        if prices:
-            console.print("Steady bills, predicted. A GPU-hour:")
-        for name, price in prices.items():
-            console.print(f"  {name:<10} {price_words(price)}")
-        console.print()

@@ -7,10 +7,11 @@ from pathlib import Path
 from orchestrator.arguments import check_writable
 from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.plan_format import console as console_of
+from orchestrator.plan_format import days, dollars
 from orchestrator.plan_page import document
 from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
-from orchestrator.plan_table import days, dollars
 from orchestrator.report_style import figure, table
 from orchestrator.words import plain
 
@@ -39,8 +40,7 @@ def plan_sweep(arguments: list[str]) -> None:
     log = Console(stderr=True)
     shown = track(jobs, "planning", console=log, transient=True, disable=not log.is_terminal)
     results = [_one(words) for words in shown]
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.width = max(150, console.width) if console.is_terminal else 150
+    console = console_of(markup=False)
     head = [*(word.split("=", 1)[0] for word in varied[0]), *HEAD]
     rows = [[*(word.split("=", 1)[1] for word in words), *_cells(result)]
             for words, result in zip(varied, results, strict=True)]

@@ -6,24 +6,23 @@ from datetime import date
 from orchestrator.plan.hardware import GIVEN
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.planner import Plan
+from orchestrator.plan_format import console as console_of
+from orchestrator.plan_format import days, dollars, first_runnable, usd_range
 from orchestrator.report_plots import format_number
 
 SHOWN = 8
 USUAL = {"tp": 1, "cp": 1, "zero": 1, "recompute": "none", "dtype": "bf16"}
 BUDGETS_SHOWN = ("GPT-4", "Llama 3.1 405B", "DeepSeek-V3")
 BAR = 36
-WIDTH = 150
 OLD_DAYS = 365
 SEEN_S = 0.005
 """A difference of steps that two digits show."""
 
 
 def print_plan(plan: Plan, data: dict) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    request, console = plan.request, Console(highlight=False, soft_wrap=True)
-    console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
+    request, console = plan.request, console_of()
     console.print(f"{escape(request.model.name)} on {request.devices:,} x {escape(request.hardware.name)}, "
                   f"{format_number(request.tokens)} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a "
                   f"step, {request.dtype}, stack {request.stack.name}{escape(_routed(request))}. "
@@ -55,7 +54,7 @@ def reasons(rows: list[dict]) -> list[str]:
     best = rows[0]
     wins = [("least memory", min(rows, key=lambda row: row["memory_gib"]["total"])),
             ("least bubble", min(rows, key=lambda row: row["bubble_fraction"])),
-            ("fastest that `train` runs", next((row for row in rows if row["train"]), None))]
+            ("fastest that `train` runs", first_runnable(rows))]
     found = []
     for row in rows:
         won = ["fastest"] * (row is best) + [name for name, winner in wins if winner is row]
@@ -70,15 +69,6 @@ def reasons(rows: list[dict]) -> list[str]:
             won += [f"{gain:.2f} s less {part} than the next"] * (gain >= SEEN_S)
         found.append(", ".join(won))
     return found
-
-
-def dollars(usd: float | None) -> str:
-    return "unknown" if usd is None else f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}"
-
-
-def days(number: float) -> str:
-    """A run of less than a day in two digits, so that it never takes 0.0."""
-    return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
 def price_words(price: dict) -> str:
@@ -178,7 +168,7 @@ def _print_dense(console, data: dict) -> None:
     table = grid("<published", "<kind", "GPU-hours", "USD", "<source")
     for row in data["published"]:
         if row["name"] in BUDGETS_SHOWN:
-            usd = " - ".join(dollars(each) for each in sorted(set(row["usd"]))) if "usd" in row else ""
+            usd = usd_range(sorted(row["usd"])) if "usd" in row else ""
             hours = f"{row['gpu_hours']:,} {row['device']}" if "gpu_hours" in row else ""
             table.add_row(row["name"], row["kind"], hours, usd, row["source"])
     console.print()
@@ -186,7 +176,7 @@ def _print_dense(console, data: dict) -> None:
 
 
 def _print_train(console, data: dict) -> None:
-    runs = next((row for row in data["candidates"] if row["train"]), None)
+    runs = first_runnable(data["candidates"])
     best = data["candidates"][0]
     if runs is None:
         console.print(f"\ntrain     cannot run what fits: {best['train_not']}")

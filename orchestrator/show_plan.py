@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.arguments import check_writable, positional, taken
 from orchestrator.errors import BadRequest, NotFit
-from orchestrator.plan.money import money, terms_of
+from orchestrator.plan.money import money, terms_for
 from orchestrator.plan.planner import Plan, Request, make_plan, to_json
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
 from orchestrator.plan.search import DEGREES, layouts
@@ -78,13 +78,12 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     request = read_request(options, config, given)
     compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else None
     try:
-        terms, found = request.terms, make_plan(request)
+        found = make_plan(request)
         data = json.loads(to_json(found))
         if found.candidates:
             best = found.candidates[0]
-            if "train.validate_sequences" not in given:  # as the printed command for `train` has it
-                terms = terms_of({"validate_sequences": str(best.work.dp * best.work.microbatches)}, terms)
-            data |= money(request, best, terms, compared) | {"scaling": scaled(best, request)}
+            data |= money(request, best, terms_for(request, best.work), compared)
+            data["scaling"] = scaled(best, request)
             for row, why in zip(data["candidates"], reasons(data["candidates"]), strict=True):
                 row["why"] = why
     except ValueError as error:

@@ -16,6 +16,7 @@ from orchestrator.plan.dense import equal_loss, measured_multiplier
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.planner import Candidate, Request, illegal, make_plan, price
 from orchestrator.plan.published import published
+from orchestrator.plan.runs import VALIDATED
 from orchestrator.plan.workload import Workload
 
 DENSE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
@@ -48,6 +49,14 @@ def bill_of(request: Request, best: Candidate, terms: Terms) -> dict:
     return {"price": priced, "made": made(work), "band": [low, high],
             "band_usd": None if hardware.usd_per_h is None else [found["steady"]["usd"] * edge for edge in (low, high)],
             **found}
+
+
+def terms_for(request: Request, work: Workload) -> Terms:
+    """Those asked for. A validation takes as many sequences as the printed command for `train` says, if it was not
+    asked for how many."""
+    if any(word.startswith(f"{VALIDATED}=") for word in request.run_words):
+        return request.terms
+    return replace(request.terms, validate_sequences=work.dp * work.microbatches)
 
 
 def _step_at(work: Workload, step_s: float) -> Callable[[int], float]:

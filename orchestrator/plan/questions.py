@@ -1,6 +1,7 @@
 """Questions that turn a plan round: how many GPUs, which type, how many tokens, what is the fastest for the money.
 
-Each is answered by searches over numbers of GPUs and hardware entries, on the steady bill. All of it is predicted.
+Each is answered by searches over numbers of GPUs and hardware entries, on the expected bill: what an invoice would
+show, start-up, validation, checkpoints and failures included. All of it is predicted.
 
 Numbers of GPUs are whole nodes, or some GPUs of one. They are tried on a coarse grid (`sizes`), and then between the
 last that fails and the first that does. Whether a model fits is arithmetic without a clock, so every number in between
@@ -14,27 +15,28 @@ from functools import cached_property
 from math import inf, lcm
 
 from orchestrator.config import HardwareConfig, Recompute
+from orchestrator.plan.bill import make_bill
 from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.memory import too_large
-from orchestrator.plan.money import bill_of
+from orchestrator.plan.money import bill_of, terms_for
 from orchestrator.plan.planner import Candidate, Plan, Request, default_batch, make_plan, price
 from orchestrator.plan.search import layouts, least_step_s, variants_of
 from orchestrator.plan.workload import SPLIT, Workload, illegal
 
 MOST_DEVICES = 16384
 DEARER = 3
-"""Sizes in a row that are dearer than a smaller one, after which no cheaper one is looked for."""
+"""Sizes in a row that are dearer than a smaller one or than the budget, after which no cheaper one is looked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Offer:
     """The best plan for one hardware entry and one number of GPUs, or why there is none."""
 
     request: Request
     plan: Plan | None
     reason: str = ""
-    steady: dict | None = None
-    """The bill on which offers are compared: pre-training and all that is billed with it."""
+    expected: dict | None = None
+    """The bill on which offers are compared: all that an invoice would show."""
 
     @cached_property
     def best(self) -> dict | None:
@@ -42,11 +44,11 @@ class Offer:
 
     @property
     def days(self) -> float:
-        return self.steady["days"] if self.steady else inf
+        return self.expected["days"] if self.expected else inf
 
     @property
     def usd(self) -> float | None:
-        return self.steady["usd"] if self.steady else None
+        return self.expected["usd"] if self.expected else None
 
 
 def offer(request: Request) -> Offer:
@@ -55,7 +57,8 @@ def offer(request: Request) -> Offer:
         plan = make_plan(request)
         if not plan.candidates:
             return Offer(request, plan, "no layout fits")
-        return Offer(request, plan, steady=bill_of(request, plan.candidates[0], request.terms)["steady"])
+        best = plan.candidates[0]
+        return Offer(request, plan, expected=bill_of(request, best, terms_for(request, best.work))["expected"])
     except ValueError as error:
         return Offer(request, None, str(error))
 
@@ -153,8 +156,7 @@ def for_deadline(request: Request, days: float, tell: Callable[[Offer], None]) -
     """Offers on more and more GPUs; the last one, if any, is the smallest found that is done in time. `tell` is called
     with each, those above it too."""
     def tried(each: Request) -> Offer | None:
-        steps = each.tokens / (each.batch_size * each.seq_len)
-        if not fits(each) or steps * least_step_s(each) / 86400 > days:
+        if not fits(each) or least_bill(each)["days"] > days:
             return None
         found = offer(each)
         tell(found)
@@ -176,11 +178,12 @@ def for_deadline(request: Request, days: float, tell: Callable[[Offer], None]) -
 
 
 def for_budget(request: Request, usd: float, tell: Callable[[Offer], None]) -> list[Offer]:
-    """Offers on more and more GPUs, as far as the steady bill is within the budget, and on some in between the last
-    that is and the first that is not. The smallest clusters may be dearer than larger ones: they are short of memory.
+    """Offers on more and more GPUs, until `DEARER` in a row are above the budget, and on some in between the largest
+    that is within it and the next that is not. The smallest clusters may be dearer than larger ones, which have more
+    memory; a number in between, which divides badly, dearer than its neighbours. Start-up grows with the number.
     """
     def tried(each: Request) -> Offer | None:
-        if offers and least_usd_of(each) > usd:
+        if offers and least_bill(each)["usd"] > usd:
             return None
         offers.append(offer(each))
         tell(offers[-1])
@@ -190,29 +193,36 @@ def for_budget(request: Request, usd: float, tell: Callable[[Offer], None]) -> l
         return found is not None and found.usd is not None and found.usd <= usd
 
     offers: list[Offer] = []
-    most, dearer, least_usd = None, 0, inf
+    most = above = None
+    last, dearer, least_usd = 0, 0, inf
     for each in sizes(request):
-        if most and each.devices < 2 * most.devices or not fits(each):
+        if most and each.devices < 2 * last or not fits(each):
             continue
-        found = tried(each)
+        found, last = tried(each), each.devices
         if within(found):
-            most = each
+            most, above, dearer = each, None, 0
         elif most:
-            inner = between(most.devices, each)
-            _halved(inner[:: max(1, len(inner) // 7)], tried, lambda found: not within(found))
-            break
+            above, dearer = above or each, dearer + 1
         elif found is not None and found.usd is not None:
             dearer = dearer + 1 if found.usd >= least_usd else 0
             least_usd = min(least_usd, found.usd)
-            if dearer == DEARER:
-                break
+        if dearer == DEARER:
+            break
+    if above:
+        inner = between(most.devices, above)
+        _halved(inner[:: max(1, len(inner) // 7)], tried, lambda found: not within(found))
     return offers
 
 
-def least_usd_of(request: Request) -> float:
-    """Lower bound of what the tokens cost on so many devices."""
-    steps = request.tokens / (request.batch_size * request.seq_len)
-    return steps * least_step_s(request) * request.devices / 3600 * (request.hardware.usd_per_h or 0.0)
+def least_bill(request: Request) -> dict:
+    """Lower bound of the expected bill on so many devices: `days` and `usd`, 0 without a price."""
+    terms = replace(request.terms, validate_every=0, batch_start=0, extension=())
+    step_tokens = request.batch_size * request.seq_len
+    try:
+        return make_bill(devices=request.devices, tokens=request.tokens, batch_tokens=step_tokens, terms=terms,
+                         step_time_s=least_step_s(request), usd_per_h=request.hardware.usd_per_h or 0.0)["expected"]
+    except ValueError:  # which the offer will tell
+        return {"days": 0.0, "usd": 0.0}
 
 
 def _halved(requests: list[Request], tried: Callable, does: Callable) -> list:
@@ -229,7 +239,7 @@ def _halved(requests: list[Request], tried: Callable, does: Callable) -> list:
 
 def scaled(best: Candidate, request: Request) -> list[dict]:
     """The same layout on fewer and more replicas, the batch unchanged: what other numbers of GPUs make of days and
-    dollars, without a search of their own. `devices`, `days` and `usd_total` of the steady bill; those that fit and
+    dollars, without a search of their own. `devices`, `days` and `usd_total` of the expected bill; those that fit and
     that can run."""
     work, found = best.work, []
     for power in range(-3, 4):
@@ -239,22 +249,24 @@ def scaled(best: Candidate, request: Request) -> list[dict]:
         each = replace(work, dp=int(dp), microbatches=int(microbatches))
         if illegal(each) is None and too_large(each) is None:
             try:
-                bill = bill_of(replace(request, devices=each.devices), Candidate(each, estimate(each)), request.terms)
+                bill = bill_of(replace(request, devices=each.devices), Candidate(each, estimate(each)),
+                               terms_for(request, each))["expected"]
             except ValueError:  # its ramp would cut sequences, or failures leave it no time
                 continue
-            found.append({"devices": each.devices, "days": bill["steady"]["days"], "usd_total": bill["steady"]["usd"]})
+            found.append({"devices": each.devices, "days": bill["days"], "usd_total": bill["usd"]})
     return found
 
 
 def tokens_for(found: Offer, usd: float) -> float | None:
-    """Tokens that the budget buys at the steady bill, whole steps; None without a price."""
+    """Tokens that the budget buys by the expected bill, whole steps; None without a price."""
     if found.usd is None:
         return None
     request, best = found.request, found.plan.candidates[0]
     step = request.batch_size * request.seq_len
+    terms = terms_for(request, best.work)
     per_step = found.best["usd_total"] / request.tokens * step
 
     def usd_for(steps: int) -> float:
-        return bill_of(replace(request, tokens=steps * step), best, request.terms)["steady"]["usd"]
+        return bill_of(replace(request, tokens=steps * step), best, terms)["expected"]["usd"]
 
     return float(bisect_right(range(1, int(usd / per_step) + 1), usd, key=usd_for) * step)

@@ -66,12 +66,12 @@ def test_cost_against_days_is_of_a_questions_offers_or_of_more_and_fewer_replica
     found = {scaling[-1]["devices"]: scaling for scaling in (scaled(each, plan.request) for each in plan.candidates)}
     rows = found[max(found)]
     own = next(row for row in scaled(plan.candidates[0], plan.request) if row["devices"] == plan.request.devices)
-    assert own["days"] == pytest.approx(data["best"]["days"]) and max(found) > plan.request.devices
+    assert own["days"] > data["best"]["days"] and max(found) > plan.request.devices
     assert [row["days"] for row in rows] == sorted((row["days"] for row in rows), reverse=True)
     offers = [{"hardware": name, "days": 1.0, "usd_total": 2.0} for name in ("h100", "a100")]
     assert "fewer and more replicas" in page(plan, data | {"scaling": rows})
     text = page(plan, data | {"question": {"offers": [*offers, {"hardware": "t4", "reason": "no layout fits"}]}})
-    assert "every offer" in text and "a100" in text and "Cost against days" not in page(plan, data)
+    assert "of every offer" in text and "a100" in text and "Cost against days" not in page(plan, data)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipe"])

@@ -10,8 +10,10 @@ from model.hf_config import config_to_hf
 from orchestrator.compose import compose_config
 from orchestrator.config import conf_dir
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.plan import questions
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
+from orchestrator.plan.money import bill_of
 from orchestrator.plan.planner import Request, make_plan, overrides_of, price
 from orchestrator.plan.questions import (
     between,
@@ -28,7 +30,7 @@ from orchestrator.plan.questions import (
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request
-from orchestrator.show_plan import run
+from orchestrator.show_plan import planned, run
 from orchestrator.train.data import samples_before
 from orchestrator.words import expanded
 
@@ -90,12 +92,50 @@ def test_a_limit_holds_for_all_that_is_billed(request_):
     terms = dataclasses.replace(request_.terms, other_gpu_hours=50.0, extension=((10, 64, 4096),))
     more = dataclasses.replace(request_, terms=terms)
     plain, whole = offer(request_), offer(more)
-    assert whole.best["usd_total"] == plain.best["usd_total"] == pytest.approx(plain.usd)
+    assert whole.best["usd_total"] == plain.best["usd_total"] < plain.usd
     assert whole.usd > plain.usd + 50 * request_.hardware.usd_per_h and whole.days > plain.days + 50 / 8 / 24
     tokens = tokens_for(whole, 500.0)
     again = offer(dataclasses.replace(more, tokens=tokens))
     assert again.usd == pytest.approx(500, rel=1e-3) and again.usd <= 500 and tokens < tokens_for(plain, 500.0)
     assert for_deadline(more, whole.days, lambda each: None)[-1].days <= whole.days
+
+
+@pytest.mark.parametrize("limit, value, side", [("deadline_days", 0.1, "days"), ("budget_usd", 60.0, "usd")])
+def test_the_plan_of_a_limit_keeps_it_with_start_up_and_failures(limit, value, side, capsys):
+    """The bill that is printed with it is the offer's. Steady, fewer GPUs would do for the deadline, and more for the
+    budget."""
+    options = {"tokens": "1e9", "start_up_s": "3000", "preemptions": "500", limit: str(value)}
+    answer = settle(options, SMALL)
+    chosen_row = next(row for row in answer.question["offers"] if row.get("chosen"))
+    bill = planned(answer.options, answer.overrides)[1]["bill"]
+    assert bill["expected"][side] <= value and bill["expected"]["days"] == pytest.approx(chosen_row["days"])
+    assert bill["expected"]["usd"] == pytest.approx(chosen_row["usd_total"]) and answer.question["bill"] == "expected"
+    assert "of the expected bill" in capsys.readouterr().out
+    free = read_request(answer.options, *compose_plan(SMALL))
+    other = resized(free, free.devices // 2 if limit == "deadline_days" else 2 * free.devices)
+    best = make_plan(other).candidates[0]
+    steady = bill_of(other, best, other.terms)["steady"]
+    assert steady[side] <= value < offer(other).expected[side]
+
+
+def test_a_budget_is_looked_for_beyond_a_number_that_is_dearer_than_its_neighbours(request_, monkeypatch):
+    """32 GPUs divide badly, 128 are within the budget again; start-up ends it."""
+    usd = {8: 100, 16: 110, 32: 140, 64: 118, 128: 119, 256: 130, 512: 150, 1024: 190, 2048: 270}
+    free = dataclasses.replace(request_, batch_asked=False)
+    monkeypatch.setattr(questions, "fits", lambda each: each.devices >= 8)
+    monkeypatch.setattr(questions, "offer", lambda each: questions.Offer(
+        each, None, expected={"usd": usd.get(each.devices, 119 + (each.devices - 128) / 10), "days": 9 / each.devices}))
+    monkeypatch.setattr(questions, "least_bill", lambda each: {"usd": 90 + each.devices / 10, "days": 0.0})
+    found = for_budget(free, 120.0, lambda each: None)
+    within = max(each.request.devices for each in found if each.usd <= 120)
+    assert within == 136 and max(each.request.devices for each in found) <= 256
+
+
+def test_the_least_bill_is_no_more_than_any_layouts(offers):
+    for each in offers:
+        if each.best:
+            least = questions.least_bill(each.request)
+            assert 0 < least["days"] <= each.days and 0 <= least["usd"] <= (each.usd or 0.0)
 
 
 def test_a_batch_that_was_asked_for_stays_even_where_it_is_the_usual_one():
@@ -331,7 +371,7 @@ def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with
     (["hardware=h100", "gpus=8", "tokens=1e9", "deadline_days=1"], BadRequest, "gpus=8: does not go with deadline"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "budget_usd=9"], BadRequest, "leave one of them out, or tokens, to ask"),
     (["hardware=h100,a100", "gpus=8", "budget_usd=9"], BadRequest, "budget_usd=9: buys tokens on one kind of GPU"),
-    (["hardware=h100", "gpus=8", "budget_usd=0.001"], NotFit, "budget_usd=0.001: does not pay for one step"),
+    (["hardware=h100", "gpus=8", "budget_usd=0.001"], NotFit, "budget_usd=0.001: does not pay for start-up and one"),
     (["hardware=h100", "tokens=1e9", "deadline_days=none"], BadRequest, "a positive number; use deadline_days=30"),
     (["hardware=h100", "tokens=1e12", "deadline_days=1e-4"], NotFit, "no number of h100 that was tried, up to 16,384,"),
     (["hardware=h100", "gpus=8", "tokens=1e30"], BadRequest, "tokens=1e30: must be a positive number below 1e30; use "),

@@ -1,0 +1,62 @@
+"""Offers of a question, as they are printed and as plan.json has them. Days and dollars are of the expected bill."""
+
+import sys
+from datetime import date
+
+from orchestrator.config import HardwareConfig
+from orchestrator.plan.hardware import price_age_days
+from orchestrator.plan.questions import Offer, assumed, comparable, front
+from orchestrator.plan_format import console, days, dollars
+from orchestrator.plan_table import grid, layout_words, price_words
+
+BASIS = "Days, GPU-hours and USD of the expected bill: start-up, validation, checkpoints and failures included."
+
+
+def offer_words(each: Offer) -> str:
+    return f"{each.request.devices} x {each.request.hardware.name}: {days(each.days)} days, {dollars(each.usd)}"
+
+
+def question_of(offers: list[Offer], best: Offer, **asked) -> dict:
+    """`question` of plan.json. asked: what was asked for; None is left out."""
+    pareto = front(offers)
+    rows = [{"hardware": each.request.hardware.name, "devices": each.request.devices, "days": each.days,
+             "usd_total": each.usd, "price": price_of(each.request.hardware), "layout": each.best["layout"],
+             "on_front": each in pareto, "chosen": each is best}
+            if each.best else {"hardware": each.request.hardware.name, "devices": each.request.devices,
+                               "reason": each.reason} for each in offers]
+    return {key: value for key, value in asked.items() if value is not None} | {"bill": "expected", "offers": rows}
+
+
+def price_of(hardware: HardwareConfig) -> dict:
+    """What a GPU-hour was taken to cost, whence, how long ago (days), and whether anybody offers it at that."""
+    return {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")} | {
+        "age_days": price_age_days(hardware, date.today()), "assumed": assumed(hardware)}
+
+
+class Told:
+    """Offers as they come, for progress on stderr, and in the end as a table."""
+
+    def __call__(self, each: Offer) -> None:
+        if sys.stderr.isatty():
+            print(f"  {offer_words(each) if each.best else each.reason}", file=sys.stderr)
+
+    def show(self, offers: list[Offer], best: Offer | None) -> None:
+        """The table of these, with the price of each kind of GPU; one that lacks something stands with its reason."""
+        out, table = console(markup=False), grid("<hardware", "GPUs", "days", "GPU-hours", "USD", "<layout", "<")
+        pareto, compared = front(offers), comparable(offers)
+        for each in offers:
+            name, devices = each.request.hardware.name, f"{each.request.devices:,}"
+            if each.best is None:
+                table.add_row(name, devices, "", "", "", each.reason.split("; ")[0], "")
+                continue
+            marks = ["on the front of dollars against days"] * (each in pareto)
+            marks += ["price assumed, so not compared in dollars"] * (each.usd is not None and each not in compared)
+            table.add_row(name, devices, days(each.days), f"{each.expected['gpu_hours']:,.0f}", dollars(each.usd),
+                          layout_words(each.best["layout"]), ", ".join(marks + ["chosen"] * (each is best)))
+        out.print(table)
+        prices = {each.request.hardware.name: price_of(each.request.hardware) for each in offers if each.best}
+        if prices:
+            out.print(f"{BASIS} All predicted. A GPU-hour:")
+        for name, price in prices.items():
+            out.print(f"  {name:<10} {price_words(price)}")
+        out.print()
