@@ -146,7 +146,7 @@ def extrapolate(words: str, request: Request, data: dict, result: dict) -> dict:
     return {"at": words, "model": request.model.name, "devices": request.devices, "hardware": request.hardware.name,
             "tokens": request.tokens, "flops": model_flops(request.model, request.tokens, request.seq_len),
             "usd": data["bill"]["steady"]["usd"], "device_hours": data["bill"]["steady"]["gpu_hours"],
-            "dense": equal_loss_of(request, data["dense"]["equal_active"], result)["measured"],
+            "dense": equal_loss_of(request, data["dense"], result)["measured"],
             "measured_flops": result["variants"]["moe"]["curves"]["flops"][0][-1][0]}
 
 

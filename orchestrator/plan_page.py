@@ -138,7 +138,8 @@ def dense_rows(data: dict) -> list[tuple[str, list[dict], str]]:
     loss = dense.get("equal_loss")
     if loss:
         for law in loss["laws"]:
-            rows.append((f"dense, equal loss by {law['law']}", [law], f"{law['multiplier']:.2f} x the FLOPs; "
+            rows.append((f"dense, equal loss by {law['law']}", [law], f"{law['multiplier']:.2f} x the FLOPs "
+                         f"at {law['mfu']:.1%} MFU, between the twins' by log FLOPs; "
                          + ("inside its fit" if law["inside_fit"] else f"OUTSIDE its fit: {law['fit']}")))
         if loss["measured"]:
             rows.append(("dense, equal loss, multiplier measured by `compare`",

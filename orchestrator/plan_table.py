@@ -158,7 +158,7 @@ def _print_dense(console, data: dict) -> None:
     if loss:
         outside = "" if loss["inside_fits"] else "[bold] outside their fits[/bold]"
         line("dense, equal loss", loss["low"], loss["high"], "range of " + " and ".join(
-            law["law"] for law in loss["laws"]) + outside)
+            law["law"] for law in loss["laws"]) + outside + f"; {between_words(loss)}")
         found = loss["measured"]
         if found:
             line("dense, equal loss, measured", found["low"], found["high"], found["note"])
@@ -173,6 +173,12 @@ def _print_dense(console, data: dict) -> None:
             table.add_row(row["name"], row["kind"], hours, usd, row["source"])
     console.print()
     console.print(table)
+
+
+def between_words(loss: dict) -> str:
+    """At which MFU a dense model of equal loss is priced."""
+    edges = dict.fromkeys(f"{loss[side]['mfu']:.1%}" for side in ("low", "high"))
+    return f"at {' to '.join(edges)} MFU, between the twins' by log FLOPs"
 
 
 def _print_train(console, data: dict) -> None:

@@ -4,6 +4,7 @@ Dense models go through the same search and the same clock as the mixture. All o
 whose lines say themselves what they are.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -96,7 +97,7 @@ def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) ->
     if model.n_routed_experts:
         for name, twin in TWINS.items():
             found[name] |= simulated_twin(request, twin(model))
-        found["equal_loss"] = equal_loss_of(request, found["equal_active"], compared)
+        found["equal_loss"] = equal_loss_of(request, found, compared)
     for line in (found["equal_active"], found["equal_total"]):
         line["over_pre_training"] = line["device_hours"] / bill["steady"]["terms"][0]["gpu_hours"]
     return found
@@ -118,24 +119,40 @@ def _gib(reason: str) -> float:
     return float(reason.split()[1].replace(",", ""))
 
 
-def equal_loss_of(request: Request, twin: dict, compared: dict | None) -> dict:
-    """FLOPs times a multiplier, at the MFU of the equal-active twin."""
+def equal_loss_of(request: Request, twins: dict, compared: dict | None) -> dict:
+    """FLOPs times a multiplier, at the MFU that a dense model of so many FLOPs has by its twins.
+
+    twins: `equal_active` and `equal_total` of plan.json's `dense`.
+    """
     model, hardware = request.model, request.hardware
     flops = model_flops(model, request.tokens, request.seq_len)
     laws = equal_loss(flops=flops, routed=model.n_routed_experts, activated=model.n_activated_experts, dim=model.dim,
                       expert_dim=model.moe_inter_dim)
 
     def priced(multiplier: float) -> dict:
-        hours = flops * multiplier / (twin["mfu"] * hardware.bf16_tflops * 1e12) / 3600
+        mfu = mfu_between(twins, flops * multiplier)
+        hours = flops * multiplier / (mfu * hardware.bf16_tflops * 1e12) / 3600
         usd = None if hardware.usd_per_h is None else hours * hardware.usd_per_h
-        return {"multiplier": multiplier, "flops": flops * multiplier, "device_hours": hours, "usd": usd}
+        return {"multiplier": multiplier, "flops": flops * multiplier, "device_hours": hours, "usd": usd, "mfu": mfu}
 
     spread = measured_multiplier(compared or {})
     measured = None if spread is None else {key: priced(spread[key]) for key in ("low", "median", "high")} | {
         "seeds": spread.get("seeds"), "note": "measured by `compare` at its own size; applied here as an extrapolation"}
     return {"low": priced(laws["low"]), "high": priced(laws["high"]), "inside_fits": laws["inside_fits"],
             "laws": [law | priced(law["multiplier"]) for law in laws["laws"]], "measured": measured,
-            "mfu": twin["mfu"], "how": f"multiplier x this run's FLOPs at the equal-active twin's MFU ({twin['how']})"}
+            "how": "multiplier x this run's FLOPs, at an MFU between the twins' by log FLOPs: " + ", ".join(
+                f"{twins[name]['mfu']:.1%} at {twins[name]['flops'] / flops:.3g}x ({twins[name]['how']})"
+                for name in TWINS)}
+
+
+def mfu_between(twins: dict, flops: float) -> float:
+    """Linear in the logarithm of the FLOPs between the twins, theirs beyond them: larger products fill a device better,
+    and a model between the two must not cost more than the larger."""
+    low, high = (twins[name] for name in TWINS)
+    if high["flops"] <= low["flops"]:
+        return low["mfu"]
+    share = math.log(flops / low["flops"]) / math.log(high["flops"] / low["flops"])
+    return low["mfu"] + min(1.0, max(0.0, share)) * (high["mfu"] - low["mfu"])
 
 
 def terms_of(values: dict[str, str], base: Terms) -> Terms:

@@ -53,7 +53,8 @@ def test_another_size_is_one_plan_times_the_measured_multiplier():
     assert far["usd"] == data["bill"]["steady"]["usd"]
     dense = far["dense"]["median"]
     assert dense["flops"] == pytest.approx(1.5 * far["flops"])
-    assert far["dense"]["high"]["usd"] == pytest.approx(dense["usd"] * 2 / 1.5)
+    high = far["dense"]["high"]
+    assert high["usd"] * high["mfu"] == pytest.approx(dense["usd"] * dense["mfu"] * 2 / 1.5)
     assert "EXTRAPOLATED" in "\n".join(extrapolated(far))
     never_met = measured | {"multiplier": {"equal_active": {}, "equal_total": {}}}
     assert "no multiplier was measured" in extrapolated(extrapolate(at, request, data, never_met))[1]

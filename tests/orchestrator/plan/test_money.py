@@ -20,7 +20,7 @@ from orchestrator.plan.dense import (
 )
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
-from orchestrator.plan.money import bill_of, dense_of, money, terms_of
+from orchestrator.plan.money import bill_of, dense_of, equal_loss_of, mfu_between, money, terms_of
 from orchestrator.plan.planner import Candidate, Plan, Request, make_plan, price, to_json
 from orchestrator.plan.published import published, serving_cost
 from orchestrator.plan.workload import Workload
@@ -248,8 +248,25 @@ def test_a_measured_multiplier_becomes_a_bill_of_its_own(small):
     request, plan = small
     compared = {"multiplier": {"equal_active": {"flops": {"median": 1.4, "low": 1.2, "high": 1.5, "seeds": 2}}}}
     loss = money(request, plan.candidates[0], Terms(), compared)["dense"]["equal_loss"]
-    hours = {key: loss["measured"][key]["device_hours"] for key in ("low", "median", "high")}
-    assert hours["median"] / hours["low"] == pytest.approx(1.4 / 1.2) and "extrapolation" in loss["measured"]["note"]
+    work = {key: loss["measured"][key]["device_hours"] * loss["measured"][key]["mfu"] for key in ("low", "median")}
+    assert work["median"] / work["low"] == pytest.approx(1.4 / 1.2) and "extrapolation" in loss["measured"]["note"]
+
+
+def test_fewer_flops_never_cost_more_than_the_larger_twin(small):
+    """At the multipliers of the twins equal loss costs what they do (their widths are rounded); between, it rises."""
+    request, plan = small
+    dense = money(request, plan.candidates[0], Terms())["dense"]
+    own = model_flops(request.model, 1e12, 4096)
+    twins = [dense[name] for name in ("equal_active", "equal_total")]
+    low, high = (twin["flops"] / own for twin in twins)
+    values = [low, (low * high) ** 0.5, high]
+    asked = {"multiplier": {"equal_active": {"flops": dict(zip(("low", "median", "high"), values, strict=True))}}}
+    found = [equal_loss_of(request, dense, asked)["measured"][key] for key in ("low", "median", "high")]
+    assert [found[0]["usd"], found[2]["usd"]] == pytest.approx([twin["usd"] for twin in twins], rel=1e-3)
+    assert found[1]["mfu"] == pytest.approx((found[0]["mfu"] + found[2]["mfu"]) / 2) and low < high
+    assert found[0]["usd"] < found[1]["usd"] < found[2]["usd"]
+    assert [mfu_between(dense, own * factor) for factor in (low / 9, high * 9)] == [twin["mfu"] for twin in twins]
+    assert "log FLOPs" in dense["equal_loss"]["how"]
 
 
 def test_the_simulated_ramp_lies_between_none_and_a_run_at_its_first_batch(small):
