@@ -144,6 +144,8 @@ def dense_rows(data: dict) -> list[tuple[str, list[dict], str]]:
         if loss["measured"]:
             rows.append(("dense, equal loss, multiplier measured by `compare`",
                          [loss["measured"]["low"], loss["measured"]["high"]], loss["measured"]["note"]))
+        elif "measured_not" in loss:
+            rows.append(("dense, equal loss, multiplier measured by `compare`", [], loss["measured_not"]))
     return rows
 
 

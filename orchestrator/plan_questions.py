@@ -258,7 +258,14 @@ def _value(overrides: list[str], key: str) -> str | None:
 def _need_price(request: Request, key: str) -> None:
     if request.hardware.usd_per_h is None:
         raise BadRequest(f"hardware.usd_per_h: is not known for hardware={request.hardware.name}, and {key} needs it; "
-                         "set hardware.usd_per_h=DOLLARS, or choose a device that has a price (`sparing plan prices`)")
+                         "set hardware.usd_per_h=DOLLARS, or choose one that has a price of "
+                         f"market={request.hardware.market}: {', '.join(_with_price(request.hardware.market))}")
+
+
+def _with_price(market: str) -> list[str]:
+    """GPUs of the catalogue that have one."""
+    return [name for name, each in catalogue().items() if each.device == "cuda" and None is not (
+        each if each.market == market else getattr(each, market)).usd_per_h]
 
 
 def _priceless(offers: list[Offer], objective: str) -> None:

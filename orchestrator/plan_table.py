@@ -165,6 +165,8 @@ def _print_dense(console, data: dict) -> None:
     console.print()
     if table.row_count:
         console.print(table)
+    if loss and "measured_not" in loss:
+        console.print(f"measured  nothing: {loss['measured_not']}", markup=False)
     table = grid("<published", "<kind", "GPU-hours", "USD", "<source")
     for row in data["published"]:
         if row["name"] in BUDGETS_SHOWN:

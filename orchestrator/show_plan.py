@@ -6,6 +6,7 @@ from pathlib import Path
 
 from orchestrator.arguments import check_writable, positional, taken
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import money, terms_for
 from orchestrator.plan.planner import Plan, Request, make_plan, to_json
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
@@ -76,7 +77,7 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     """The plan and what plan.json says of it."""
     config, given = compose_plan(overrides)
     request = read_request(options, config, given)
-    compared = _compared(options["multiplier_from"]) if "multiplier_from" in options else None
+    compared = _compared(options["multiplier_from"], request) if "multiplier_from" in options else None
     try:
         found = make_plan(request)
         data = json.loads(to_json(found))
@@ -84,6 +85,9 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
             best = found.candidates[0]
             data |= money(request, best, terms_for(request, best.work), compared)
             data["scaling"] = scaled(best, request)
+            if compared and data["dense"]["equal_loss"]["measured"] is None:
+                data["dense"]["equal_loss"]["measured_not"] = (
+                    f"{options['multiplier_from']} has no multiplier: the losses of mixture and dense twin never met")
             for row, why in zip(data["candidates"], reasons(data["candidates"]), strict=True):
                 row["why"] = why
     except ValueError as error:
@@ -115,9 +119,16 @@ def no_layout(request: Request) -> NotFit:
     return NotFit(f"gpus={devices}: no layout of model={request.model.name} fits on {on}; {remedy}")
 
 
-def _compared(path: str) -> dict:
+def _compared(path: str, request: Request) -> dict:
+    if not request.model.n_routed_experts:
+        raise BadRequest(f"multiplier_from={path}: model={request.model.name} has no routed experts; leave it out")
+    give = "give the compare.json that `sparing compare` wrote"
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except (OSError, ValueError):
-        raise BadRequest(f"multiplier_from={path}: is no readable JSON file; give the compare.json that "
-                         "`sparing compare` wrote") from None
+        raise BadRequest(f"multiplier_from={path}: is no readable JSON file; {give}") from None
+    twin = found.get("multiplier") if isinstance(found, dict) else None
+    twin = twin.get("equal_active") if isinstance(twin, dict) else None
+    if not isinstance(twin, dict) or "flops" in twin and measured_multiplier(found) is None:
+        raise BadRequest(f"multiplier_from={path}: must have multiplier.equal_active, and has none; {give}")
+    return found

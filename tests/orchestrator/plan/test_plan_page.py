@@ -176,6 +176,15 @@ def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys,
     assert plans[0]["bill"]["steady"]["usd"] > 0 and "tokens=100" in plans[1]["error"]
 
 
+def test_a_comparison_whose_losses_never_met_is_told(tmp_path, capsys):
+    (tmp_path / "compare.json").write_text(json.dumps({"multiplier": {"equal_active": {}, "equal_total": {}}}))
+    words = ["model=olmoe_1b_7b", "hardware=h100", "gpus=2", "tokens=1e9", "train.batch_size=4", "layout.pp=1"]
+    assert main(["plan", *words, f"multiplier_from={tmp_path}/compare.json", f"html={tmp_path}/plan.html"]) == 0
+    said = f"{tmp_path}/compare.json has no multiplier: the losses of mixture and dense twin never met"
+    assert f"measured  nothing: {said}" in capsys.readouterr().out
+    assert "losses of mixture and dense twin never met" in (tmp_path / "plan.html").read_text()
+
+
 def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
     asked = []
     monkeypatch.setattr(plan_sweep, "_one", lambda words: asked.append(words) or {"error": "-"})
@@ -189,6 +198,10 @@ def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
     (["-m", "model=tinny", "gpus=8,16"], "no such option"),
     (["model=tiny", "explain=maybe"], "explain=maybe: must be true or false"),
     (["model=olmoe_1b_7b", "hardware=h100", "gpus=8", "tokens=1e9", "multiplier_from=none.json"], "no readable JSON"),
+    (["model=olmoe_1b_7b", "hardware=h100", "gpus=8", "tokens=1e9", "multiplier_from=foreign.json"],
+     "multiplier_from=foreign.json: must have multiplier.equal_active, and has none; give the compare.json"),
+    (["model=llama_3_1_8b", "hardware=h100", "gpus=8", "tokens=1e9", "multiplier_from=foreign.json"],
+     "multiplier_from=foreign.json: model=llama_3_1_8b has no routed experts; leave it out"),
     (["model=olmoe_1b_7b", "hardware=h100", "gpus=2", "tokens=1e9", "train.batch_size=4", "out=no/where.json"],
      "out=no/where.json: cannot be written"),
     (["hardware=h100", "gpus=2", "tokens=1e9", "train.batch_size=0"], "train.batch_size=0: must be at least 1"),
@@ -198,6 +211,7 @@ def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
     (["model=olmoe_1b_7b", "hardware=v100", "gpus=8", "tokens=1e9", "market=spot"], "market=spot: no such price")])
 def test_what_cannot_be_is_answered_in_one_line(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.json").write_text(json.dumps({"predicted": True, "dense": {"equal_active": {}}}))
     assert main(["plan", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

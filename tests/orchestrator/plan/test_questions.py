@@ -362,6 +362,7 @@ def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with
     (["hardware=h100", "gpus=8", "tokens=1e9", "model=deepseek_v3"], NotFit, "the smallest that holds it is gpus="),
     (["hardware=h100", "gpus=8", "tokens=1000"], BadRequest, "tokens=1000: must be at least one step of 64 sequences"),
     (["hardware=gb200", "gpus=8", "budget_usd=100"], BadRequest, "hardware.usd_per_h: is not known for hardware=gb200"),
+    (["hardware=gb200", "gpus=8", "budget_usd=100"], BadRequest, "market=on_demand: a100, a100_40, b200, h100, "),
     (["hardware=gb200", "gpus=8,16", "tokens=1e9", "objective=dollars"], BadRequest, "set hardware.usd_per_h"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=3"], BadRequest, "layout.pp=3: layout.pp x layout.dp = 3"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "layout.ep=3"], BadRequest, "layout.ep=3: must divide the model's 64"),
