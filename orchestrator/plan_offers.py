@@ -30,7 +30,12 @@ def question_of(offers: list[Offer], best: Offer, **asked) -> dict:
 def price_of(hardware: HardwareConfig) -> dict:
     """What a GPU-hour was taken to cost, whence, how long ago (days), and whether anybody offers it at that."""
     return {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")} | {
-        "age_days": price_age_days(hardware, date.today()), "assumed": assumed(hardware)}
+        "age_days": price_age_days(hardware, date.today()), "assumed": assumed(hardware.source)}
+
+
+def price_lines(prices: list[tuple[str, dict]]) -> list[str]:
+    """What a GPU-hour costs on which hardware, whence and how old; each once."""
+    return list(dict.fromkeys(f"  {name:<10} {price_words(price)}" for name, price in prices))
 
 
 class Told:
@@ -54,9 +59,6 @@ class Told:
             table.add_row(name, devices, days(each.days), f"{each.expected['gpu_hours']:,.0f}", dollars(each.usd),
                           layout_words(each.best["layout"]), ", ".join(marks + ["chosen"] * (each is best)))
         out.print(table)
-        prices = {each.request.hardware.name: price_of(each.request.hardware) for each in offers if each.best}
-        if prices:
-            out.print(f"{BASIS} All predicted. A GPU-hour:")
-        for name, price in prices.items():
-            out.print(f"  {name:<10} {price_words(price)}")
-        out.print()
+        lines = price_lines([(each.request.hardware.name, price_of(each.request.hardware))
+                             for each in offers if each.best])
+        out.print("\n".join([f"{BASIS} All predicted. A GPU-hour:", *lines, ""] if lines else [""]))

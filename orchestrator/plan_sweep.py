@@ -7,16 +7,20 @@ from pathlib import Path
 from orchestrator.arguments import check_writable
 from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.plan.questions import assumed
 from orchestrator.plan_format import console as console_of
-from orchestrator.plan_format import days, dollars
+from orchestrator.plan_format import days, dollars, usd_range
+from orchestrator.plan_offers import price_lines
 from orchestrator.plan_page import document
 from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
 from orchestrator.report_style import figure, table
 from orchestrator.words import plain
 
-HEAD = ("best layout", "step s", "MFU", "days", "steady", "expected", "dense, equal loss")
-NOTE = "All figures are predicted. Equal loss: range of two scaling laws, steady; * is outside their fits."
+HEAD = ("best layout", "step s", "made", "MFU", "a GPU-hour", "days", "steady", "expected", "dense, equal loss")
+NOTE = ("All figures are predicted; made: calibrated on published runs of device and stack, by formula (no stack's), "
+        "extrapolated (no device's). Days are of the expected bill. Equal loss: range of two scaling laws, steady; * "
+        "is outside their fits.")
 
 
 def plan_sweep(arguments: list[str]) -> None:
@@ -50,12 +54,13 @@ def plan_sweep(arguments: list[str]) -> None:
     for row in rows:
         printed.add_row(*row)
     console.print(printed)
-    console.print(NOTE)
+    prices = price_lines([(each["hardware"]["name"], each["bill"]["price"]) for each in results if each.get("best")])
+    console.print("\n".join([NOTE, *(["A GPU-hour:", *prices] if prices else [])]))
     if fixed.get("out"):
         kept = [{"words": words, **result} for words, result in zip(jobs, results, strict=True)]
         Path(fixed["out"]).write_text(json.dumps(kept, indent=1) + "\n")
     if fixed.get("html"):
-        Path(fixed["html"]).write_text(sweep_page(head, rows, results), encoding="utf-8")
+        Path(fixed["html"]).write_text(sweep_page(head, rows, results, prices), encoding="utf-8")
     for key in ("out", "html"):
         if fixed.get(key):
             print(f"wrote     {fixed[key]}")
@@ -63,9 +68,9 @@ def plan_sweep(arguments: list[str]) -> None:
         raise NotFit(f"none of the {len(results)} combinations can be planned; the last column of each says why")
 
 
-def sweep_page(head: list[str], rows: list[list[str]], results: list[dict]) -> str:
+def sweep_page(head: list[str], rows: list[list[str]], results: list[dict], prices: list[str]) -> str:
     """Cost against days, and against GPUs where their number differs, a line for each model on each kind of GPU, above
-    the table."""
+    the table and what a GPU-hour was taken to cost."""
     priced = [each for each in results if each.get("best") and each["bill"]["expected"]["usd"] is not None]
     sizes = [each["devices"] for each in priced]
     points, by_devices = ([(f"{each['model']}, {each['hardware']['name']}", x, each["bill"]["expected"]["usd"])
@@ -77,7 +82,8 @@ def sweep_page(head: list[str], rows: list[list[str]], results: list[dict]) -> s
     return document("What if", [
         '<header><h1>What if</h1><p class="sub"><span class="status">predicted</span></p></header>',
         '<section class="grid">', *charts, "</section>",
-        figure("Every combination", NOTE, table(head, cells, numeric_from=len(head) - len(HEAD) + 1), wide=True)])
+        figure("Every combination", NOTE, table(head, cells, numeric_from=len(head) - len(HEAD) + 1)
+               + "".join(f"<p>{escape(line)}</p>" for line in ["A GPU-hour:", *prices] * bool(prices)), wide=True)])
 
 
 def _one(words: list[str]) -> dict:
@@ -99,7 +105,8 @@ def _cells(result: dict) -> list[str]:
         return [f"no layout fits{f': {needs[0]}' if needs else ''}"]
     layout, bill, loss = best["layout"], result["bill"], result["dense"].get("equal_loss")
     words = f"pp={layout['pp']} dp={layout['dp']} ep={layout['ep']} {layout['schedule']}"
-    dense = "-" if loss is None else (f"{dollars(loss['low']['usd'])} - {dollars(loss['high']['usd'])}"
+    dense = "-" if loss is None else (usd_range([loss[side]["usd"] for side in ("low", "high")])
                                       + ("" if loss["inside_fits"] else " *"))
-    return [words, f"{best['step_time_s']:.2f}", f"{best['mfu']:.1%}", days(bill["expected"]["days"]),
-            dollars(bill["steady"]["usd"]), dollars(bill["expected"]["usd"]), dense]
+    price = dollars(bill["price"]["usd_per_h"]) + " assumed" * assumed(bill["price"]["source"])
+    return [words, f"{best['step_time_s']:.2f}", bill["made"], f"{best['mfu']:.1%}", price,
+            days(bill["expected"]["days"]), dollars(bill["steady"]["usd"]), dollars(bill["expected"]["usd"]), dense]

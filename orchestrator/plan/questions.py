@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, lcm
 
-from orchestrator.config import HardwareConfig, Recompute
+from orchestrator.config import Recompute
 from orchestrator.plan.bill import make_bill
 from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.memory import too_large
@@ -63,15 +63,15 @@ def offer(request: Request) -> Offer:
         return Offer(request, None, str(error))
 
 
-def assumed(hardware: HardwareConfig) -> bool:
-    """Whether nobody offers the device at its price: its source calls it an assumption."""
-    return "assum" in hardware.source.lower()
+def assumed(source: str) -> bool:
+    """Whether nobody offers a device at a price of this source, which calls it an assumption."""
+    return "assum" in source.lower()
 
 
 def comparable(offers: list[Offer]) -> list[Offer]:
     """Those whose dollars say which is cheaper: with a price, and not an assumed one where others are on offer."""
     priced = [each for each in offers if each.usd is not None]
-    return [each for each in priced if not assumed(each.request.hardware)] or priced
+    return [each for each in priced if not assumed(each.request.hardware.source)] or priced
 
 
 def front(offers: list[Offer]) -> list[Offer]:

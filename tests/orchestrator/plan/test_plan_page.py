@@ -176,6 +176,16 @@ def test_a_what_if_is_one_table_and_a_plan_that_cannot_be_is_a_row_of_it(capsys,
     assert plans[0]["bill"]["steady"]["usd"] > 0 and "tokens=100" in plans[1]["error"]
 
 
+def test_a_what_if_says_whence_its_prices_are_and_how_each_row_was_made(capsys, tmp_path):
+    """DeepSeek's $2 for an H800 is an assumption of its report, and older than a year."""
+    words = ["plan", "-m", "model=olmoe_1b_7b", "hardware=h100,h800", "gpus=2", "tokens=1e9", "train.batch_size=4",
+             "layout.pp=1", f"html={tmp_path / 'plans.html'}"]
+    assert main(words) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "plans.html").read_text()):
+        assert "$2.00 assumed" in text and "an assumption, not an offer" in text and "OLD: " in text
+        assert "RunPod H100 SXM" in text and "formula" in text and text.count("assumed in the DeepSeek-V3 report") == 1
+
+
 def test_a_comparison_whose_losses_never_met_is_told(tmp_path, capsys):
     (tmp_path / "compare.json").write_text(json.dumps({"multiplier": {"equal_active": {}, "equal_total": {}}}))
     words = ["model=olmoe_1b_7b", "hardware=h100", "gpus=2", "tokens=1e9", "train.batch_size=4", "layout.pp=1"]
