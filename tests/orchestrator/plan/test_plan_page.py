@@ -19,10 +19,11 @@ from orchestrator.plan.memory import in_flight
 from orchestrator.plan.money import money
 from orchestrator.plan.planner import Plan, Request, make_plan, to_json
 from orchestrator.plan.questions import scaled
+from orchestrator.plan.stack import stack_named
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_diff import by_cause, difference, print_diff
-from orchestrator.plan_explain import explained
+from orchestrator.plan_explain import explained, precisions, reduce_words, send_s
 from orchestrator.plan_page import page
 from orchestrator.plan_plots import timeline_chart
 from orchestrator.plan_table import price_words, print_plan, reasons
@@ -106,6 +107,44 @@ def test_an_explanation_has_every_term_of_the_step_the_memory_and_the_bill(small
     names += [term["name"] for term in data["bill"]["expected"]["terms"]]
     assert set(names) <= set(lines) and lines["step"][1] == f"{data['best']['step_time_s']:.3f} s"
     assert all(line[2] for name, line in lines.items())
+
+
+def test_an_explained_pipeline_is_the_sum_of_its_busiest_ranks_slots(small):
+    plan, data = small
+    sections = dict(explained(plan, data))
+    slots = [float(line[1].split()[0]) for line in sections["the step"] if line[0].startswith("  rank ")]
+    assert len(slots) > 1 and sum(slots) == pytest.approx(data["best"]["parts_s"]["pipeline"], abs=0.002)
+    names = " ".join(line[0] for line in sections["one stage, one microbatch"])
+    assert all(part in names for part in ("forward", "overlapped pair", "head", "a send to the next stage"))
+    assert any("ms of all-to-all alone" in line[2] for line in sections["one stage, one microbatch"])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipe"])
+def test_a_send_is_told_as_the_clock_has_it(pipelined, schedule):
+    work = dataclasses.replace(pipelined, schedule=schedule)
+    expected = work.microbatch_tokens * work.model.dim * 2 / (450e9 * work.assumptions.network)
+    assert send_s(work, estimate(dataclasses.replace(work, dp=2, ep=2, batch_size=32)).timeline) == pytest.approx(
+        expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("zero, stack, said", [
+    (1, "default", "reduce-scatter of 4-byte gradients and all-gather of 2-byte weights, once; over"),
+    (2, "default", "reduce-scatter of 4-byte gradients after each of 8 microbatches, behind computation"),
+    (3, "default", "all-gather of 2-byte weights for its forward and its backward"),
+    (1, "megatron_bridge_2604", "reduce-scatter of 2-byte gradients"), (0, "default", "all-reduce of 4-byte")])
+def test_the_reduction_is_told_as_it_is_counted(pipelined, zero, stack, said):
+    assert said in reduce_words(dataclasses.replace(pipelined, zero=zero, stack=stack_named(stack)))
+    assert reduce_words(dataclasses.replace(pipelined, dp=1, ep=1, schedule="1f1b")).startswith("nothing")
+
+
+def test_bytes_by_precision_are_those_of_the_readme(capsys):
+    """State a parameter 16, 18, 14; kept a token of DeepSeek-V3 70.6, 40.2, 32.1 MB."""
+    work = Workload(compose_config(["model=deepseek_v3"]).model, catalogue()["h800"], 4096, 15360, 16, 128, 64,
+                    "dualpipe", 120, dtype="fp8")
+    found = {name: value for name, value, _ in precisions(work)}
+    for dtype, state, kept in (("fp32", 16, 70.6), ("bf16", 18, 40.2), ("fp8", 14, 32.1)):
+        assert found[f"train precision={dtype}: state a parameter"] == f"{state} bytes"
+        assert found[f"train precision={dtype}: kept a token"] == f"{kept} MB"
 
 
 def test_a_difference_is_told_by_term_and_sums_to_the_change(small):
