@@ -3,6 +3,7 @@
 import shlex
 from html import escape
 
+from orchestrator.config import Schedule
 from orchestrator.plan.cost import MFU_CONVENTION
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.memory import rank_memory_gib
@@ -47,7 +48,7 @@ def _header(data: dict, title: str) -> str:
 
 def _tiles(data: dict) -> str:
     best, bill = data["best"], data["bill"]
-    tiles = [("step", f"{best['step_time_s']:.2f} s", f"{best['bubble_fraction']:.0%} bubble"),
+    tiles = [("step", f"{best['step_time_s']:.2f} s", f"ranks idle {best['bubble_fraction']:.0%} of the pipeline"),
              ("MFU", f"{best['mfu']:.1%}", "bf16 peak, causal attention"),
              ("steady bill", dollars(bill["steady"]["usd"]), f"{bill['steady']['gpu_hours']:,.0f} GPU-hours, "
               f"{days(bill['steady']['days'])} days; {band_words(bill)}"),
@@ -63,8 +64,9 @@ def _timelines(data: dict, work: Workload) -> list[str]:
     timeline = estimate(work).timeline
     parts = data["best"]["parts_s"]
     tail = [(name, seconds) for name, seconds in parts.items() if name not in ("pipeline", "bubble")]
+    runs = "that is executed" if work.schedule in Schedule.__members__ else "of its paper, which `train` does not run"
     found = [figure("One step, rank by rank", f"{work.schedule} over {work.pp} pipeline ranks, {work.microbatches} "
-                    "microbatches: the action table that is executed, on a simulated clock",
+                    f"microbatches: the action table {runs}, on a simulated clock",
                     timeline_chart(timeline, tail=tail, numbers=work.microbatches <= 24), wide=True)]
     slots = sum(span.rank == 0 for span in timeline.spans)
     if slots > ZOOM_SLOTS:
@@ -107,7 +109,7 @@ def _layouts(data: dict) -> str:
                      f"{row['bubble_fraction']:.0%}", f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}",
                      days(row["days"]), dollars(row["usd_total"])])
     return figure("The best layouts", "fastest first, steady bill", table(
-        ["layout, and why it is here", "step s", "bubble", "GiB", "MFU", "days", "USD"], rows), wide=True)
+        ["layout, and why it is here", "step s", "idle", "GiB", "MFU", "days", "USD"], rows), wide=True)
 
 
 def _bills(bill: dict) -> str:

@@ -30,7 +30,7 @@ def print_plan(plan: Plan, data: dict) -> None:
     console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} kept; the rest is refused at the "
                   "end\n")
     if plan.candidates:
-        table = grid("<layout", "step s", "bubble", "GiB", "MFU", "days", "USD", "<why it is here")
+        table = grid("<layout", "step s", "idle", "GiB", "MFU", "days", "USD", "<why it is here")
         for row in data["candidates"][:SHOWN]:
             table.add_row(layout_words(row["layout"]),
                           f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
@@ -53,7 +53,7 @@ def reasons(rows: list[dict]) -> list[str]:
     """What each layout wins, and the part of its step on which it loses most to the fastest; rows are fastest first."""
     best = rows[0]
     wins = [("least memory", min(rows, key=lambda row: row["memory_gib"]["total"])),
-            ("least bubble", min(rows, key=lambda row: row["bubble_fraction"])),
+            ("least idle", min(rows, key=lambda row: row["bubble_fraction"])),
             ("fastest that `train` runs", first_runnable(rows))]
     found = []
     for row in rows:
@@ -96,10 +96,19 @@ def mfu_words(mfu: float, data: dict) -> str:
     return f"{mfu:.1%} MFU" + " of the bf16 peak" * (data["best"]["layout"].get("dtype", "bf16") != "bf16")
 
 
+def mfu_line(data: dict) -> str:
+    """What MFU means here, and the best layout's by the other conventions in print."""
+    others = ", ".join(f"{value:.1%} {name}" for name, value in data["mfu_conventions"].items() if value is not None)
+    peak = "bf16 peak" if data["hardware"]["device"] == "cuda" else "the calibrating run's GEMM for a peak"
+    return f"MFU       {peak}, causal attention, MTP modules counted, recompute not; without MTP modules: {others}"
+
+
 def _print_step(console, data: dict) -> None:
     best, have = data["best"], data["hardware"]["memory_gib"]
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in best["parts_s"].items())
-    console.print(f"\nstep      {parts} s")
+    whose = "; pipeline and bubble are the busiest rank's, idle above is all ranks' share"
+    console.print(f"\nstep      {parts} s{whose * (best['layout']['pp'] > 1)}")
+    console.print(mfu_line(data), markup=False)
     used = 0.0
     for name, size in best["memory_gib"].items():
         start = 0.0 if name == "total" else used

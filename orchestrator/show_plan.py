@@ -8,7 +8,7 @@ from orchestrator.arguments import check_writable, positional, taken
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import money, terms_for
-from orchestrator.plan.planner import Plan, Request, make_plan, to_json
+from orchestrator.plan.planner import Plan, Request, make_plan, to_dict
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
 from orchestrator.plan.search import DEGREES, layouts
 from orchestrator.plan.workload import MOST_MICROBATCHES
@@ -80,7 +80,7 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     compared = _compared(options["multiplier_from"], request) if "multiplier_from" in options else None
     try:
         found = make_plan(request)
-        data = json.loads(to_json(found))
+        data = to_dict(found)
         if found.candidates:
             best = found.candidates[0]
             data |= money(request, best, terms_for(request, best.work), compared)

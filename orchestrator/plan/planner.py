@@ -4,16 +4,15 @@ Everything here is predicted by `estimate`. The bill is *steady*: step time time
 or validation, as in DeepSeek's published one.
 """
 
-import json
 from dataclasses import asdict
 
 from orchestrator.config import TrainConfig
-from orchestrator.plan.cost import dense_equivalents, mfu, model_flops
+from orchestrator.plan.cost import MFU_CONVENTION, mfu, mfu_conventions, model_flops
 from orchestrator.plan.runs import cannot_grow, cannot_run, overrides_of, steps_for
 from orchestrator.plan.search import Candidate, Plan, Refused, Request, illegal, layout_of, search
 
 __all__ = ["Candidate", "Plan", "Refused", "Request", "illegal", "layout_of", "make_plan", "overrides_of", "price",
-           "to_json"]
+           "to_dict"]
 V3_BATCH = 15360
 MAX_REFUSED = 40
 """Of each kind in plan.json."""
@@ -47,23 +46,22 @@ def price(candidate: Candidate, request: Request) -> dict:
     }
 
 
-def to_json(plan: Plan) -> str:
-    """plan.json."""
+def to_dict(plan: Plan) -> dict:
+    """plan.json without the money; `mfu_conventions` is the best layout's rate as the MFUs in print."""
     request = plan.request
     priced = [price(candidate, request) for candidate in plan.candidates[:50]]
     best = priced[0] if priced else None
-    dense = dense_equivalents(request.model, request.tokens, seq_len=request.seq_len, mfu=best["mfu"] if best else None,
-                              peak_flops_per_s=request.hardware.bf16_tflops * 1e12,
-                              usd_per_h=request.hardware.usd_per_h, devices=request.devices)
+    conventions = best and mfu_conventions(request.model, best["tokens_per_s"] / request.devices, request.seq_len,
+                                           request.hardware)
     hardware = {key: value for key, value in asdict(request.hardware).items() if value not in (None, "")}
-    return json.dumps({
+    return {
         "predicted": True, "model": request.model.name, "hardware": hardware, "devices": request.devices,
         "tokens": request.tokens, "seq_len": request.seq_len, "batch_size": request.batch_size, "dtype": request.dtype,
         "stack": request.stack.name, "routing": request.routing.name,
         "assumptions": asdict(request.assumptions), "considered": plan.considered, "best": best, "candidates": priced,
+        "mfu_convention": MFU_CONVENTION, "mfu_conventions": conventions,
         "refused": [asdict(item) for items in plan.kinds_refused().values() for item in items[-MAX_REFUSED:]],
-        "dense": {"at": "the best layout's own MFU", **dense},
-    }, indent=2) + "\n"
+    }
 
 
 def default_batch(devices: int) -> int:

@@ -1,7 +1,6 @@
 """Bills, scaling laws and published figures; every oracle is a figure that others printed."""
 
 import dataclasses
-import json
 
 import pytest
 
@@ -21,7 +20,7 @@ from orchestrator.plan.dense import (
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.money import bill_of, dense_of, equal_loss_of, mfu_between, money, terms_of
-from orchestrator.plan.planner import Candidate, Plan, Request, make_plan, price, to_json
+from orchestrator.plan.planner import Candidate, Plan, Request, make_plan, price, to_dict
 from orchestrator.plan.published import published, serving_cost
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_published import gap_lines, print_budgets, print_prices
@@ -299,7 +298,7 @@ def test_terms_given_badly_are_explained(values, words):
 
 
 def test_every_layout_in_the_table_says_why_it_is_there(small):
-    rows = json.loads(to_json(small[1]))["candidates"][:8]
+    rows = to_dict(small[1])["candidates"][:8]
     why = reasons(rows)
     assert why[0].startswith("fastest") and all(why) and sum("least memory" in each for each in why) == 1
 

@@ -17,7 +17,7 @@ from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.memory import in_flight
 from orchestrator.plan.money import money
-from orchestrator.plan.planner import Plan, Request, make_plan, to_json
+from orchestrator.plan.planner import Candidate, Plan, Request, make_plan, to_dict
 from orchestrator.plan.questions import scaled
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.trace import held_over_time
@@ -35,7 +35,7 @@ def small() -> tuple[Plan, dict]:
                       schedules=("dualpipe",))
     plan = make_plan(request)
     plan.candidates.sort(key=lambda candidate: candidate.work.pp == 1)
-    data = json.loads(to_json(plan))
+    data = to_dict(plan)
     for row, why in zip(data["candidates"], reasons(data["candidates"]), strict=True):
         row["why"] = why
     return plan, data | money(request, plan.candidates[0], Terms(extension=((10, 8, 8192),)))
@@ -181,6 +181,34 @@ def test_the_table_shows_bars_bills_and_dense_lines(small, capsys):
         assert words in text
 
 
+def test_the_mfu_names_its_convention_and_the_best_layouts_by_the_others(small, capsys):
+    plan, data = small
+    print_plan(plan, data)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("MFU  "))
+    whole, half = (data["mfu_conventions"][f"bf16 peak, {which} attention"] for which in ("whole", "causal"))
+    assert half == pytest.approx(data["best"]["mfu"]) and whole > half and "recompute not" in line
+    assert f"{whole:.1%} bf16 peak, whole attention" in line and f"{half / 2:.1%} fp8 peak, causal" in line
+
+
+def test_a_ranks_bubble_and_all_ranks_idle_time_have_two_names(small, capsys):
+    plan, data = small
+    print_plan(plan, data)
+    text = capsys.readouterr().out
+    head = next(line for line in text.splitlines() if line.startswith("layout"))
+    assert "idle" in head and "bubble" not in head and "least idle" in text and "least bubble" not in text
+    assert "pipeline and bubble are the busiest rank's, idle above is all ranks' share" in text
+    assert f"ranks idle {data['best']['bubble_fraction']:.0%}" in page(plan, data)
+
+
+@pytest.mark.parametrize("schedule, said", [("dualpipe", "of its paper, which `train` does not run"),
+                                            ("1f1b", "the action table that is executed")])
+def test_the_timeline_says_whether_its_table_is_executed(small, pipelined, schedule, said):
+    plan, data = small
+    work = dataclasses.replace(pipelined, schedule=schedule)
+    shown = dataclasses.replace(plan, candidates=[Candidate(work, estimate(work))])
+    assert said in page(shown, data)
+
+
 def test_a_dense_model_is_its_own_twin(small, capsys):
     plan, data = small
     model = compose_config(["model=llama_3_1_8b"]).model
@@ -188,7 +216,7 @@ def test_a_dense_model_is_its_own_twin(small, capsys):
     found = money(dense.request, dense.candidates[0], Terms())
     assert found["dense"]["equal_active"]["over_pre_training"] == pytest.approx(1)
     assert "equal_loss" not in found["dense"]
-    print_plan(dense, data | json.loads(to_json(dense)) | found | {"candidates": data["candidates"]})
+    print_plan(dense, data | to_dict(dense) | found | {"candidates": data["candidates"]})
     assert "dense, equal" not in capsys.readouterr().out
 
 
