@@ -23,9 +23,10 @@ from orchestrator.plan.layout import check_run
 from orchestrator.plan.money import TWINS, equal_loss_of
 from orchestrator.plan.multiplier import Curve, multiplier, spread
 from orchestrator.plan.planner import Request
+from orchestrator.plan_format import dollars
 from orchestrator.report_plots import Series, line_chart
 from orchestrator.report_run import Run, read_run
-from orchestrator.report_style import STYLE, figure, table
+from orchestrator.report_style import document, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import earlier_end
 from orchestrator.words import plain, quoted
@@ -170,16 +171,12 @@ def extrapolated(far: dict | None) -> list[str]:
     if far is None:
         return []
     said = [f"{far['model']} on {far['devices']:,} x {far['hardware']}, {far['tokens']:.4g} tokens (predicted): "
-            f"{_usd(far['usd'])}"]
+            f"{dollars(far['usd'])}"]
     if far["dense"] is None:
         return [*said, "          no multiplier was measured, so nothing is said of a dense model there"]
-    low, median, high = (_usd(far["dense"][key]["usd"]) for key in ("low", "median", "high"))
+    low, median, high = (dollars(far["dense"][key]["usd"]) for key in ("low", "median", "high"))
     return [*said, f"          a dense model of equal loss: {median} ({low} to {high}), EXTRAPOLATED from runs of "
                    f"{far['flops'] / far['measured_flops']:.0e} times fewer FLOPs: a multiplier seldom holds so far"]
-
-
-def _usd(value: float | None) -> str:
-    return "unknown" if value is None else f"${value:,.0f}"
 
 
 def page(result: dict) -> str:
@@ -196,12 +193,10 @@ def page(result: dict) -> str:
     rows = [[twin, *(f"{ratios[cost]['median']:.2f} ({ratios[cost]['low']:.2f} to {ratios[cost]['high']:.2f})"
                      if cost in ratios else "unknown" for cost in COSTS)]
             for twin, ratios in result["multiplier"].items()]
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison - Sparing</title>'
-            f"<style>{STYLE}</style></head>\n<body><main><h1>{escape(result['model'])} and its dense twins</h1>"
-            f'<section class="grid">{"".join(plots)}</section>'
-            + figure("Dense over mixture at equal loss",
-                     "above 1 the mixture is cheaper; measured, median and range of the seeds",
-                     table(head, rows), wide=True) + "</main></body></html>\n")
+    return document("comparison - Sparing", [
+        f"<h1>{escape(result['model'])} and its dense twins</h1>", f'<section class="grid">{"".join(plots)}</section>',
+        figure("Dense over mixture at equal loss", "above 1 the mixture is cheaper; measured, median and range of the "
+               "seeds", table(head, rows), wide=True)])
 
 
 def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, steps: int) -> dict[str, list[Run]]:

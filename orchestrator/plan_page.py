@@ -16,7 +16,7 @@ from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
 from orchestrator.plan_table import band_words, layout_words, mfu_words, price_words
 from orchestrator.report_plots import WIDTH, format_number, stacked_bar
-from orchestrator.report_style import STYLE, details, figure, table
+from orchestrator.report_style import details, document, figure, table
 
 SHOWN, ZOOM_SLOTS = 12, 45
 
@@ -25,18 +25,11 @@ def page(plan: Plan, data: dict) -> str:
     """The whole document, of a plan in which at least one layout fits."""
     request, work = plan.request, plan.candidates[0].work
     title = f"{request.model.name} on {request.devices:,} {request.hardware.name}"
-    return document(title, [
+    return document(f"{title} - Sparing plan", [
         _header(data, title), _tiles(data), *_timelines(data, work), '<section class="grid">',
         _memory(data), _memory_over_time(data, work), _cost(data), "</section>", _layouts(data), _bills(data["bill"]),
-        _dense(data), _published(data), _refused(data), _assumptions(data), _footer()])
-
-
-def document(title: str, body: list[str]) -> str:
-    """A whole file, style sheet included."""
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{escape(title)} - Sparing plan</title>'
-            f"<style>{STYLE}{PLOT_STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part)
-            + "\n</main></body></html>\n")
+        _dense(data), _published(data), _refused(data), _assumptions(data), _footer()],
+        style=PLOT_STYLE)
 
 
 def _header(data: dict, title: str) -> str:

@@ -11,10 +11,9 @@ from orchestrator.plan.questions import assumed
 from orchestrator.plan_format import console as console_of
 from orchestrator.plan_format import days, dollars, usd_range
 from orchestrator.plan_offers import price_lines
-from orchestrator.plan_page import document
 from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
-from orchestrator.report_style import figure, table
+from orchestrator.report_style import document, figure, table
 from orchestrator.words import plain
 
 HEAD = ("best layout", "step s", "made", "MFU", "a GPU-hour", "days", "steady", "expected", "dense, equal loss")
@@ -79,7 +78,7 @@ def sweep_page(head: list[str], rows: list[list[str]], results: list[dict], pric
     charts = [figure(f"Cost against {what}", "expected bill of every combination", cost_chart(found, x_label=what))
               for what, found in (("days", points), ("GPUs", by_devices)) if what == "days" or len(set(sizes)) > 1]
     cells = [[*map(escape, row), *[""] * (len(head) - len(row))] for row in rows]
-    return document("What if", [
+    return document("What if - Sparing plan", [
         '<header><h1>What if</h1><p class="sub"><span class="status">predicted</span></p></header>',
         '<section class="grid">', *charts, "</section>",
         figure("Every combination", NOTE, table(head, cells, numeric_from=len(head) - len(HEAD) + 1)

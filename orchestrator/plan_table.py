@@ -3,7 +3,8 @@
 import shlex
 from datetime import date
 
-from orchestrator.plan.hardware import GIVEN
+from orchestrator.config import HardwareConfig
+from orchestrator.plan.hardware import GIVEN, price_age_days
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.planner import Plan
 from orchestrator.plan_format import console as console_of
@@ -27,8 +28,8 @@ def print_plan(plan: Plan, data: dict) -> None:
                   f"{format_number(request.tokens)} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a "
                   f"step, {request.dtype}, stack {request.stack.name}{escape(_routed(request))}. "
                   "[bold]All figures are predicted.[/bold]")
-    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} kept; the rest is refused at the "
-                  "end\n")
+    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} kept, with days and USD of the "
+                  "steady bill; the rest is refused at the end\n")
     if plan.candidates:
         table = grid("<layout", "step s", "idle", "GiB", "MFU", "days", "USD", "<why it is here")
         for row in data["candidates"][:SHOWN]:
@@ -75,14 +76,19 @@ def price_words(price: dict) -> str:
     """Price, market, source and date; one older than a year says how old it is."""
     if price["usd_per_h"] is None:
         return "a price that is unknown; set hardware.usd_per_h to see dollars"
-    try:
-        days = (date.today() - date.fromisoformat(price["date"])).days
-    except ValueError:  # no date, or a user's own words
-        days = 0
-    old = f"; OLD: {days:,} days" if days > OLD_DAYS else ""
+    age = age_days(price)
+    old = f"; OLD: {age:,} days" if (age or 0) > OLD_DAYS else ""
     market = price["market"].replace("_", " ")
     day = price["date"] or ("" if price["source"] == GIVEN else "no date")
     return f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}{', ' * bool(day)}{day}{old})"
+
+
+def age_days(price: dict) -> int | None:
+    """Since the price was read; None without a day, or with a user's own words for one."""
+    try:
+        return price_age_days(HardwareConfig(usd_per_h=price["usd_per_h"], date=price["date"]), date.today())
+    except ValueError:
+        return None
 
 
 def band_words(bill: dict) -> str:

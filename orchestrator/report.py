@@ -11,7 +11,7 @@ from orchestrator.errors import BadRequest
 from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import Series, format_number, line_chart, load_heatmap, smoothed, stacked_bar
 from orchestrator.report_run import Run, Share, expert_load, headline_figures, interval_note, labelled, read_run, shares
-from orchestrator.report_style import STYLE, details, figure, table
+from orchestrator.report_style import details, document, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import format_usd
 
@@ -43,10 +43,7 @@ def page(runs: list[Run]) -> str:
             *(_dense(run, many=len(runs) > 1) for run in runs), *(_predicted(run) for run in runs),
             *(_events(run, many=len(runs) > 1) for run in runs), *(_config(run, many=len(runs) > 1) for run in runs),
             _footer(runs)]
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{escape(title)} - Sparing</title>'
-            f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part)
-            + "\n</main></body></html>\n")
+    return document(f"{title} - Sparing", body)
 
 
 def _header(runs: list[Run], title: str) -> str:

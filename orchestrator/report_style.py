@@ -1,4 +1,4 @@
-"""How the report looks, and the three things it is made of: figures, tables and folded details.
+"""How pages look, and what they are made of: one document of figures, tables and folded details.
 
 Light and dark by the reader's preference, in colours that colour-blind readers tell apart.
 Lines and buckets use the Okabe-Ito palette (Nature Methods 8, 441), expert load a blue-neutral-orange scale.
@@ -77,6 +77,13 @@ footer p { margin-bottom: 4px; }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); --k: var(--c{i}); }} .dot.c{i}, .hit.c{i} {{ fill: var(--c{i}); }} "
               f".b{i} {{ fill: var(--b{i}); --k: var(--b{i}); }}\n" for i in range(9)) + "".join(
     f".h{i} {{ fill: var(--h{i}); --k: var(--h{i}); }}\n" for i in range(9))
+
+
+def document(title: str, body: list[str], *, style: str = "") -> str:
+    """A whole file that asks the network for nothing. body: HTML, empty parts are left out. style: beside `STYLE`."""
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{STYLE}{style}</style>'
+            "</head>\n<body><main>\n" + "\n".join(part for part in body if part) + "\n</main></body></html>\n")
 
 
 def figure(title: str, subtitle: str, body: str, *, wide: bool = False) -> str:

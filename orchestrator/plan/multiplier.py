@@ -5,6 +5,7 @@ rates must be constant after warm-up, so that each point stands for a whole run 
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 
 Curve = Sequence[tuple[float, float]]
@@ -37,6 +38,4 @@ def multiplier(moe: Curve, dense: Curve) -> tuple[float, float] | None:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, lowest and highest of the seeds."""
-    ordered, middle = sorted(values), len(values) // 2
-    median = ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return {"median": median, "low": ordered[0], "high": ordered[-1], "seeds": len(values)}
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "seeds": len(values)}

@@ -67,6 +67,7 @@ def test_a_models_name_is_text_on_the_page():
     text = page({"model": "<b>&mine", "multiplier": {},
                  "variants": {"moe": {"curves": {cost: [curve] for cost in compare.COSTS}}}})
     assert "&lt;b&gt;&amp;mine and its dense twins" in text and "<b>&mine" not in text
+    assert '<meta name="viewport"' in text
 
 
 @pytest.mark.parametrize("code", compare.STOPPED)

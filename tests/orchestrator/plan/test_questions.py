@@ -168,6 +168,11 @@ def test_a_device_without_a_price_of_the_market_is_an_offer_with_its_reason(caps
         settle({"gpus": "8,16", "tokens": "1e9", "market": "spot"}, [*words[:-1], "hardware=a100"])
 
 
+def test_the_day_of_a_price_may_be_a_users_own_words():
+    answer = settle({"gpus": "4,8", "tokens": "1e9"}, [*SMALL, "hardware.usd_per_h=2", "hardware.date=yesterday"])
+    assert [row["price"]["age_days"] for row in answer.question["offers"]] == [None, None]
+
+
 @pytest.mark.parametrize("words, expected", [
     (["model=mini", "layout.schedule=gpipe", "layout.pp=4"], {"schedule": "gpipe", "pp": 4}),
     (["model=moonlight_16b", "layout.pp=4", "layout.schedule=interleaved_1f1b", "layout.stages_per_rank=6"],
