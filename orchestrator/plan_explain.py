@@ -12,7 +12,7 @@ from orchestrator.plan.estimate import PHASES, estimate, linked, phases_s, stage
 from orchestrator.plan.keeping import own
 from orchestrator.plan.kernels import product_s, rates_of
 from orchestrator.plan.memory import state_bytes
-from orchestrator.plan.planner import Plan
+from orchestrator.plan.search import Plan
 from orchestrator.plan.simulate import Timeline
 from orchestrator.plan.workload import Workload, is_first, is_last, pipeline_of
 from orchestrator.plan_format import console as console_of

@@ -8,7 +8,7 @@ from orchestrator.plan.cost import MFU_CONVENTION
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.memory import rank_memory_gib
 from orchestrator.plan.money import ITSELF
-from orchestrator.plan.planner import Plan
+from orchestrator.plan.search import Plan
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
 from orchestrator.plan_format import days, dollars, first_runnable, usd_range

@@ -16,7 +16,6 @@ from itertools import product
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.hardware import MARKETS, catalogue, hardware_named
-from orchestrator.plan.planner import Request
 from orchestrator.plan.questions import (
     MOST_DEVICES,
     Offer,
@@ -27,6 +26,7 @@ from orchestrator.plan.questions import (
     smallest,
     tokens_for,
 )
+from orchestrator.plan.search import Request
 from orchestrator.plan_format import dollars
 from orchestrator.plan_offers import Told, offer_words, question_of
 from orchestrator.plan_request import compose_plan, number, read_request

@@ -6,7 +6,7 @@ from datetime import date
 from orchestrator.config import HardwareConfig
 from orchestrator.plan.hardware import GIVEN, price_age_days
 from orchestrator.plan.money import ITSELF
-from orchestrator.plan.planner import Plan
+from orchestrator.plan.search import Plan
 from orchestrator.plan_format import console as console_of
 from orchestrator.plan_format import days, dollars, first_runnable, usd_range
 from orchestrator.report_plots import format_number

@@ -8,9 +8,9 @@ from orchestrator.arguments import check_writable, positional, taken
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import money, terms_for
-from orchestrator.plan.planner import Plan, Request, make_plan, to_dict
+from orchestrator.plan.planner import to_dict
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
-from orchestrator.plan.search import DEGREES, layouts
+from orchestrator.plan.search import DEGREES, Plan, Request, layouts, search
 from orchestrator.plan.workload import MOST_MICROBATCHES
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
@@ -79,7 +79,7 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     request = read_request(options, config, given)
     compared = _compared(options["multiplier_from"], request) if "multiplier_from" in options else None
     try:
-        found = make_plan(request)
+        found = search(request)
         data = to_dict(found)
         if found.candidates:
             best = found.candidates[0]

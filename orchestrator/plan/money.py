@@ -15,10 +15,11 @@ from orchestrator.plan.confidence import band, made
 from orchestrator.plan.cost import dense_equivalents, model_flops
 from orchestrator.plan.dense import equal_loss, measured_multiplier
 from orchestrator.plan.estimate import estimate
-from orchestrator.plan.planner import Candidate, Request, illegal, make_plan, price
+from orchestrator.plan.planner import price
 from orchestrator.plan.published import published
 from orchestrator.plan.runs import VALIDATED
-from orchestrator.plan.workload import Workload
+from orchestrator.plan.search import Candidate, Request, search
+from orchestrator.plan.workload import Workload, illegal
 
 DENSE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
 ITSELF = "this model is dense"
@@ -105,7 +106,7 @@ def dense_of(request: Request, best: dict, bill: dict, compared: dict | None) ->
 
 def simulated_twin(request: Request, twin: ModelConfig) -> dict:
     """The best layout of the dense twin on the same devices; if none fits, why. What was pinned is the mixture's."""
-    plan = make_plan(replace(request, model=twin, schedules=DENSE_SCHEDULES, keep=1, pinned=()))
+    plan = search(replace(request, model=twin, schedules=DENSE_SCHEDULES, keep=1, pinned=()))
     if not plan.candidates:
         needs = [item.reason for item in plan.refused if item.reason.startswith("needs ")]
         return {"refused": f"no layout of it fits: {min(needs, key=_gib, default='none is legal')}"}

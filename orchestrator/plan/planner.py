@@ -9,10 +9,8 @@ from dataclasses import asdict
 from orchestrator.config import TrainConfig
 from orchestrator.plan.cost import MFU_CONVENTION, mfu, mfu_conventions, model_flops
 from orchestrator.plan.runs import cannot_grow, cannot_run, overrides_of, steps_for
-from orchestrator.plan.search import Candidate, Plan, Refused, Request, illegal, layout_of, search
+from orchestrator.plan.search import Candidate, Plan, Request, layout_of, search
 
-__all__ = ["Candidate", "Plan", "Refused", "Request", "illegal", "layout_of", "make_plan", "overrides_of", "price",
-           "to_dict"]
 V3_BATCH = 15360
 MAX_REFUSED = 40
 """Of each kind in plan.json."""

@@ -19,8 +19,8 @@ from orchestrator.plan.bill import make_bill
 from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.money import bill_of, terms_for
-from orchestrator.plan.planner import Candidate, Plan, Request, default_batch, make_plan, price
-from orchestrator.plan.search import layouts, least_step_s, variants_of
+from orchestrator.plan.planner import default_batch, price
+from orchestrator.plan.search import Candidate, Plan, Request, layouts, least_step_s, search, variants_of
 from orchestrator.plan.workload import SPLIT, Workload, illegal
 
 MOST_DEVICES = 16384
@@ -54,7 +54,7 @@ class Offer:
 def offer(request: Request) -> Offer:
     """A hardware entry that lacks a figure is an offer with a reason, not an error."""
     try:
-        plan = make_plan(request)
+        plan = search(request)
         if not plan.candidates:
             return Offer(request, plan, "no layout fits")
         best = plan.candidates[0]

@@ -20,8 +20,9 @@ from orchestrator.plan.dense import (
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.money import bill_of, dense_of, equal_loss_of, mfu_between, money, terms_of
-from orchestrator.plan.planner import Candidate, Plan, Request, make_plan, price, to_dict
+from orchestrator.plan.planner import price, to_dict
 from orchestrator.plan.published import published, serving_cost
+from orchestrator.plan.search import Candidate, Plan, Request, search
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_published import gap_lines, print_budgets, print_prices
 from orchestrator.plan_table import reasons
@@ -206,7 +207,7 @@ def test_every_published_figure_says_whence_and_what_it_is():
 def small() -> tuple[Request, Plan]:
     request = Request(compose_config(["model=moonlight_16b"]).model, catalogue()["h100"], 16, 1e12, 4096, 128,
                       schedules=("1f1b",))
-    return request, make_plan(request)
+    return request, search(request)
 
 
 def test_dense_twins_go_through_the_same_search(small):
@@ -219,7 +220,7 @@ def test_dense_twins_go_through_the_same_search(small):
     assert low < steady < high and found["bill"]["made"] in ("calibrated", "formula")
     assert active["how"] == total["how"] == "simulated" and active["layout"]["ep"] == 1
     assert active["mfu"] > price(best, request)["mfu"] and active["over_pre_training"] < 1 < total["over_pre_training"]
-    twin = make_plan(dataclasses.replace(request, model=count.dense_equal_active(request.model)))
+    twin = search(dataclasses.replace(request, model=count.dense_equal_active(request.model)))
     assert active["device_hours"] <= price(twin.candidates[0], request)["gpu_hours"]
     assert loss["low"]["flops"] == pytest.approx(loss["low"]["multiplier"] * model_flops(request.model, 1e12, 4096))
     assert {row["kind"] for row in found["published"]} >= {"disclosure", "estimate"}

@@ -17,8 +17,9 @@ from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.memory import in_flight
 from orchestrator.plan.money import money
-from orchestrator.plan.planner import Candidate, Plan, Request, make_plan, to_dict
+from orchestrator.plan.planner import to_dict
 from orchestrator.plan.questions import scaled
+from orchestrator.plan.search import Candidate, Plan, Request, search
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
@@ -33,7 +34,7 @@ from orchestrator.plan_table import price_words, print_plan, reasons
 def small() -> tuple[Plan, dict]:
     request = Request(compose_config(["model=deepseek_v2_lite"]).model, catalogue()["h100"], 16, 1e11, 2048, 64,
                       schedules=("dualpipe",))
-    plan = make_plan(request)
+    plan = search(request)
     plan.candidates.sort(key=lambda candidate: candidate.work.pp == 1)
     data = to_dict(plan)
     for row, why in zip(data["candidates"], reasons(data["candidates"]), strict=True):
@@ -212,7 +213,7 @@ def test_the_timeline_says_whether_its_table_is_executed(small, pipelined, sched
 def test_a_dense_model_is_its_own_twin(small, capsys):
     plan, data = small
     model = compose_config(["model=llama_3_1_8b"]).model
-    dense = make_plan(dataclasses.replace(plan.request, model=model, schedules=("1f1b",)))
+    dense = search(dataclasses.replace(plan.request, model=model, schedules=("1f1b",)))
     found = money(dense.request, dense.candidates[0], Terms())
     assert found["dense"]["equal_active"]["over_pre_training"] == pytest.approx(1)
     assert "equal_loss" not in found["dense"]

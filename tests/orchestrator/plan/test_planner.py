@@ -20,9 +20,9 @@ from orchestrator.plan.estimate import estimate, phases_s
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.memory import memory_gib, too_large
-from orchestrator.plan.planner import Request, make_plan, to_dict
+from orchestrator.plan.planner import to_dict
 from orchestrator.plan.runs import cannot_run, not_run, overrides_of
-from orchestrator.plan.search import illegal, layouts
+from orchestrator.plan.search import Request, illegal, layouts
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
 from orchestrator.plan_request import compose_plan, read_request
@@ -98,7 +98,7 @@ def test_slower_links_and_dearer_layers_never_make_a_step_shorter(v3):
 
 
 def test_every_layout_is_priced_or_refused_with_a_reason(small):
-    plan = make_plan(small)
+    plan = search.search(small)
     assert plan.considered == len(plan.candidates) + sum(item.number for item in plan.refused) and plan.candidates
     times = [candidate.found.step_time_s for candidate in plan.candidates]
     assert times == sorted(times)
@@ -120,17 +120,17 @@ def test_nothing_that_the_search_left_out_would_have_been_faster(small):
                   for work in layouts(request) if work.pp <= 4 for schedule in ("1f1b", "zbv")
                   for recompute in Recompute for zero in (1, 2, 3)]
     fitting = [work for work in everything if illegal(work) is None and too_large(work) is None]
-    found = make_plan(dataclasses.replace(request, schedules=("1f1b", "zbv")))
+    found = search.search(dataclasses.replace(request, schedules=("1f1b", "zbv")))
     assert found.candidates[0].found.step_time_s == pytest.approx(min(estimate(w).step_time_s for w in fitting))
 
 
 def test_a_search_by_short_clocks_finds_what_whole_clocks_find(monkeypatch):
     """Where one layout is kept, as for a dense twin; batches are so large that reduction behind microbatches counts."""
     request = Request(model("llama_3_1_70b"), catalogue()["a100"], 32, 1e12, 4096, 256, keep=1, schedules=("zbv",))
-    found = make_plan(request).candidates[0]
+    found = search.search(request).candidates[0]
     monkeypatch.setattr(search, "clock_s", lambda work, below: estimate(work).step_time_s)
     monkeypatch.setattr(search._Best, "out_of_reach", lambda self, floor_s, runs: False)
-    assert found.found.step_time_s == make_plan(request).candidates[0].found.step_time_s
+    assert found.found.step_time_s == search.search(request).candidates[0].found.step_time_s
 
 
 def test_both_copies_of_dualpipes_stages_reduce_their_gradients_together():
@@ -219,9 +219,9 @@ def test_dualpipe_has_no_recompute_of_whole_blocks(v3):
 def test_context_ranks_have_equal_parts_of_a_sequence():
     request = Request(model("llama_3_1_8b"), catalogue()["h100"], 24, 1e10, 32768, 48)
     assert {work.cp for work in layouts(request)} == {1, 2, 4, 8}
-    refused = {item.layout["cp"]: item.reason for item in make_plan(request).refused if set(item.layout) == {"cp"}}
+    refused = {item.layout["cp"]: item.reason for item in search.search(request).refused if set(item.layout) == {"cp"}}
     assert refused == {cp: f"a sequence of 32768 tokens has no {2 * cp} equal parts" for cp in (3, 6)}
-    assert make_plan(request).candidates[0].work.cp in (1, 2, 4, 8)
+    assert search.search(request).candidates[0].work.cp in (1, 2, 4, 8)
 
 
 def test_layouts_that_train_does_not_offer_are_priced_and_say_so(small):

@@ -14,7 +14,7 @@ from orchestrator.plan import questions
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.money import bill_of
-from orchestrator.plan.planner import Request, make_plan, overrides_of, price
+from orchestrator.plan.planner import price
 from orchestrator.plan.questions import (
     between,
     chosen,
@@ -27,6 +27,8 @@ from orchestrator.plan.questions import (
     smallest,
     tokens_for,
 )
+from orchestrator.plan.runs import overrides_of
+from orchestrator.plan.search import Request, search
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request
@@ -113,7 +115,7 @@ def test_the_plan_of_a_limit_keeps_it_with_start_up_and_failures(limit, value, s
     assert "of the expected bill" in capsys.readouterr().out
     free = read_request(answer.options, *compose_plan(SMALL))
     other = resized(free, free.devices // 2 if limit == "deadline_days" else 2 * free.devices)
-    best = make_plan(other).candidates[0]
+    best = search(other).candidates[0]
     steady = bill_of(other, best, other.terms)["steady"]
     assert steady[side] <= value < offer(other).expected[side]
 
@@ -323,7 +325,7 @@ def commands_of(asked: Request, most: int | None = None) -> list:
 def test_a_batch_ramp_that_a_layout_cannot_begin_is_told_and_not_printed():
     words = ["model=moonlight_16b", H100, "train.batch_size=512", "train.batch_start=192", "train.batch_ramp_steps=9"]
     asked = read_request({"gpus": "64", "tokens": "1e10"}, *compose_plan(words))
-    rows = [price(each, asked) for each in make_plan(asked).candidates]
+    rows = [price(each, asked) for each in search(asked).candidates]
     wrong = "train.batch_start=192: must be a multiple of dp x microbatches"
     assert any(wrong in (row["train_not"] or "") for row in rows)
 
