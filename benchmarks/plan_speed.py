@@ -9,8 +9,8 @@ from orchestrator.compose import compose_config
 from orchestrator.config import Schedule
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
-from orchestrator.plan.planner import Request, make_plan
 from orchestrator.plan.schedule import actions
+from orchestrator.plan.search import Request, search
 from orchestrator.plan.workload import Workload
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         step = min(seconds(estimate, work)[0] for _ in range(5))
         print(f"one step of pp=16 with 120 microbatches, {schedule:10s} {step * 1e3:6.1f} ms, with its table the first "
               f"time {table * 1e3:6.0f} ms")
-    took, plan = seconds(make_plan, Request(model, h800, 2048, 14.8e12, 4096, 15360, "fp8"))
+    took, plan = seconds(search, Request(model, h800, 2048, 14.8e12, 4096, 15360, "fp8"))
     rate = plan.considered / took
     print(f"DeepSeek-V3 on 2,048 H800: {plan.considered:,} layouts in {took:.1f} s, {rate:,.0f} a second")
 

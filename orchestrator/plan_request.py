@@ -13,8 +13,8 @@ from orchestrator.plan.forecast import on_cores, routing_of
 from orchestrator.plan.hardware import at_market
 from orchestrator.plan.layout import LOOPED_SCHEDULES, MOST_RANKS, check_hardware, check_ramp, require
 from orchestrator.plan.money import terms_of
-from orchestrator.plan.planner import Request, default_batch
-from orchestrator.plan.search import DEGREES
+from orchestrator.plan.planner import default_batch
+from orchestrator.plan.search import DEGREES, Request
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration
 from orchestrator.train.expected import counted, read_calibration

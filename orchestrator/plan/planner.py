@@ -9,16 +9,11 @@ from dataclasses import asdict
 from orchestrator.config import TrainConfig
 from orchestrator.plan.cost import MFU_CONVENTION, mfu, mfu_conventions, model_flops
 from orchestrator.plan.runs import cannot_grow, cannot_run, overrides_of, steps_for
-from orchestrator.plan.search import Candidate, Plan, Request, layout_of, search
+from orchestrator.plan.search import Candidate, Plan, Request, layout_of
 
 V3_BATCH = 15360
 MAX_REFUSED = 40
 """Of each kind in plan.json."""
-
-
-def make_plan(request: Request) -> Plan:
-    """`ValueError` if the hardware entry lacks a figure that the estimate needs."""
-    return search(request)
 
 
 def price(candidate: Candidate, request: Request) -> dict:

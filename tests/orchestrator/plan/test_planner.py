@@ -203,7 +203,7 @@ def test_words_that_hold_for_the_run_hold_for_its_plan():
     """FP8, pairs in turn, no tensor parallelism: as asked for, in the plan and in the command that it prints."""
     config, given = compose_plan(["model=deepseek_v2_lite", "hardware=h100", "precision=fp8", "layout.overlap=false"])
     asked = read_request({"gpus": "8", "tokens": "1e9", "tp": "1", "cp": "1", "zero": "1"}, config, given)
-    found = make_plan(dataclasses.replace(asked, keep=2)).candidates
+    found = search.search(dataclasses.replace(asked, keep=2)).candidates
     assert {(each.work.tp, each.work.cp, each.work.zero, each.work.dtype) for each in found} == {(1, 1, 1, "fp8")}
     words = overrides_of(found[0].work, others=asked.run_words)
     assert "precision=fp8" in words and "layout.overlap=false" in words and words.count("precision=fp8") == 1
