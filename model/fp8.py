@@ -115,18 +115,23 @@ def product_dtype(device: torch.device, exact: bool) -> torch.dtype:
     return torch.bfloat16 if exact and device.type == "cuda" else torch.float32
 
 
-@functools.cache
 def on_tensor_cores(device: torch.device) -> bool:
-    """Whether products run on the device's FP8 tensor cores: Ada, Hopper or newer, and small products of each kind came
-    out right on it. Otherwise they are emulated, and a warning says why."""
+    return why_emulated(device) is None
+
+
+@functools.cache
+def why_emulated(device: torch.device) -> str | None:
+    """Why products do not run on the device's FP8 tensor cores; None if they do: on Ada, Hopper or newer, where small
+    products of each kind came out right."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
-        return False
+        return f"no FP8 tensor cores for these products on {device}"
     try:
         _kernels().check(device)
     except Exception as failure:  # no Triton, one that cannot compile for the device, wrong results: all the same here
-        logger.warning("FP8 products on %s are emulated, slowly: %s: %s", device, type(failure).__name__, failure)
-        return False
-    return True
+        cause = f"{type(failure).__name__}: {failure}"
+        logger.warning("FP8 products on %s are emulated, slowly: %s", device, cause)
+        return cause
+    return None
 
 
 def _kernels() -> ModuleType:

@@ -7,6 +7,8 @@ promotion every 128 elements). Tiles of rows belong to one expert each, so that 
 Shapes: R rows (tokens), K summed over, N outputs, E experts, T tiles of 128 rows.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -56,26 +58,58 @@ def weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, 
 def check(device: torch.device) -> None:
     """ArithmeticError unless small operands are quantised to the same bits as by torch, and small products of each kind
     are what multiplying dequantised values gives, to a thousandth of the largest: tensor cores keep some 14 bits of a
-    sum of 128."""
+    sum of 128.
+
+    Each kind that a step takes is compiled by itself: rows in bf16 or fp32, either kind of scale, either layout of a
+    weight, one expert or several, sizes in multiples of 16 or not.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for i, (dtype, power_of_two) in enumerate(itertools.product((torch.float32, torch.bfloat16), (False, True))):
+            _check((160, 256, 256), dtype, power_of_two, (100, 0, 60) if i in (1, 2) else None, device)
+        _check((200, 300, 260), torch.float32, False, (150, 0, 50), device)
+
+
+def _check(sizes: tuple[int, int, int], dtype: torch.dtype, power_of_two: bool, counts: tuple[int, ...] | None,
+           device: torch.device) -> None:
+    """sizes: rows, inputs, outputs."""
     made = torch.Generator().manual_seed(0)
-    shapes = (200, 300), (200, 260), (3, 260, 300)
-    x, grad, weight = (torch.randn(shape, generator=made).to(device) for shape in shapes)
-    counts = torch.tensor([150, 0, 50], device=device)
-    rows, w = act_quant(x), weight_quant(weight)
-    for name, ours, theirs in ("rows", rows, quantize.act_quant(x)), ("weights", w, quantize.weight_quant(weight)):
-        if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs, strict=True)):
+    (num_rows, inputs, outputs), experts = sizes, () if counts is None else (len(counts),)
+    x, grad = (torch.randn(num_rows, size, generator=made).to(device, dtype) for size in (inputs, outputs))
+    weight = torch.randn(*experts, outputs, inputs, generator=made).to(device)
+    held, ends = None, [0, num_rows]
+    if counts is not None:
+        held, ends = torch.tensor(counts, device=device), [0, *itertools.accumulate(counts)]
+    how = {"power_of_two": power_of_two}
+    rows, grads = act_quant(x, **how), act_quant(grad, floor=GRAD_AMAX_FLOOR, **how)
+    w, turned = weight_quant(weight, **how), weight_quant(weight, transposed=True, **how)
+    torchs = quantize.weight_quant(weight, **how)
+    for name, ours, theirs in (("rows", rows, quantize.act_quant(x, **how)),
+                               ("gradients", grads, quantize.act_quant(grad, floor=GRAD_AMAX_FLOOR, **how)),
+                               ("weights", w, torchs), ("transposed weights", turned, [t.mT for t in torchs])):
+        if not all(torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+                   for a, b in zip(ours, theirs, strict=True)):
             raise ArithmeticError(f"{name} are quantised to other bits than by torch")
-    over = [quantize.quant_over_tokens(t, *token_tiles(200, counts), floor=floor)
+    over = [quantize.quant_over_tokens(t, *token_tiles(num_rows, held), floor=floor, **how)
             for t, floor in ((grad, GRAD_AMAX_FLOOR), (x, quantize.AMAX_FLOOR))]
-    wide, wide_w = quantize.act_dequant(rows), quantize.weight_dequant(w)
+    tiles = [0, *itertools.accumulate(-(-(b - a) // TILE) * TILE for a, b in itertools.pairwise(ends))]
+    wide_w = quantize.weight_dequant(w).reshape(-1, outputs, inputs)
     wide_grad, wide_x = ((q.data.float() * q.scale).flatten(0, 1) for q in over)
-    for name, found, wanted in (
-            ("rows", rows_product(rows, w, counts, torch.float32),
-             torch.cat([wide[:150] @ wide_w[0].mT, wide[150:] @ wide_w[2].mT])),
-            ("tokens", weight_gradient(grad, x, counts, False, False, torch.float32),
-             torch.stack([wide_grad[a:b].mT @ wide_x[a:b] for a, b in ((0, 256), (256, 256), (256, 384))]))):
-        if not torch.allclose(found, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max())):
-            raise ArithmeticError(f"a product over {name} is off by {float((found - wanted).abs().max()):.3g}")
+    for name, found, left, right, parts in (
+            ("rows", rows_product(rows, w, held, dtype), quantize.act_dequant(rows), wide_w.mT, ends),
+            ("gradients", rows_product(grads, turned, held, dtype), quantize.act_dequant(grads), wide_w, ends),
+            ("tokens", weight_gradient(grad, x, held, power_of_two, power_of_two, torch.float32), wide_grad.mT, wide_x,
+             tiles)):
+        spans = [slice(a, b) for a, b in itertools.pairwise(parts)]
+        wanted = (torch.stack([_exact(left[:, span], right[span]) for span in spans]).view_as(found)
+                  if name == "tokens" else torch.cat([_exact(left[s], right[e]) for e, s in enumerate(spans)]))
+        off = float((found.double() - wanted).abs().max())
+        if not off <= (1e-3 + (found.dtype == torch.bfloat16) * 2**-7) * float(wanted.abs().max()):
+            raise ArithmeticError(f"a product over {name} is off by {off:.3g}")
+
+
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    """In fp64, which no setting of the program's makes a product of shorter operands."""
+    return a.double() @ b.double()
 
 
 def _tiles(num_rows: int, counts: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -116,12 +116,14 @@ def widened(data: Tensor) -> Tensor:
 
 
 def _scale_of(amax: Tensor, power_of_two: bool, floor: float) -> Tensor:
-    scale = (amax.clamp(min=floor) / E4M3_MAX).masked_fill_(~amax.isfinite(), torch.nan)
+    # By a tensor on the device: CUDA takes division by a number for multiplication by its reciprocal, whose last bit is
+    # another in half of all cases (pytorch#191495).
+    scale = (amax.clamp(min=floor) / amax.new_full((), E4M3_MAX)).masked_fill_(~amax.isfinite(), torch.nan)
     if not power_of_two:
         return scale
-    mantissa, exponent = torch.frexp(scale)
-    power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-    return power.where(scale.isfinite(), scale)
+    bits = scale.view(torch.int32)  # the next one up: a mantissa that is not zero counts as one more in the exponent
+    power = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)) << 23
+    return power.view(torch.float32).where(scale.isfinite(), scale)
 
 
 def _padded(x: Tensor, axis: int) -> Tensor:

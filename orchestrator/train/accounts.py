@@ -10,6 +10,7 @@ from statistics import fmean
 
 import torch
 
+from model.fp8 import why_emulated
 from orchestrator.config import Config
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.plan.cost import (
@@ -66,12 +67,15 @@ class Accounts:
 
     def start(self) -> None:
         """The first step is about to begin: all before it was start-up, or the way back from a fault."""
+        emulated = why_emulated(self.mesh.device) if self.config.precision.fp8 else None
         recovery, now = self.recovery, steady()
         if recovery is None:
             self.ledger.charge("startup", max(0.0, now - self.placed_at))  # by another machine's clock
             self.event("predicted", **self.predicted)
             self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
                        device=self.mesh.device.type, peak_flops_per_s=self.peak)
+            if emulated:
+                self.event("fp8_emulated", step=self.progress.step, cause=emulated)
             return
         booked_s = math.fsum(self.ledger.buckets_s.values()) + self.unbooked_s
         open_s = max(0.0, self.ledger.charged_s(now) - booked_s)

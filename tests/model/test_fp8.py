@@ -6,12 +6,22 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import fp8
 from model.config import ModelConfig
 from model.fp8 import Fp8FeedForward, Fp8GroupedExperts, Fp8Linear, to_fp8
 from model.moe import FeedForward, GroupedExperts
-from model.quantize import act_dequant, act_quant, pack, unpack, weight_dequant, weight_quant, widened
+from model.quantize import (
+    act_dequant,
+    act_quant,
+    pack,
+    quant_over_tokens,
+    unpack,
+    weight_dequant,
+    weight_quant,
+    widened,
+)
 from model.transformer import Transformer
 
 SHAPES = [(3, 256), (5, 128), (2, 2, 300), (1, 7), (0, 256)]
@@ -68,6 +78,29 @@ def test_act_quant_is_the_published_one_bit_for_bit(power_of_two, dtype):
         data, scale = published_act_quant(x, ue8m0=power_of_two)
         assert torch.equal(bits(found.data), bits(data)) and torch.equal(found.scale.flatten(), scale)
         assert found.scale.shape == (*x.shape[:-1], -(-x.shape[-1] // 128))
+
+
+class DividesAsCuda(TorchDispatchMode):
+    """Division by a number is multiplication by its reciprocal (ATen's BinaryDivTrueKernel.cu), as by a tensor of the
+    CPU's that has one element."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor) and not isinstance(args[1], torch.Tensor):
+            return args[0] * (torch.ones(()) / args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_scales_are_to_the_last_bit_the_same_where_division_by_a_number_is_not(power_of_two):
+    x, how = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)), {"power_of_two": power_of_two}
+    kinds = act_quant, weight_quant, lambda x, **how: quant_over_tokens(x, None, 2, **how)
+    wanted = [quant(x, **how) for quant in kinds]
+    with DividesAsCuda():
+        assert (torch.ones(1) * 169 / 13 != 13).all()
+        found = [quant(x, **how) for quant in kinds]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours.scale, theirs.scale)
+        assert torch.equal(ours.data.view(torch.uint8), theirs.data.view(torch.uint8))
 
 
 def test_what_is_not_finite_does_not_pass_for_a_number():

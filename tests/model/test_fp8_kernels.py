@@ -1,11 +1,12 @@
 """FP8 tensor-core kernels without a GPU: what they compute by Triton's interpreter (conftest.py), and that they compile
 for Ada, Hopper and Blackwell into FP8 tensor-core instructions. Neither says how fast they are."""
 
+import itertools
 import math
 import os
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -118,12 +119,55 @@ def test_a_whole_steps_loss_and_gradients_are_the_emulated_ones(kernels, monkeyp
         assert difference < 0.01, name
 
 
-def test_the_check_at_the_start_refuses_wrong_products(kernels, monkeypatch):
-    kernels.check(torch.device("cpu"))
-    right = kernels.rows_product
-    monkeypatch.setattr(kernels, "rows_product", lambda *given: 1.01 * right(*given))
-    with pytest.raises(ArithmeticError, match="a product over rows is off by"):
-        kernels.check(torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+def test_the_check_at_the_start_passes_where_a_step_first_asks_for_it(kernels):
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels.check(CPU)
+
+
+@pytest.mark.parametrize("product, call, what", [
+    ("rows_product", 0, "rows"), ("rows_product", 1, "gradients"), ("weight_gradient", 0, "tokens")])
+def test_the_check_at_the_start_refuses_wrong_products(kernels, monkeypatch, product, call, what):
+    right, calls = getattr(kernels, product), itertools.count()
+    monkeypatch.setattr(kernels, product, lambda *given: (1.01 if next(calls) == call else 1) * right(*given))
+    with pytest.raises(ArithmeticError, match=f"a product over {what} is off by"):
+        kernels.check(CPU)
+
+
+@pytest.mark.parametrize("kernel, fails", [
+    ("weight_quant", lambda weight, **how: how["power_of_two"]),
+    ("weight_quant", lambda weight, **how: how.get("transposed", False)),
+    ("act_quant", lambda x, **how: x.dtype == torch.bfloat16),
+    ("rows_product", lambda rows, weight, counts, dtype: dtype == torch.bfloat16),
+    ("rows_product", lambda rows, weight, counts, dtype: counts is None)])
+def test_the_check_at_the_start_meets_every_kind_of_a_kernel(kernels, monkeypatch, kernel, fails):
+    right = getattr(kernels, kernel)
+
+    def called(*given, **how):
+        if fails(*given, **how):
+            raise RuntimeError("does not compile")
+        return right(*given, **how)
+
+    monkeypatch.setattr(kernels, kernel, called)
+    with pytest.raises(RuntimeError, match="does not compile"):
+        kernels.check(CPU)
+
+
+@pytest.mark.parametrize("failure", [ArithmeticError("off by 3"), ImportError("triton")], ids=repr)
+def test_a_device_whose_check_fails_emulates_and_says_why(monkeypatch, failure):
+    def check(device):
+        raise failure
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fp8, "_kernels", lambda: SimpleNamespace(check=check))
+    fp8.why_emulated.cache_clear()
+    try:
+        assert not fp8.on_tensor_cores(torch.device("cuda:7"))
+        assert fp8.why_emulated(torch.device("cuda:7")) == f"{type(failure).__name__}: {failure}"
+    finally:
+        fp8.why_emulated.cache_clear()
 
 
 COMPILE = """

@@ -50,6 +50,15 @@ def test_validation_logs_loss_and_acceptance_of_each_mtp_depth(whole):
         assert 0 <= guesses <= 16 * 31 and guesses == pytest.approx(round(guesses), abs=1e-6)
 
 
+def test_a_run_whose_fp8_products_are_emulated_says_so_among_its_events(ranks, text, whole, tmp_path):
+    config = make_config(text, tmp_path)
+    config.precision.fp8, config.train.steps, config.train.validate_every = True, 1, 0
+    run(ranks, train, config)
+    (said,) = events(tmp_path, "fp8_emulated")
+    assert said["cause"] == "no FP8 tensor cores for these products on cpu"
+    assert not events(whole, "fp8_emulated")
+
+
 def test_same_config_and_seed_give_the_same_losses_bit_for_bit(ranks, text, whole, tmp_path):
     run(ranks, train, make_config(text, tmp_path, "pp2_ep2"))
     assert losses(tmp_path) == losses(whole)
