@@ -222,11 +222,21 @@ def _read_prompts(named: dict[str, str]) -> tuple[list[str], bool]:
 
 def _read_stops(text: str) -> list[str]:
     if not text.startswith("["):
-        return [text] if text else []
+        return _short([text] if text else [])
     try:
         stops = json.loads(text)
     except json.JSONDecodeError:
         stops = None
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise BadRequest(f"stop={text}: must be a text or a JSON list of texts; use stop='[\"\\n\", \"def \"]'")
+    return _short(stops)
+
+
+def _short(stops: list[str]) -> list[str]:
+    from orchestrator.inference import MAX_STOP
+
+    for stop in stops:
+        if len(stop) > MAX_STOP:
+            raise BadRequest(f"stop={stop[:20]}...: {len(stop)} characters, must be at most {MAX_STOP}; end at a "
+                             "shorter text")
     return stops

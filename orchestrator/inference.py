@@ -175,6 +175,10 @@ def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:
     return tokenizer
 
 
+MAX_STOP = 256
+"""Most characters of a stop string that may be asked for: each token's text is compared with its beginnings."""
+
+
 class TextStream:
     """One sequence's tokens as text: whole characters only, and nothing that a stop string may yet swallow.
 
@@ -197,7 +201,8 @@ class TextStream:
         if found:
             self.stopped, text, self.held = True, self.held[: min(found)], ""
             return text
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        keep = max((n for stop in self.stops for n in range(1, min(len(stop), len(self.held) + 1))
+                    if self.held.endswith(stop[:n])), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return text
 

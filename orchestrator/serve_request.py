@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass
 
 from model.generate import Sampling
+from orchestrator.inference import MAX_STOP
 from orchestrator.serve_engine import Engine
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier"}
@@ -88,6 +89,9 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(stop, str) and stop for stop in stops):
         raise Refused(400, "stop: must be a text or up to four texts", param="stop")
+    if longest := max((len(stop) for stop in stops if len(stop) > MAX_STOP), default=0):
+        raise Refused(400, f"stop: {longest} characters, must be at most {MAX_STOP}; end at a shorter text",
+                      param="stop")
     stream, choices = _flag(body, "stream"), int(_number(body, "n", 1, 1, MAX_CHOICES, whole=True))
     if choices * len(prompts) > engine.room:
         raise Refused(400, f"n={choices}: {choices * len(prompts)} answers, must be at most {engine.room} here (slots "

@@ -71,6 +71,23 @@ def test_speculation_is_compared_with_plain_decoding_in_one_run(checkpoint, caps
     assert "acceptance" in report and "24 tokens in 24 steps" in report and "gain" in report
 
 
+class Watched(str):
+    """Counts how often a part of it is taken."""
+
+    taken = 0
+
+    def __getitem__(self, key):
+        Watched.taken += 1
+        return super().__getitem__(key)
+
+
+def test_a_long_stop_text_costs_no_more_than_what_is_held_back():
+    tokenizer = load_tokenizer("byte")
+    stream = TextStream(tokenizer, [Watched("ab" * 100_000)])
+    assert "".join(map(stream.push, tokenizer.encode("xxabab" * 3).tolist())) == "xxababxxababxx"
+    assert stream.finish() == "abab" and Watched.taken < 100
+
+
 def test_a_stop_text_is_never_shown_in_part(checkpoint, capsys):
     text = generate(capsys, checkpoint, "prompt=def ", "max_tokens=24")[0][:-1]
     stop = json.dumps([text[9:12], "not there"])
@@ -114,6 +131,7 @@ def test_going_beyond_the_length_of_training_is_said_once(checkpoint, capsys, mo
     (["seed=-1"], "seed=-1: must be"),
     (["speculative=maybe"], "must be one of false, true, compare"),
     (["stop=[1"], "stop=[1: must be"),
+    (["stop=" + "x" * 257], f"stop={'x' * 20}...: 257 characters, must be at most 256"),
     (["file=nowhere"], "file=nowhere: "),
     (["file=tests"], "file=tests: is a directory"),
     (["file=x", "prompt=x"], "give one of them"),

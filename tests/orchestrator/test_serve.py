@@ -127,7 +127,9 @@ def test_several_choices_and_stop_texts(server, loaded):
     (dict(max_tokens=65), "max_tokens=65: must be a whole number from 1 to 64"),
     (dict(temperature=3), "temperature=3: must be a number from 0 to 2"),
     (dict(logprobs=2), "logprobs=2: is not supported"), (dict(logprobs=0), "logprobs=0: is not supported"),
-    (dict(n=99), "n=99"), (dict(stop=[1]), "stop"), (dict(extra_body={"stream": 1}), "stream=1: must be true or false"),
+    (dict(n=99), "n=99"), (dict(stop=[1]), "stop"),
+    (dict(stop=["a", "x" * 257]), "stop: 257 characters, must be at most 256"),
+    (dict(extra_body={"stream": 1}), "stream=1: must be true or false"),
     (dict(extra_body={"tmperature": 1}), "tmperature: no such parameter"),
     (dict(prompt=["a", "b"], n=6), "n=6: 12 answers, must be at most 11 here")])
 def test_a_bad_request_names_the_parameter(server, bad, said):
