@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Every released MLA model norms its latents with this, whatever its other norms use (Moonlight: 1e-5).
 LATENT_NORM_EPS = 1e-6
-MASK_ELEMENTS = 1 << 22
+MASK_ELEMENTS = 1 << 20
 """Most of a cached step's mask at a time: 20 MiB as booleans and as the fp32 that a kernel makes of them."""
 
 
@@ -223,7 +223,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _in_blocks(attend: Callable[[Tensor, Tensor], Tensor], q: Tensor, mask: Tensor, rows: int) -> Tensor:
     """attend(q, mask) of queries [B, S, H, *] and what each sees [B, S, L], block by block, so that a long prompt's
     mask, of which the kernel takes `rows` rows a query and makes numbers, stays small."""
-    size = max(1, MASK_ELEMENTS // (rows * mask.shape[0] * mask.shape[2]))
+    most = MASK_ELEMENTS if q.device.type == "cpu" else 4 * MASK_ELEMENTS
+    size = max(1, most // (rows * mask.shape[0] * mask.shape[2]))
     if q.shape[1] <= size:
         return attend(q, mask)
     return torch.cat([attend(*block) for block in zip(q.split(size, dim=1), mask.split(size, dim=1), strict=True)], 1)

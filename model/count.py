@@ -142,6 +142,18 @@ def kv_bytes(config: ModelConfig, *, bytes_per_element: float = 2) -> float:
     return config.n_layers * elements * bytes_per_element
 
 
+def forward_bytes(config: ModelConfig, tokens: int, *, bytes_per_element: float = 4) -> int:
+    """Most that a forward of so many tokens holds at once beside weights, keys and values, masks and logits: the
+    residual stream and the widest part of a block, where an expert may be every token's."""
+    dim, heads, rows = config.dim, config.n_heads, config.n_activated_experts
+    absorbed = heads * (2 * config.qk_head_dim + 3 * (config.kv_lora_rank + config.qk_rope_head_dim))
+    attention = (absorbed if config.attention is Attention.mla else
+                 3 * (heads + 2 * config.n_kv_heads) * config.head_dim) + heads * v_head_dim(config)
+    dense = 4 * config.inter_dim
+    experts = rows * 4 * dim + 4 * config.moe_inter_dim + 2 * config.n_routed_experts if config.n_routed_experts else 0
+    return int(tokens * bytes_per_element * (6 * dim + max(attention, dense, experts)))
+
+
 def v_head_dim(config: ModelConfig) -> int:
     """Elements of a value head."""
     return config.v_head_dim if config.attention is Attention.mla else config.head_dim

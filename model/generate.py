@@ -21,6 +21,14 @@ from model.attention import rope_table
 from model.cache import Cache
 from model.transformer import Transformer
 
+CHUNK_TOKENS = 512
+"""Of prompts, read in one forward, padding included, by a CPU: its activations are part of what a limited memory holds.
+A GPU has room for more, and wants it."""
+
+
+def chunk_tokens(device: torch.device) -> int:
+    return CHUNK_TOKENS if device.type == "cpu" else 16 * CHUNK_TOKENS
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -61,9 +69,7 @@ class Decoder:
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to each slot; logits [B, V] after the last of each row."""
-        hidden = self.hidden(slots, prompts)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
-        return self.head(hidden[torch.arange(len(prompts), device=hidden.device), last])
+        return self.head(self.read(slots, prompts))
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """One more token of each slot; logits [B, V] of the next."""
@@ -74,6 +80,22 @@ class Decoder:
         self.cache.cut(slot, 0)
         if self.drafts is not None:
             self.drafts.cut(slot, 0)
+
+    @torch.inference_mode()
+    def read(self, slots: Sequence[int], rows: Sequence[Sequence[int]], *, drafts: bool = False) -> Tensor:
+        """Append each row's tokens to its slot, in forwards of `chunk_tokens`; the normalised hidden state of its last
+        token, [B, D]. drafts: the MTP module reads every token that the rows tell it."""
+        last: list[Tensor | None] = [None] * len(rows)
+        for parts in _chunks([len(row) for row in rows], chunk_tokens(self.rope[0].device)):
+            hidden = self.hidden([slots[i] for i, _, _ in parts], [rows[i][start:stop] for i, start, stop in parts])
+            for states, (i, start, stop) in zip(hidden, parts, strict=True):
+                if stop == len(rows[i]):
+                    last[i] = states[stop - start - 1].clone()
+            told = [(slots[i], states[: stop - start], rows[i][start + 1 : stop + 1])
+                    for states, (i, start, stop) in zip(hidden, parts, strict=True) if start + 1 < len(rows[i])]
+            if drafts and told:
+                self._drafted(*zip(*((slot, states[: len(row)], row) for slot, states, row in told), strict=True))
+        return torch.stack(last)
 
     @torch.inference_mode()
     def hidden(self, slots: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
@@ -91,14 +113,17 @@ class Decoder:
 
         hidden: for each row the states [T, D] of the positions before its tokens. The module keeps a cache of its own.
         """
-        counts = [len(row) for row in rows]
-        positions, views = self.drafts.step(slots, counts)
+        out = self._drafted(slots, hidden, rows)
+        last = torch.tensor([len(row) for row in rows], device=out.device) - 1
+        return self.head(out[torch.arange(len(rows), device=out.device), last])
+
+    def _drafted(self, slots: Sequence[int], hidden: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
+        """What the MTP module makes of them, before the head [B, T, D]."""
+        positions, views = self.drafts.step(slots, [len(row) for row in rows])
         rope = tuple(table[positions] for table in self.rope)
         states = pad_sequence(list(hidden), batch_first=True)
         module = self.model.mtp["0"]
-        out = module.norm(module(states, self._padded(rows), self.model.tok_embeddings, rope, views[0]))
-        last = torch.tensor(counts, device=out.device) - 1
-        return self.head(out[torch.arange(len(rows), device=out.device), last])
+        return module.norm(module(states, self._padded(rows), self.model.tok_embeddings, rope, views[0]))
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
@@ -139,12 +164,12 @@ class Batch:
             seeds: Sequence[int]) -> None:
         """Read prompts of one token or more into free slots. A row's tokens depend on its own seed alone (but for the
         last bits of a batched product)."""
-        hidden = self.decoder.hidden(slots, prompts)
+        hidden = self.decoder.read(slots, prompts, drafts=self.speculative)
         self.counts.steps += 1
-        for slot, prompt, states, sampling, seed in zip(slots, prompts, hidden, samplings, seeds, strict=True):
+        for slot, states, sampling, seed in zip(slots, hidden.split(1), samplings, seeds, strict=True):
             row = _Row(slot, sampling, torch.Generator().manual_seed(seed))
-            row.states, row.fresh = states[: len(prompt)], list(prompt[1:])
-            row.logits = self.decoder.head(row.states[-1:])
+            row.states, row.fresh = states, []
+            row.logits = self.decoder.head(row.states)
             self.rows[slot] = row
 
     def step(self) -> list[tuple[int, int]]:
@@ -241,3 +266,14 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: 
                 batch.remove(slot)
                 free.append(slot)
                 del rows[slot]
+
+
+def _chunks(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Parts (row, start, stop) of rows of such lengths, all of them once and in order, to be read together: as many
+    tokens at once as `most`, padding included."""
+    left = [(row, 0) for row in range(len(lengths))]
+    while left:
+        width = max(1, most // len(left[:most]))
+        parts = [(row, start, min(start + width, lengths[row])) for row, start in left[:most]]
+        yield parts
+        left = [(row, stop) for row, _, stop in parts if stop < lengths[row]] + left[most:]

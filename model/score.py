@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from model.attention import rope_table
-from model.generate import padded
+from model.generate import chunk_tokens, padded
 from model.transformer import Transformer
 
-BATCH_TOKENS = 8192
-HEAD_ROWS = 2048
+HEAD_ELEMENTS = 1 << 22
+"""Most logits at a time, in three copies, on a CPU; four times as many on a GPU."""
 
 
 class Score(NamedTuple):
@@ -31,14 +31,14 @@ def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[in
     found: list[Score | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while order:
-        size = max(1, BATCH_TOKENS // len(rows[order[-1]]))
+        size = max(1, chunk_tokens(model.tok_embeddings.weight.device) // len(rows[order[-1]]))
         batch, order = order[-size:], order[:-size]
         hidden = _hidden(model, [rows[i] for i in batch])
         for states, i in zip(hidden, batch, strict=True):
             targets = torch.tensor(rows[i][firsts[i] :], device=states.device)
             states = states[firsts[i] - 1 : len(rows[i]) - 1]
-            parts = [_score(model, *part) for part in zip(states.split(HEAD_ROWS), targets.split(HEAD_ROWS),
-                                                          strict=True)]
+            step = max(1, HEAD_ELEMENTS * (1 if states.device.type == "cpu" else 4) // model.config.vocab_size)
+            parts = [_score(model, *part) for part in zip(states.split(step), targets.split(step), strict=True)]
             found[i] = Score(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     return found
 

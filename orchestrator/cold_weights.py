@@ -23,6 +23,7 @@ from orchestrator.inference import (
     Weights,
     cache_bytes,
     finish_loading,
+    forward_bytes,
     free_bytes,
     open_weights,
     plain_errors,
@@ -30,18 +31,19 @@ from orchestrator.inference import (
 )
 from orchestrator.train import storage
 from orchestrator.train.export import EXPERTS, StateDict
+from orchestrator.train.memory import return_freed_memory
 
 CACHE = "~/.cache/sparing/experts"
 GIB = 2**30
 
 
 def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str = "", cache_tokens: int = 0,
-                read_ahead: bool = True, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                cache_dir: str = CACHE) -> Loaded:
+                at_once: int = 0, read_ahead: bool = True, device: torch.device | str = "cpu",
+                dtype: torch.dtype = torch.float32, cache_dir: str = CACHE) -> Loaded:
     """Read all but the experts into memory; hot experts fill what is left of `max_gib`.
 
-    form: of the experts (model/packed.py). cache_tokens: whose keys and values will be kept. BadRequest where the rest
-    alone is more than the limit.
+    form: of the experts (model/packed.py). cache_tokens: whose keys and values will be kept. at_once: tokens that one
+    forward reads, where more than a prompt's chunk. BadRequest where the rest alone is more than the limit.
     """
     if form not in FORMATS:
         raise BadRequest(f"weights={form}: must be one of {', '.join(FORMATS)}; use weights=bf16")
@@ -56,18 +58,21 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
             each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items() if name.startswith(first))
         except ValueError as error:
             raise BadRequest(f"weights={form}: {error}") from error
-        least = rest + cache + 2 * each
+        # Two experts are unpacked at a time where one is read ahead, and a forward has its own memory.
+        working = forward_bytes(weights.config, at_once, cache, dtype) + 2 * _unpacked(shapes, dtype)
+        least = rest + cache + working + 2 * each
         if max_gib * GIB < least:
             raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "
-                             f"experts ({rest / GIB:.3g}), keys and values ({cache / GIB:.3g}) and two experts "
-                             f"take; use memory.max_gib={least / GIB * 1.1:.2g}")
-        _check_free(shapes, form, int(max_gib * GIB), rest + cache, device)
+                             f"experts ({rest / GIB:.3g}), keys and values ({cache / GIB:.3g}), a forward "
+                             f"({working / GIB:.3g}) and two experts take; use memory.max_gib={least / GIB * 1.1:.2g}")
+        _check_free(shapes, form, int(max_gib * GIB), rest + cache + working, device)
+        return_freed_memory()
         text = read_tokenizer(weights, tokenizer)
         folder, kept = _prepare(weights, shapes, form, Path(cache_dir).expanduser())
         tensors = kept or {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
         with torch.device("meta"):
             model = Transformer(weights.config)
-        hot = HotExperts(int(max_gib * GIB) - rest - cache)
+        hot = HotExperts(int(max_gib * GIB) - rest - cache - working)
         _place(model, folder, hot, read_ahead=read_ahead)
         return finish_loading(weights, model, tensors.items(), text, device=device, dtype=dtype)
 
@@ -133,6 +138,12 @@ def _identity(weights: Weights) -> str:
         for file in sorted(Path(storage.local_path(weights.path)).glob("*.safetensors")):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
+
+
+def _unpacked(shapes: dict[str, torch.Size], dtype: torch.dtype) -> int:
+    """Bytes of one expert as it is multiplied with."""
+    return sum(shape[1:].numel() * dtype.itemsize for name, shape in shapes.items()
+               if name.startswith(_first_layer(shapes)))
 
 
 def _first_layer(shapes: dict[str, torch.Size]) -> str:

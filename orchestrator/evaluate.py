@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
         from orchestrator.evaluate_tasks import evaluate_tasks, table
 
         limit = int(number(named, "limit", 1, 1)) if "limit" in named else None
-        loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32)
+        loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=weights.trained_len + 1)
         results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=limit)
         print(table(results))
         _write(named, {"path": loaded.path, "tasks": results["results"]})
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
     window = int(number(named, "window", min(weights.trained_len, most), 1, most))
     stride = int(number(named, "stride", max(1, window // 2), 1, window))
     find_files(named["text"], "text")  # so that what is not there is told before weights are read
-    loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32)
+    loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=window)
     results = evaluate_text(loaded, named["text"], window=window, stride=stride, text_key=named.get("text_key", "text"))
     _write(named, {"path": loaded.path, "window": window, "stride": stride,
                    "files": [result.as_dict() for result in results[:-1]], "total": results[-1].as_dict()})

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from model import count, hf
+from model.attention import MASK_ELEMENTS
 from model.config import ModelConfig
+from model.generate import CHUNK_TOKENS
+from model.score import HEAD_ELEMENTS
 from model.transformer import Transformer
 from orchestrator.config import from_dict
 from orchestrator.errors import BadRequest
@@ -95,12 +98,12 @@ def beyond_training(trained_len: int, tokens: int) -> str:
 
 
 def load_for_inference(path: str, *, tokenizer: str = "", dtype: torch.dtype = torch.float32,
-                       device: torch.device | str = "cpu", cache_tokens: int = 0) -> Loaded:
+                       device: torch.device | str = "cpu", cache_tokens: int = 0, at_once: int = 0) -> Loaded:
     """Read a model into memory. `tokenizer` overrides the one that the weights name; `cache_tokens`: whose keys and
-    values there must be room for, too."""
+    values there must be room for, too; `at_once`: tokens that one forward reads, where more than a prompt's chunk."""
     with open_weights(path) as weights, plain_errors():
         text = read_tokenizer(weights, tokenizer)
-        _check_room(weights, dtype, device, cache_tokens)
+        _check_room(weights, dtype, device, cache_tokens, at_once)
         with torch.device("meta"):
             model = Transformer(weights.config)
         return finish_loading(weights, model, weights.tensors.items(), text, device=device, dtype=dtype)
@@ -137,10 +140,12 @@ def finish_loading(weights: Weights, model: Transformer, items: Iterable[tuple[s
     return Loaded(weights.path, model.eval().requires_grad_(False), text, weights.trained_len)
 
 
-def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str, cache_tokens: int) -> None:
+def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str, cache_tokens: int,
+                at_once: int) -> None:
     """Refuse what would end in the kernel's killer."""
     needed = sum(shape.numel() for shape in hf.tensor_shapes(weights.config).values()) * dtype.itemsize
     cache = cache_bytes(weights.config, cache_tokens, dtype)
+    cache += forward_bytes(weights.config, at_once, cache, dtype)
     free = free_bytes(device)
     if free is None or needed + cache <= free:
         return
@@ -150,7 +155,8 @@ def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str
         remedies.append("let fewer or shorter sequences be decoded at once")
     if weights.config.n_routed_experts:
         remedies.append(f"let experts stay on disk: add memory.max_gib={free / 2**30 / 2:.2g}")
-    raise BadRequest(f"{weights.path}: {needed / 2**30:.1f} GiB in {name} and {cache / 2**30:.1f} of keys and values, "
+    raise BadRequest(f"{weights.path}: {needed / 2**30:.1f} GiB in {name} and {cache / 2**30:.1f} of keys, values "
+                     f"and what a forward holds, "
                      f"but {free / 2**30:.1f} are free here; {', or '.join(remedies)}")
 
 
@@ -158,6 +164,15 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     """Keys and values of so many tokens in a `Decoder`, those of the MTP module that drafts included."""
     layers = config.n_layers + bool(config.n_mtp_layers)
     return int(tokens * count.kv_bytes(config, bytes_per_element=dtype.itemsize) * layers / config.n_layers)
+
+
+def forward_bytes(config: ModelConfig, at_once: int, cache: int, dtype: torch.dtype) -> int:
+    """Most that a forward takes beside weights, keys and values: of a prompt's chunk or, where more, of `at_once`
+    tokens; with the mask of its attention, one layer's keys and values gathered, a chunk's logits."""
+    tokens = max(at_once, CHUNK_TOKENS)
+    logits = 3 * min(HEAD_ELEMENTS, tokens * config.vocab_size)
+    return (count.forward_bytes(config, tokens, bytes_per_element=dtype.itemsize) + 10 * MASK_ELEMENTS + 4 * logits
+            + cache // config.n_layers)
 
 
 def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:

@@ -18,14 +18,24 @@ def keep_freed_memory() -> None:
     By default glibc maps every large tensor afresh, and the kernel zeroes it page by page: a fifth of a training
     step on a CPU. Elsewhere than on glibc this does nothing.
     """
+    _set_malloc(map_from=1 << 30, trim_from=(1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Blocks of 256 KiB or more go back to the kernel when they are freed, so that what a process holds is what it
+    uses: else glibc keeps several times as much once blocks of all sizes have come and gone."""
+    _set_malloc(map_from=1 << 18, trim_from=1 << 20)
+
+
+def _set_malloc(*, map_from: int, trim_from: int) -> None:
     if not sys.platform.startswith("linux"):
         return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    mallopt(M_MMAP_THRESHOLD, map_from)
+    mallopt(M_TRIM_THRESHOLD, trim_from)
 
 
 def free_bytes(device: torch.device | str) -> int | None:

@@ -1,6 +1,8 @@
 """Cached decoding against the whole forward, transformers' generate, and speculation against plain decoding."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,6 +66,67 @@ def test_a_long_prompt_is_read_in_blocks_that_change_nothing(config, monkeypatch
     torch.testing.assert_close(found[0], whole[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[1, :11], whole[1, :11], atol=1e-5, rtol=1e-5)
     assert max(sizes) <= 1024 and len(sizes) > config.n_layers
+
+
+LONG = [list(range(1, 41)), [7], list(range(9, 20)), list(range(20, 45))]
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: config.name)
+@pytest.mark.parametrize("most", [1, 8, 17])
+def test_prompts_are_read_in_forwards_of_so_many_tokens_that_change_nothing(config, most, monkeypatch):
+    """Logits, what the MTP module keeps and says, and the texts that follow."""
+    model, drafts = build(config), bool(config.n_mtp_layers)
+
+    def read() -> list:
+        decoder = Decoder(model, slots=5, capacity=64)
+        slots, sizes, embed = [3, 0, 4, 1], [], model.embed
+        monkeypatch.setattr(model, "embed", lambda tokens: sizes.append(tokens.numel()) or embed(tokens))
+        states = decoder.read(slots, LONG, drafts=drafts)
+        monkeypatch.setattr(model, "embed", embed)
+        said = decoder.draft(slots, states.split(1), [[5], [6], [7], [8]]) if drafts else states
+        kept = [layer[0][slot, : len(row)] for cache in (decoder.cache, decoder.drafts) if cache is not None
+                for layer in cache.layers for slot, row in zip(slots, LONG, strict=True)]
+        return [sizes, states, said, *kept]
+
+    whole, texts = read(), tokens_of(model, LONG, 12, slots=3, speculative=drafts)
+    monkeypatch.setattr("model.generate.CHUNK_TOKENS", most)
+    parts = read()
+    assert max(whole[0]) > 40 and max(parts[0]) <= most and len(parts[0]) > 1
+    for found, wanted in zip(parts[1:], whole[1:], strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert tokens_of(model, LONG, 12, slots=3, speculative=drafts) == texts
+
+
+GROWTH = """
+import resource, sys, torch
+from model.generate import Batch, Decoder, Sampling
+from orchestrator.inference import cache_bytes, forward_bytes
+from orchestrator.train.memory import return_freed_memory
+from tests.model.test_generate import V3, build, dataclasses
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+torch.set_num_threads(1)
+return_freed_memory()
+config = dataclasses.replace(V3, dim=256, n_heads=8, inter_dim=512, moe_inter_dim=128, max_seq_len=2048)
+batch = Batch(Decoder(build(config), slots=9, capacity=1600), speculative=True)
+add = lambda slots, length: batch.add(slots, [[i % 50 for i in range(length)]] * len(slots), [Sampling()] * len(slots),
+                                      slots)
+add([8], 40)
+before = peak()
+add(range(8), 1500)
+cache = cache_bytes(config, 9 * 1601, torch.float32)  # its pages are taken when they are written
+print(peak() - before - cache, forward_bytes(config, 0, cache, torch.float32))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
+def test_long_prompts_take_no_more_memory_than_is_said():
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, said = map(int, done.stdout.split())
+    assert grown < said + (4 << 20), f"{grown >> 20} MiB, said {said >> 20}"
 
 
 @pytest.mark.parametrize("config", [V3, QWEN3_MOE], ids=lambda config: config.name)

@@ -13,7 +13,7 @@ from orchestrator import evaluate, serve
 from orchestrator import generate as generate_verb
 from orchestrator.cold_weights import GIB, experts_of, load_within
 from orchestrator.errors import BadRequest
-from orchestrator.inference import load_for_inference
+from orchestrator.inference import forward_bytes, load_for_inference
 from tests.model.test_hf import TINY
 
 CONFIG = dataclasses.replace(TINY, vocab_size=260, n_mtp_layers=0)
@@ -61,7 +61,7 @@ def _least(path, tmp_path) -> float:
     model = Transformer(CONFIG)
     each = sum(p[0].numel() * 4 for n, p in model.named_parameters() if n.startswith("layers.1.moe.experts"))
     rest = sum(p.numel() * 4 for n, p in model.named_parameters() if ".moe.experts." not in n)
-    return (rest + 2 * each + 4096) / GIB
+    return (rest + 4 * each + forward_bytes(CONFIG, 0, 0, torch.float32) + 4096) / GIB
 
 
 def test_a_store_that_was_not_finished_is_never_taken_for_one(path, tmp_path, monkeypatch):
@@ -87,10 +87,10 @@ def test_experts_that_four_bits_cannot_hold_are_refused(tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(path, monkeypatch):
     monkeypatch.setattr("orchestrator.inference.free_bytes", lambda device: 1000)
-    with pytest.raises(BadRequest, match=r"GiB in fp32 and 0.0 of keys .* are free here; .* add memory.max_gib="):
+    with pytest.raises(BadRequest, match=r"GiB in fp32 and 0.0 of keys, .* are free here; .* add memory.max_gib="):
         load_for_inference(path, tokenizer="byte")
     monkeypatch.setattr("orchestrator.inference.free_bytes", lambda device: GIB)
-    with pytest.raises(BadRequest, match="keys and values, but 1.0 are free here; .* fewer or shorter sequences"):
+    with pytest.raises(BadRequest, match="what a forward holds, but 1.0 are free here; .* fewer or shorter sequences"):
         load_for_inference(path, tokenizer="byte", cache_tokens=10**8)
 
 
@@ -137,7 +137,7 @@ def test_a_server_runs_within_a_limit_and_says_what_the_whole_model_says(path, t
 
     monkeypatch.setattr(uvicorn.Server, "run", ask)
     words = [path, "tokenizer=byte", "port=0", "slots=2", "context=40"]
-    assert serve.run(words) == serve.run([*words, "memory.max_gib=0.002", "weights=fp32"]) == 0
+    assert serve.run(words) == serve.run([*words, "memory.max_gib=0.015", "weights=fp32"]) == 0
     assert answers[0] == answers[1] != ""
-    with pytest.raises(BadRequest, match="memory.max_gib=0.002: must be at least .* keys and values"):
-        serve.run([*words, "memory.max_gib=0.002", "slots=1000"])
+    with pytest.raises(BadRequest, match="memory.max_gib=0.015: must be at least .* keys and values"):
+        serve.run([*words, "memory.max_gib=0.015", "slots=1000"])
