@@ -3,7 +3,8 @@
 Shapes: B rows of a batch, S tokens of its longest row, N scored tokens, D dim.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from model.attention import rope_table
 from model.generate import chunk_tokens, padded
 from model.transformer import Transformer
 
+GROUP_TOKENS = 1 << 16
+"""Of a text's windows that are laid out at a time: they overlap, and may be many times the text."""
 HEAD_ELEMENTS = 1 << 22
 """Most logits at a time, in three copies, on a CPU; four times as many on a GPU."""
 
@@ -46,24 +49,25 @@ def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[in
 def score_text(model: Transformer, tokens: Sequence[int], *, before: int, window: int, stride: int) -> Score:
     """Every token of a text of any length once, with at least `window - stride` tokens of context where there are so
     many. `before` is the token that the text begins after: the one that ends a document."""
-    text = [before, *tokens]
+    text, scores = [before, *tokens], []
     spans = windows(len(text), window, stride)
-    scores = score(model, [text[start:stop] for start, stop, _ in spans],
-                   [first - start for start, _, first in spans])
+    while group := list(itertools.islice(spans, max(1, GROUP_TOKENS // (window + 1)))):
+        found = score(model, [text[start:stop] for start, stop, _ in group],
+                      [first - start for start, _, first in group])
+        scores.append([torch.cat(tensors) for tensors in zip(*found, strict=True)])
     return Score(*(torch.cat(tensors) for tensors in zip(*scores, strict=True)))
 
 
-def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, first scored) of the spans that score tokens 1 to length - 1 of a text once each. A span reads
     `window` tokens to predict its last; spans after the first score `stride` tokens, the last one what is left."""
     if not 1 <= stride <= window:
         raise ValueError(f"stride={stride}: must lie between 1 and window={window}; use {max(1, window // 2)}")
-    spans, scored = [], 1
+    scored = 1
     while scored < length:
         stop = min(length, window + 1 if scored == 1 else scored + stride)
-        spans.append((max(0, stop - window - 1), stop, scored))
+        yield max(0, stop - window - 1), stop, scored
         scored = stop
-    return spans
 
 
 def _hidden(model: Transformer, rows: Sequence[Sequence[int]]) -> Tensor:

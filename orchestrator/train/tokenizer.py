@@ -47,8 +47,8 @@ def load_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
         from tokenizers.decoders import DecodeStream
     except ImportError:
         raise NotFit(f"{key}={name}: needs the package tokenizers; pip install 'tokenizers>=0.22'") from None
-    text = Path(name).read_text(encoding="utf-8")
     try:
+        text = Path(name).read_text(encoding="utf-8")
         loaded = HFTokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise BadRequest(f"{key}={name}: cannot be read ({error}); give a Hugging Face tokenizer.json") from None

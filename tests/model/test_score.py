@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.hf import export
-from model.score import score, score_text, windows
+from model.score import Score, score, score_text, windows
 from tests.model.test_generate import V3, build
 
 TEXT = torch.randint(50, (33,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -33,3 +33,17 @@ def test_each_token_is_scored_once_with_its_windows_context(window, stride):
         alone = model(torch.tensor([text[start:i]]))[0, -1].log_softmax(-1)
         torch.testing.assert_close(log_prob, alone[text[i]], atol=1e-4, rtol=1e-4)
         assert is_best == (alone.argmax() == text[i])
+
+
+def test_the_windows_of_a_long_text_are_never_all_laid_out_at_once(monkeypatch):
+    held = []
+
+    def scored(model, rows, firsts):
+        held.append(sum(map(len, rows)))
+        return [Score(*(torch.tensor(row[first:], dtype=torch.float32),) * 2)
+                for row, first in zip(rows, firsts, strict=True)]
+
+    monkeypatch.setattr("model.score.score", scored)
+    text = list(range(3000))
+    assert score_text(None, text, before=9, window=512, stride=1).log_prob.tolist() == text
+    assert max(held) <= 1 << 16 and sum(held) > 1 << 20

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from orchestrator.errors import BadRequest
 from orchestrator.train.tokenizer import BYTE_EOS, bytes_as_files, load_tokenizer, same_ids
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -99,3 +100,10 @@ def test_bytes_in_hugging_faces_form_are_bytes(tmp_path):
     assert "".join(map(read, text.encode())) == text
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).eos_token_id == BYTE_EOS
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == list(text.encode())
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b'{"version": "caf\xe9"}')
+    with pytest.raises(BadRequest, match="tokenizer.json: cannot be read .*; give a Hugging Face tokenizer.json"):
+        load_tokenizer(str(path))
