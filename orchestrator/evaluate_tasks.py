@@ -4,12 +4,15 @@ Imported only where tasks are asked for: the harness is the optional extra `eval
 own catalogue of tasks is left out, and the libraries below it are told to stay offline.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from traceback import walk_tb
 
-from model.generate import Decoder, generate
+from model.generate import Decoder, Sampling, generate
 from model.score import score, score_text
-from orchestrator.errors import BadRequest, NotFit
+from orchestrator.errors import BadRequest, NotFit, SparingError
 from orchestrator.inference import Loaded, TextStream
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +23,8 @@ try:
 except ImportError as error:
     raise NotFit(f"tasks: need the package lm-eval ({error}); pip install 'sparing[eval]'") from None
 
+KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+"""Of a task's generation_kwargs; others are refused."""
 MAX_NEW_TOKENS = 256
 """Where a task does not say how long an answer may be."""
 
@@ -30,13 +35,30 @@ def evaluate_tasks(loaded: Loaded, tasks: list[str], folder: str, *, limit: int 
 
     if not Path(folder).is_dir():
         raise BadRequest(f"task_dir={folder}: is no directory; name one with a YAML file for each task")
-    manager = TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise BadRequest(f"tasks={','.join(unknown)}: not in task_dir={folder}; there are "
-                         f"{', '.join(manager.all_tasks) or 'none'}")
-    return lm_eval.simple_evaluate(model=HarnessModel(loaded), tasks=tasks, task_manager=manager, limit=limit,
-                                   bootstrap_iters=0)
+    with _plain_errors(tasks, folder):
+        manager = TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if unknown:
+            raise BadRequest(f"tasks={','.join(unknown)}: not in task_dir={folder}; there are "
+                             f"{', '.join(manager.all_tasks) or 'none'}")
+        return lm_eval.simple_evaluate(model=HarnessModel(loaded), tasks=tasks, task_manager=manager, limit=limit,
+                                       bootstrap_iters=0)
+
+
+@contextlib.contextmanager
+def _plain_errors(tasks: list[str], folder: str) -> Iterator[None]:
+    """What a task's file asks for is run by the harness and the libraries below it; any error but a model's is the
+    file's."""
+    try:
+        yield
+    except SparingError:
+        raise
+    except Exception as error:
+        if any(isinstance(frame.f_locals.get("self"), HarnessModel) for frame, _ in walk_tb(error.__traceback__)):
+            raise
+        said = " ".join(str(error).split())
+        raise BadRequest(f"tasks={','.join(tasks)}: {type(error).__name__}: {said[:400]}; mend the task's YAML file in "
+                         f"task_dir={folder}, or the data that it names (nothing is downloaded)") from error
 
 
 def table(results: dict) -> str:
@@ -72,8 +94,8 @@ class HarnessModel(LM):
                 for request in requests]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy text up to a stop text."""
-        return [self._continue(*request.args) for request in requests]
+        """Text up to a stop text, greedy where the task does not ask for samples; those of a request by its place."""
+        return [self._continue(*request.args, seed=place) for place, request in enumerate(requests)]
 
     def _parted(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As the harness's own models do it: what a text begins with may be other tokens alone than inside one."""
@@ -82,12 +104,30 @@ class HarnessModel(LM):
         before = self.encode(context)
         return before, self.encode(context + continuation)[len(before) :]
 
-    def _continue(self, context: str, options: dict) -> str:
+    def _continue(self, context: str, options: dict, *, seed: int) -> str:
+        sampling = _sampling(options)
         stops = options.get("until") or []
         max_tokens = min(options.get("max_gen_toks", MAX_NEW_TOKENS), self.loaded.window - 1)
         prompt = [self.loaded.tokenizer.eos, *self.encode(context)][-(self.loaded.window - max_tokens) :]
         stream = TextStream(self.loaded.tokenizer, [stops] if isinstance(stops, str) else stops, prompt)
         decoder = Decoder(self.loaded.model, slots=1, capacity=len(prompt) + max_tokens)
         text = "".join([stream.push(token) for _, token in generate(
-            decoder, [prompt], max_tokens=max_tokens, stops=lambda row, token: stream.stopped)])
+            decoder, [prompt], max_tokens=max_tokens, sampling=sampling, seed=seed,
+            stops=lambda row, token: stream.stopped)])
         return text + stream.finish()
+
+
+def _sampling(options: dict) -> Sampling:
+    """What a task's generation_kwargs ask for: samples where `do_sample` or a temperature says so, unless `do_sample`
+    is false."""
+    if unknown := sorted(set(options) - KNOWN):
+        raise BadRequest(f"generation_kwargs.{unknown[0]}={options[unknown[0]]}: is not supported; a task may give "
+                         f"{', '.join(sorted(KNOWN))}")
+    temperature, top_p = options.get("temperature"), options.get("top_p", 1.0)
+    if not options.get("do_sample", bool(temperature)):
+        return Sampling()
+    temperature = 1.0 if temperature is None else temperature
+    for key, value, most in ("temperature", temperature, 100), ("top_p", top_p, 1):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+            raise BadRequest(f"generation_kwargs.{key}={value}: must be a number between 0 and {most}; use {key}: 1")
+    return Sampling(temperature, max(top_p, 1e-6))

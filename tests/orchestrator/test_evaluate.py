@@ -92,3 +92,70 @@ def test_the_harness_runs_local_tasks_offline(checkpoint, tmp_path, capsys, monk
     assert found["say"]["exact_match,none"] == 0
     assert "tasks=nothing: not in task_dir" in evaluate(capsys, checkpoint, "tasks=nothing", f"task_dir={tmp_path}",
                                                         code=2)[1]
+
+
+CHOICE = """task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: '{{question}}'
+doc_to_choice: [a, b]
+doc_to_target: '{{answer}}'
+metric_list: [{metric: acc}]
+"""
+SAY = """task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: '{{question}}'
+doc_to_target: x
+generation_kwargs: {max_gen_toks: 8, until: [], GIVEN}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """Writes one task, over one row of data, and returns what the verb takes."""
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install 'sparing[eval]'")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.json").write_text(json.dumps({"question": "def f", "answer": 1}) + "\n")
+
+    def write(text: str) -> list[str]:
+        (tmp_path / "mine.yaml").write_text(text.replace("DATA", str(tmp_path / "rows.json")))
+        return ["tasks=mine", f"task_dir={tmp_path}"]
+
+    return write
+
+
+@pytest.mark.parametrize("was, becomes, words", [
+    ("DATA", "/nowhere/rows.json", "/nowhere/rows.json"), ("{{answer}}", "{{answr}}", "mine"),
+    ("dataset_path: json", "dataset_path: nobody/nothing", "nobody/nothing"),
+    ("output_type: multiple_choice", "output_type: multiple", "multiple"),
+    ("metric: acc", "metric: accuracy_of_mine", "KeyError")])
+def test_a_task_that_cannot_run_is_one_line(checkpoint, capsys, tasks, was, becomes, words):  # noqa: F811
+    _, err = evaluate(capsys, checkpoint, *tasks(CHOICE.replace(was, becomes)), code=2)
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: tasks=mine: ") and words in line and "mend the task's YAML file" in line
+
+
+def test_a_mistake_of_the_model_is_not_laid_at_the_tasks_door(checkpoint, tasks, monkeypatch):  # noqa: F811
+    words = tasks(CHOICE)
+    monkeypatch.setattr("orchestrator.evaluate_tasks.score", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["evaluate", str(checkpoint), *words])
+
+
+def test_a_task_that_asks_for_samples_gets_them(checkpoint, capsys, tasks, monkeypatch):  # noqa: F811
+    from orchestrator import evaluate_tasks
+
+    seen, generate = [], evaluate_tasks.generate
+    monkeypatch.setattr(evaluate_tasks, "generate",
+                        lambda *args, **named: seen.append(named["sampling"]) or generate(*args, **named))
+    for given in "do_sample: true, temperature: 0.7, top_p: 0.9", "do_sample: false, temperature: 0.0":
+        evaluate(capsys, checkpoint, *tasks(SAY.replace("GIVEN", given)))
+    assert [(one.temperature, one.top_p) for one in seen] == [(0.7, 0.9), (0.0, 1.0)]
+    _, err = evaluate(capsys, checkpoint, *tasks(SAY.replace("GIVEN", "top_k: 5")), code=2)
+    assert "generation_kwargs.top_k=5: is not supported" in err
