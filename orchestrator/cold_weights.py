@@ -4,6 +4,8 @@
 quick; they may be deleted at any time.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -102,11 +104,12 @@ def _prepare(weights: Weights, shapes: dict[str, torch.Size], form: str,
              cache: Path) -> tuple[Path, dict[str, Tensor]]:
     """The store's directory, written first if it is not there; then also all tensors but the experts, if at hand."""
     target = cache / f"{_identity(weights)}-{form}"
+    _remove_unfinished(cache)
     if target.is_dir():
         return target, {}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+        temporary, lock = _unfinished(cache)
     except OSError as error:
         raise NotFit(f"{cache}: {error.strerror}; make it writable") from error
     kept: dict[str, Tensor] = {}
@@ -126,7 +129,32 @@ def _prepare(weights: Weights, shapes: dict[str, torch.Size], form: str,
         raise BadRequest(str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
     return target, kept
+
+
+def _unfinished(cache: Path) -> tuple[Path, int]:
+    """A new directory to write a store into, and its lock, which ends with this process however it ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():  # unless it was removed before the lock was ours
+            return folder, lock
+        os.close(lock)
+
+
+def _remove_unfinished(cache: Path) -> None:
+    """What processes that were killed left of their stores: directories that nobody holds the lock of."""
+    for folder in cache.glob(".*/"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _identity(weights: Weights) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,38 @@ def test_a_store_that_was_not_finished_is_never_taken_for_one(path, tmp_path, mo
     assert load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path)).model
 
 
+KILLED = """
+import sys
+import orchestrator.cold_weights as cold_weights
+
+write = cold_weights.write_store
+
+def told(*given, **how):
+    write(*given, **how)
+    print("written", flush=True)
+    sys.stdin.read()
+
+cold_weights.write_store = told
+cold_weights.load_within(sys.argv[1], max_gib=1, tokenizer="byte", cache_dir=sys.argv[2])
+"""
+
+
+def test_what_a_killed_process_left_of_a_store_is_removed_and_what_is_being_written_is_not(path, tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", KILLED, path, str(tmp_path)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline()
+        (unfinished,) = tmp_path.iterdir()
+        load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path))
+        assert unfinished.is_dir() and len(list(tmp_path.iterdir())) == 2
+    finally:
+        other.terminate()
+        other.communicate(timeout=30)
+    assert unfinished.is_dir()
+    load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path))
+    assert not unfinished.exists() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_experts_that_four_bits_cannot_hold_are_refused(tmp_path):
     config = dataclasses.replace(CONFIG, moe_inter_dim=20)
     export(tmp_path / "hf", config, Transformer(config).state_dict())
@@ -132,7 +166,7 @@ def test_a_server_runs_within_a_limit_and_says_what_the_whole_model_says(path, t
     def ask(server, sockets):
         socket.create_connection(sockets[0].getsockname(), timeout=5).close()
         client = testclient.TestClient(server.config.app)
-        body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+        body = {"model": "hf", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
         answers.append(client.post("/v1/completions", json=body).json()["choices"][0]["text"])
 
     monkeypatch.setattr(uvicorn.Server, "run", ask)
