@@ -75,6 +75,11 @@ class Decoder:
         """One more token of each slot; logits [B, V] of the next."""
         return self.prefill(slots, [[token] for token in tokens])
 
+    def wait(self) -> None:
+        """Until a GPU, which computes behind the program's back, has done what it was told: for clocks."""
+        if self.rope[0].is_cuda:
+            torch.cuda.synchronize(self.rope[0].device)
+
     def free(self, slot: int) -> None:
         """The slot's sequence is over."""
         self.cache.cut(slot, 0)

@@ -72,9 +72,11 @@ def run(arguments: list[str]) -> int:
     engine = Engine(loaded, slots=slots, capacity=capacity, max_waiting=waiting, speculative=speculative)
     name = named.get("name") or os.path.basename(os.path.normpath(path))
     app = build_app(engine, name=name, limits=Limits(most, timeout_s), token=token, usd_per_h=hardware.usd_per_h)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3,
+                                           limit_concurrency=connections(slots, waiting)))
     listener.listen()  # who reads the line below may connect at once
     address, port = listener.getsockname()[:2]
+    address = f"[{address}]" if ":" in address else address
     print(f"serving {name} at http://{address}:{port}/v1 ({slots} slots of {capacity} tokens, "
           f"{'token asked for' if token else 'no token asked for'}); Ctrl-C ends it", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -86,6 +88,12 @@ def run(arguments: list[str]) -> int:
         engine.close()
     print(summary(engine.usage.report(hardware.usd_per_h), hardware.name), file=sys.stderr)
     return 0
+
+
+def connections(slots: int, waiting: int) -> int:
+    """Most clients at a time; more are sent away (503). As many again as may have something to do here: clients keep
+    idle connections."""
+    return 2 * (slots + waiting) + 32
 
 
 def summary(usage: dict, device: str) -> str:

@@ -17,16 +17,19 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from orchestrator.serve_engine import Engine, Full, Piece, Sequence
-from orchestrator.serve_request import Asked, Limits, Refused, read
+from orchestrator.serve_request import Asked, Limits, Refused, check_model, read
 
 
 def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, usd_per_h: float | None) -> Starlette:
     """The ASGI application. token: what clients must send as their API key."""
-    created = int(time.time())
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sparing"}
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [
-            {"id": name, "object": "model", "created": created, "owned_by": "sparing"}]})
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def model(request: Request) -> Response:
+        check_model(request.path_params["model"], name)
+        return JSONResponse(card)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "model": name, **engine.load()})
@@ -47,7 +50,8 @@ def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, u
         message = f"{request.method} {request.url.path}: no such route; there are {', '.join(r.path for r in routes)}"
         return JSONResponse(Refused(status, message).body, status)
 
-    routes = [Route("/v1/models", models), Route("/health", health), Route("/v1/usage", usage),
+    routes = [Route("/v1/models", models), Route("/v1/models/{model:path}", model),
+              Route("/health", health), Route("/v1/usage", usage),
               Route("/v1/completions", complete, methods=["POST"]),
               Route("/v1/chat/completions", complete, methods=["POST"])]
     middleware = [Middleware(_Bearer, token=token)] if token else []
@@ -201,14 +205,21 @@ class _Bearer:
 
 async def _body(request: Request, limits: Limits) -> dict:
     """The request's JSON object, read up to the limit."""
-    data = b""
-    try:
+    data = bytearray()
+
+    async def arrive() -> None:
         async for part in request.stream():
-            data += part
+            data.extend(part)
             if len(data) > limits.max_bytes:
                 raise Refused(413, f"the request is larger than {limits.max_bytes} bytes; send less text")
+
+    try:
+        await asyncio.wait_for(arrive(), limits.timeout_s)
     except ClientDisconnect:
         raise Refused(400, "the client has gone") from None
+    except TimeoutError:
+        raise Refused(408, f"the request did not arrive within timeout_s={limits.timeout_s:g}; send it faster",
+                      code="timeout") from None
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):

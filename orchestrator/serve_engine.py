@@ -145,6 +145,7 @@ class Engine:
         began = time.perf_counter()
         self.batch.add(list(joining), [one.prompt for one in joining.values()],
                        [one.sampling for one in joining.values()], [one.seed for one in joining.values()])
+        self.batch.decoder.wait()
         self.going |= joining
         self.usage.prefill_s += time.perf_counter() - began
         self.usage.input_tokens += sum(len(one.prompt) for one in joining.values())

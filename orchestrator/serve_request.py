@@ -12,9 +12,11 @@ from model.generate import Sampling
 from orchestrator.inference import MAX_STOP
 from orchestrator.serve_engine import Engine
 
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier"}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "echo": False,
-           "suffix": None, "best_of": 1, "tools": [], "response_format": {"type": "text"}}
+           "suffix": None, "best_of": 1, "tools": [], "response_format": {"type": "text"},
+           "top_logprobs": 0, "tool_choice": "none", "modalities": ["text"], "verbosity": "medium",
+           "reasoning_effort": "none"}
 """Parameters that are refused unless they ask for nothing."""
 MAX_CHOICES = 16
 
@@ -67,9 +69,9 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
             raise Refused(400, f"{key}={json.dumps(value)[:80]}: is not supported; leave it out", param=key)
         if key not in known and key not in NEUTRAL and key not in IGNORED and value is not None:
             raise Refused(400, f"{key}: no such parameter here; leave it out", param=key)
-    if body.get("model", name) != name:
-        raise Refused(404, f"model={body['model']}: is not served here; use model={name}", param="model",
-                      code="model_not_found")
+    if body.get("model") is None:
+        raise Refused(400, f"model: must be given; use model={name}", param="model")
+    check_model(body["model"], name)
     tokenizer, key = engine.loaded.tokenizer, "messages" if chat else "prompt"
     if chat:
         prompts = [_encoded(transcript(body.get("messages")), tokenizer, key)]
@@ -92,6 +94,9 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
     if longest := max((len(stop) for stop in stops if len(stop) > MAX_STOP), default=0):
         raise Refused(400, f"stop: {longest} characters, must be at most {MAX_STOP}; end at a shorter text",
                       param="stop")
+    if body.get("stream_options") is not None and body.get("stream") is not True:
+        raise Refused(400, "stream_options: are of a stream; add stream=true, or leave them out",
+                      param="stream_options")
     stream, choices = _flag(body, "stream"), int(_number(body, "n", 1, 1, MAX_CHOICES, whole=True))
     if choices * len(prompts) > engine.room:
         raise Refused(400, f"n={choices}: {choices * len(prompts)} answers, must be at most {engine.room} here (slots "
@@ -102,6 +107,12 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
                  stream and _flag(body.get("stream_options") or {}, "include_usage"))
 
 
+def check_model(asked: object, name: str) -> None:
+    if asked != name:
+        raise Refused(404, f"model={asked}: is not served here; use model={name}", param="model",
+                      code="model_not_found")
+
+
 def transcript(messages: object) -> str:
     """Chat as plain text, `role: content` by line, open at the assistant's turn: models here know no other form."""
     if not isinstance(messages, list) or not messages:
@@ -109,6 +120,9 @@ def transcript(messages: object) -> str:
     lines = []
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
+        if content is None and isinstance(message, dict) and message.get("role") == "assistant" and not (
+                message.get("tool_calls") or message.get("function_call")):
+            content = ""  # as a client's own library gives back an answer that was empty
         if isinstance(content, list):
             content = "".join(map(_text_of, content))
         if not isinstance(content, str) or message.get("role") not in ("system", "developer", "user", "assistant"):

@@ -6,8 +6,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
-import httpx
 import openai
 import pytest
 import torch
@@ -121,53 +121,28 @@ def test_several_choices_and_stop_texts(server, loaded):
     assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("bad, said", [
-    (dict(prompt="x" * CAPACITY), "prompt: 96 tokens, must be 1 to 95"),
-    (dict(prompt=""), "prompt: 0 tokens"), (dict(prompt=[999]), "token ids below"),
-    (dict(max_tokens=65), "max_tokens=65: must be a whole number from 1 to 64"),
-    (dict(temperature=3), "temperature=3: must be a number from 0 to 2"),
-    (dict(logprobs=2), "logprobs=2: is not supported"), (dict(logprobs=0), "logprobs=0: is not supported"),
-    (dict(n=99), "n=99"), (dict(stop=[1]), "stop"),
-    (dict(stop=["a", "x" * 257]), "stop: 257 characters, must be at most 256"),
-    (dict(extra_body={"stream": 1}), "stream=1: must be true or false"),
-    (dict(extra_body={"tmperature": 1}), "tmperature: no such parameter"),
-    (dict(prompt=["a", "b"], n=6), "n=6: 12 answers, must be at most 11 here")])
-def test_a_bad_request_names_the_parameter(server, bad, said):
-    with pytest.raises(openai.BadRequestError, match=said):
-        server.client().completions.create(**dict(model=NAME, prompt="x") | bad)
-
-
-@pytest.mark.parametrize("content, said", [
-    ([{"type": "image_url", "image_url": {"url": "http://x"}}], "images and the like are not supported"),
-    ([{"type": "text", "text": 5}], "a part of a content must be"), (5, "a content of text"),
-    ("\\ud800", "messages: holds half of a surrogate pair")])
-def test_a_message_that_is_no_text_is_refused(server, content, said):
-    body = json.dumps({"messages": [{"role": "user", "content": content}]}).replace("\\\\", "\\")
-    answer = httpx.post(f"{server.client().base_url}chat/completions", content=body)
-    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
-
-
 def test_a_temperature_next_to_nothing_is_greedy_and_harms_nobody(server):
     greedy, next_to = (server.client().completions.create(model=NAME, prompt="def ", max_tokens=8, temperature=t)
                        for t in (0, 1e-40))
     assert greedy.choices[0].text == next_to.choices[0].text
 
 
-@pytest.mark.parametrize("body", ['{"model": "\\ud800", "prompt": "x"}', '{"\\ud800": 1, "prompt": "x"}'])
-def test_what_cannot_be_said_back_is_refused_in_openais_words(server, body):
-    answer = httpx.post(f"{server.client().base_url}completions", content=body)
-    assert answer.status_code in (400, 404) and "ud800" in answer.json()["error"]["message"]
+def test_a_request_that_does_not_arrive_in_time_is_answered_so(slow):
+    with socket.create_connection(slow.listener.getsockname(), timeout=20) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        answer = client.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 408") and "did not arrive within timeout_s=0.5" in answer
 
 
-def test_other_refusals_have_their_status(server):
-    with pytest.raises(openai.NotFoundError, match="use model=small"):
-        server.client().completions.create(model="gpt", prompt="x")
-    with pytest.raises(openai.APIStatusError) as caught:
-        server.client().completions.create(model=NAME, prompt="x" * 5000)
-    assert caught.value.status_code == 413
-    with pytest.raises(openai.NotFoundError, match="no such route; there are /v1/models"):
-        server.client().embeddings.create(model=NAME, input="x")
-    assert [model.id for model in server.client().models.list()] == [NAME]
+def test_prefill_is_charged_for_when_it_is_done(loaded, monkeypatch):
+    """As a GPU computes: what was told it is done when it was waited for."""
+    server, waited = Server(loaded, slots=1), []
+    monkeypatch.setattr(server.engine.batch.decoder, "wait", lambda: waited.append(time.sleep(0.3)))
+    try:
+        server.client().completions.create(model=NAME, prompt="x", max_tokens=1)
+        assert waited and server.engine.usage.prefill_s >= 0.3 > server.engine.usage.decode_s
+    finally:
+        server.close()
 
 
 LONG = dict(model=NAME, prompt="x", max_tokens=64, temperature=0)
@@ -207,11 +182,12 @@ def test_a_client_that_leaves_before_the_first_byte_of_a_stream_frees_its_slot(s
 
 
 def test_more_than_may_wait_are_sent_away_and_late_answers_end(slow):
+    one, other = slow.client(), slow.client()  # which take their time to make
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(lambda: slow.client().completions.create(**LONG))
+        first = pool.submit(lambda: one.completions.create(**LONG))
         wait_until(lambda: slow.engine.load()["running"] == 1, 30, "it does not run")
         with pytest.raises(openai.RateLimitError):
-            slow.client().completions.create(model=NAME, prompt="y")
+            other.completions.create(model=NAME, prompt="y")
         with pytest.raises(openai.APIStatusError, match="no answer within timeout_s=0.5") as caught:
             first.result(30)
     assert caught.value.status_code == 504
@@ -273,6 +249,23 @@ def test_bad_words_are_refused_before_anything_listens(words, said, monkeypatch)
     monkeypatch.delenv("SPARING_API_TOKEN", raising=False)
     with pytest.raises(BadRequest, match=said):
         serve.run(words)
+
+
+@pytest.mark.parametrize("host, shown", [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+def test_a_server_shows_an_address_that_works_and_limits_its_connections(loaded, host, shown, monkeypatch, capsys):
+    try:
+        serve._listen(host, 0).close()
+    except BadRequest:
+        pytest.skip(f"no {host} here")
+    config, seen = uvicorn.Config, {}
+    monkeypatch.setattr(uvicorn, "Config", lambda app, **how: (seen.update(how), config(app, **how))[1])
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("orchestrator.inference.load", lambda *given, **how: loaded)
+    monkeypatch.setattr("orchestrator.inference.look", lambda path, tokenizer: (
+        SimpleNamespace(config=loaded.model.config, trained_len=CAPACITY), None))
+    assert serve.run(["x", "port=0", f"host={host}", "slots=2", "waiting=5"]) == 0
+    assert f"at {shown}" in capsys.readouterr().out and seen["limit_concurrency"] == 46
 
 
 def test_a_port_in_use_is_named():

@@ -1,0 +1,88 @@
+"""What a client of `sparing serve` may ask for, and in which words it is refused."""
+
+import json
+
+import httpx
+import openai
+import pytest
+
+from tests.orchestrator.test_serve import CAPACITY, NAME, loaded, server  # noqa: F401
+
+
+@pytest.mark.parametrize("bad, said", [
+    (dict(prompt="x" * CAPACITY), "prompt: 96 tokens, must be 1 to 95"),
+    (dict(prompt=""), "prompt: 0 tokens"), (dict(prompt=[999]), "token ids below"),
+    (dict(max_tokens=65), "max_tokens=65: must be a whole number from 1 to 64"),
+    (dict(temperature=3), "temperature=3: must be a number from 0 to 2"),
+    (dict(logprobs=2), "logprobs=2: is not supported"), (dict(logprobs=0), "logprobs=0: is not supported"),
+    (dict(n=99), "n=99"), (dict(stop=[1]), "stop"),
+    (dict(stop=["a", "x" * 257]), "stop: 257 characters, must be at most 256"),
+    (dict(extra_body={"stream": 1}), "stream=1: must be true or false"),
+    (dict(extra_body={"tmperature": 1}), "tmperature: no such parameter"),
+    (dict(prompt=["a", "b"], n=6), "n=6: 12 answers, must be at most 11 here"),
+    (dict(stream_options={"include_usage": True}), "stream_options: are of a stream"),
+    (dict(extra_body={"model": None}), "model: must be given; use model=small")])
+def test_a_bad_request_names_the_parameter(server, bad, said):  # noqa: F811
+    with pytest.raises(openai.BadRequestError, match=said):
+        server.client().completions.create(**dict(model=NAME, prompt="x") | bad)
+
+
+@pytest.mark.parametrize("content, said", [
+    ([{"type": "image_url", "image_url": {"url": "http://x"}}], "images and the like are not supported"),
+    ([{"type": "text", "text": 5}], "a part of a content must be"), (5, "a content of text"),
+    ("\\ud800", "messages: holds half of a surrogate pair")])
+def test_a_message_that_is_no_text_is_refused(server, content, said):  # noqa: F811
+    body = json.dumps({"model": NAME, "messages": [{"role": "user", "content": content}]}).replace("\\\\", "\\")
+    answer = httpx.post(f"{server.client().base_url}chat/completions", content=body)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", ['{"model": "\\ud800", "prompt": "x"}', '{"\\ud800": 1, "prompt": "x"}'])
+def test_what_cannot_be_said_back_is_refused_in_openais_words(server, body):  # noqa: F811
+    answer = httpx.post(f"{server.client().base_url}completions", content=body)
+    assert answer.status_code in (400, 404) and "ud800" in answer.json()["error"]["message"]
+
+
+def test_other_refusals_have_their_status(server):  # noqa: F811
+    with pytest.raises(openai.NotFoundError, match="use model=small"):
+        server.client().completions.create(model="gpt", prompt="x")
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.client().completions.create(model=NAME, prompt="x" * 5000)
+    assert caught.value.status_code == 413
+    with pytest.raises(openai.NotFoundError, match="no such route; there are /v1/models"):
+        server.client().embeddings.create(model=NAME, input="x")
+
+
+def test_the_model_is_listed_and_told_of_by_name(server):  # noqa: F811
+    (listed,) = server.client().models.list()
+    assert listed.id == NAME and server.client().models.retrieve(NAME) == listed
+    with pytest.raises(openai.NotFoundError, match="model=gpt/4: is not served here; use model=small") as caught:
+        server.client().models.retrieve("gpt/4")
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("nothing", [
+    dict(top_logprobs=0, logprobs=False), dict(parallel_tool_calls=True), dict(tool_choice="none"),
+    dict(modalities=["text"]), dict(verbosity="medium"), dict(reasoning_effort="none"), dict(prompt_cache_key="mine")],
+    ids=str)
+def test_what_asks_for_nothing_is_granted(server, nothing):  # noqa: F811
+    ask = dict(model=NAME, messages=[{"role": "user", "content": "hello"}], max_tokens=4, temperature=0)
+    assert server.client().chat.completions.create(**ask, **nothing).choices[0].message.content == (
+        server.client().chat.completions.create(**ask).choices[0].message.content)
+
+
+@pytest.mark.parametrize("something", [dict(top_logprobs=2), dict(tool_choice="required"), dict(verbosity="low"),
+                                       dict(modalities=["text", "audio"]), dict(reasoning_effort="high")], ids=str)
+def test_what_asks_for_something_else_is_refused(server, something):  # noqa: F811
+    with pytest.raises(openai.BadRequestError, match=f"{next(iter(something))}=.* is not supported"):
+        server.client().chat.completions.create(model=NAME, messages=[{"role": "user", "content": "x"}], **something)
+
+
+def test_an_assistant_may_have_said_nothing(server):  # noqa: F811
+    ask, hello = dict(model=NAME, max_tokens=4, temperature=0), {"role": "user", "content": "hello"}
+    texts = {server.client().chat.completions.create(**ask, messages=[hello, {"role": "assistant"} | said, hello])
+             .choices[0].message.content for said in ({}, {"content": None}, {"content": ""})}
+    assert len(texts) == 1
+    for said in {"role": "user"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}:
+        with pytest.raises(openai.BadRequestError, match="messages: each must have a role"):
+            server.client().chat.completions.create(**ask, messages=[hello, said])
