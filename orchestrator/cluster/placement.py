@@ -149,7 +149,8 @@ def rank_infos(homes: list[tuple[str, int]], master_addr: str, master_port: int)
     infos = []
     for rank, (node, device) in enumerate(homes):
         local_rank = device if device >= 0 else seen[node]
-        infos.append(RankInfo(rank, len(homes), local_rank, sizes[node], nodes.index(node), master_addr, master_port))
+        infos.append(RankInfo(rank, len(homes), local_rank, sizes[node], nodes.index(node), master_addr, master_port,
+                              has_gpu=device >= 0))
         seen[node] += 1
     return infos
 

@@ -52,8 +52,9 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def pick_device(info: RankInfo) -> torch.device:
-    """The rank's own GPU where there is one, else the CPU. Devices are never masked (ray#61073)."""
+def pick_device(info: RankInfo, *, expected: str | None = None) -> torch.device:
+    """The rank's own GPU where there is one, else the CPU. Devices are never masked (ray#61073). expected: the GPU that
+    the run is to pay for, if it is to be one."""
     if torch.cuda.is_available():
         if info.local_rank >= torch.cuda.device_count():
             raise NotFit(f"local rank {info.local_rank}: this machine has {torch.cuda.device_count()} GPUs; start as "
@@ -61,6 +62,11 @@ def pick_device(info: RankInfo) -> torch.device:
         device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
         return device
+    if expected is not None:
+        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+        raise NotFit(f"local rank {info.local_rank}: was to train on {expected} and would on the CPU, at that price: "
+                     f"torch {torch.__version__} {build} and sees no GPU here; see what nvidia-smi says and whether "
+                     "its driver is new enough for that CUDA, or use hardware=cpu")
     return torch.device("cpu")
 
 

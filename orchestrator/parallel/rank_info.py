@@ -15,6 +15,8 @@ class RankInfo:
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
     master_port: int = 0
+    has_gpu: bool = False
+    """Ray gave it a GPU, whatever torch sees of it."""
     listen_fd: int = -1
     """Rank 0's socket that listens at the master port already, so that nobody else can have taken it; -1 is none."""
 

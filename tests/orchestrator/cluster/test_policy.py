@@ -158,6 +158,7 @@ def test_ranks_get_torchruns_numbers():
     assert [info.local_rank for info in infos] == [4, 5, 0, 1]
     assert [info.node_rank for info in infos] == [0, 0, 1, 1]
     assert {info.local_world_size for info in infos} == {2} and infos[3].master_addr == "10.0.0.1"
+    assert [info.has_gpu for info in infos] == [True, True, False, False]
 
 
 def test_nodes_are_simulated_here_and_real_on_a_cluster():
