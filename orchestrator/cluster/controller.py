@@ -188,7 +188,9 @@ class Controller:
     def _look_around(self, ranks) -> None:
         """Whether the ranks should stop: their nodes are about to go, or there is room for more of them."""
         elastic = len(self.layouts) > 1
-        if leaving := ranks.leaving_ranks:
+        if ranks.ground_leaves:
+            self.stop_cause = self.stop_cause or "the node of the controller or of Ray's head is being drained"
+        elif leaving := ranks.leaving_ranks:
             names = ", ".join(dict.fromkeys(ranks.homes[rank]["host"] for rank in leaving))
             cause = f"node {names} is being drained"
             if elastic:

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 from ray.exceptions import RayError
 
+HEAD = "node:__internal_head__"
+"""A resource that Ray's head alone has."""
 KNOCK_S = 2.0
 """A machine that takes no connection for this long cannot be reached. Ray's own health check needs, by default, up to
 half a minute to see that."""
@@ -24,6 +26,12 @@ def leaving() -> set[str]:
         return set(state.state.get_draining_nodes())
     except (AttributeError, RayError):
         return set()
+
+
+def ground() -> set[str]:
+    """Ray's ids of the nodes that a run cannot lose: that of this process and that of Ray's head."""
+    return {node["NodeID"] for node in alive() if HEAD in node["Resources"]} | {
+        ray.get_runtime_context().get_node_id()}
 
 
 def ask_for(bundles: list[dict[str, float]]) -> None:

@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from orchestrator.cluster import nodes, placement
 from orchestrator.cluster.group import Group
 from orchestrator.cluster.places import Places
-from orchestrator.cluster.worker import THREADS, Worker
+from orchestrator.cluster.worker import THREADS, Worker, why_dead
 from orchestrator.config import Config, LayoutConfig, to_dict
 from orchestrator.errors import Transient
 from orchestrator.train.control import Recovery, steady
@@ -82,6 +82,11 @@ class Ranks:
     def leaving_ranks(self) -> list[int]:
         """Ranks on nodes that are being drained."""
         return [rank for rank, member in enumerate(self.members) if member.home["node"] in self.leaving]
+
+    @property
+    def ground_leaves(self) -> bool:
+        """The node of this process or that of Ray's head is being drained: no other rank can help then."""
+        return bool(self.leaving) and bool(self.leaving & nodes.ground())
 
     def form(self, config: Config, attempt: int, recovery: Recovery | None) -> Group:
         """Start the rank program on every member; rank 0 names a port that nobody has used."""
@@ -330,11 +335,3 @@ def place(config: Config, request: placement.Request) -> Ranks:
 def kill(worker) -> None:
     with contextlib.suppress(RayError):
         ray.kill(worker)
-
-
-def why_dead(error: RayActorError) -> str:
-    """One line of Ray's account of an actor's death."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit" in line.lower() or "killed" in line.lower() or "died" in line.lower()]
-    line = (telling or lines)[-1].split("Worker exit detail: ")[-1].split(" Some common causes")[0]
-    return f"its process died ({line.rstrip('.')})"

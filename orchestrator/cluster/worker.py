@@ -12,6 +12,7 @@ import time
 import traceback
 
 import ray
+from ray.exceptions import RayActorError
 
 from orchestrator.config import Config, from_dict
 from orchestrator.errors import PeerLost, SparingError, Transient, public_kind
@@ -141,6 +142,14 @@ def hang_up(addresses: set[str], store_at: tuple[str, int] | None = None) -> Non
 def device_index(name: str, visible: str | None) -> int:
     """Ray gives a device its name on the machine, as in CUDA_VISIBLE_DEVICES; torch counts those that are visible."""
     return visible.split(",").index(name) if visible else int(name)
+
+
+def why_dead(error: RayActorError) -> str:
+    """One line of Ray's account of an actor's death."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "exit" in line.lower() or "killed" in line.lower() or "died" in line.lower()]
+    line = (telling or lines)[-1].split("Worker exit detail: ")[-1].split(" Some common causes")[0]
+    return f"its process died ({line.rstrip('.')})"
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -58,6 +58,10 @@ class Dummy:
     def leaving_ranks(self) -> list[int]:
         return [rank for rank, node in enumerate(self.members) if node in self.leaving]
 
+    @property
+    def ground_leaves(self) -> bool:
+        return "head" in self.leaving
+
     def form(self, config, attempt, recovery) -> Group:
         size = config.layout.pp * config.layout.dp
         assert len(self.members) == size and all(node in self.nodes for node in self.members)
@@ -209,6 +213,9 @@ class Dummy:
 
     def on_node_drained(self, rank, group):
         self.leaving.add(self.members[rank])
+
+    def on_head_drained(self, rank, group):
+        self.leaving.add("head")
 
     def on_node_returns(self, rank, group):
         self.leaving.clear()

@@ -147,6 +147,12 @@ def test_a_drained_node_ends_a_run_of_fixed_size_with_a_checkpoint_and_an_elasti
     assert ranks.logged[0]["lost"] == [0, 1] and ranks.logged[0]["step"] == 16, "no step is lost"
 
 
+@pytest.mark.parametrize("min_ranks", [0, 2])
+def test_a_drained_node_of_the_head_or_the_controller_ends_any_run_with_a_checkpoint(tmp_path, min_ranks):
+    _, end, controller = play(tmp_path, FailAt(1, 15, "head_drained"), min_ranks=min_ranks)
+    assert (end["status"], end["steps"]) == ("preempted", 16) and "head is being drained" in controller.stop_cause
+
+
 def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path):
     _, end, _ = play(tmp_path, FailAt(0, 9, "sigterm"))
     assert (end["status"], end["steps"]) == ("preempted", 10)
