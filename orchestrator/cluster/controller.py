@@ -50,7 +50,7 @@ def train(config: Config) -> dict:
     """Run to the end and return the summary; a failed run raises the error of the rank to blame."""
     from orchestrator.cluster.keeper import keep
     from orchestrator.cluster.preflight import check_data, checked_request, has_gpus
-    from orchestrator.cluster.session import gpu_name, ray_session, stop_signals
+    from orchestrator.cluster.session import early_end, gpu_name, ray_session, stop_signals
 
     kind = config.cluster.kind
     if kind is ClusterKind.auto:
@@ -58,14 +58,15 @@ def train(config: Config) -> dict:
     here = kind is ClusterKind.local
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
-        if summary := look_back(config, progress, here=here):
-            return summary
-        stack.enter_context(ray_session(config, kind))
-        gpu = has_gpus(config, progress, here=here)
-        config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))
-        check_run(config)
-        check_data(config, progress, here=here)
-        attempt = partial(run_attempt, checked_request(config, gpu=gpu, simulated=here))
+        with early_end():
+            if summary := look_back(config, progress, here=here):
+                return summary
+            stack.enter_context(ray_session(config, kind))
+            gpu = has_gpus(config, progress, here=here)
+            config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))
+            check_run(config)
+            check_data(config, progress, here=here)
+            attempt = partial(run_attempt, checked_request(config, gpu=gpu, simulated=here))
         cause = stack.enter_context(stop_signals())
         if here:
             return attempt(config, progress=progress, notice=cause)

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from orchestrator.choices import ClusterKind
 from orchestrator.config import Config
-from orchestrator.errors import NotFit, Transient
+from orchestrator.errors import NotFit, Preempted, SparingError, Transient
 
 RANK_PROGRAM = "orchestrator.train.loop"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -41,6 +41,8 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         raise NotFit("cluster=ray: no Ray cluster is reachable from here; start one with `ray start --head`, set "
                      "RAY_ADDRESS (and RAY_AUTH_MODE and the token of a cluster that asks for one), or use "
                      "cluster=local") from error
+    except SparingError:
+        raise
     except (RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise NotFit(f"Ray could not be started: {str(error).splitlines()[0]}") from error
     except Exception as error:  # Ray raises a bare one when its processes do not come up in time
@@ -50,6 +52,20 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def early_end() -> Iterator[None]:
+    """Until there are ranks, SIGTERM ends the run at once, as one that is to be started again."""
+    def caught(number, _frame):
+        raise Preempted(f"{signal.Signals(number).name} before there were ranks; nothing is lost, the same command "
+                        "starts it again")
+
+    before = signal.signal(signal.SIGTERM, caught)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -80,6 +96,8 @@ def _start(ranks: int, **options) -> None:
     with _process_group_of_its_own(), _environment(**environment):
         try:
             ray.init(address="local", num_cpus=ranks, **options)
+        except SparingError:
+            raise
         except Exception:
             ray.shutdown()
             ray.init(address="local", num_cpus=ranks, **options)

@@ -11,7 +11,7 @@ from orchestrator.launch import fill
 
 @pytest.mark.parametrize("code, ray_lives, ours, again", [
     (0, True, 0, False), (33, True, 33, True), (34, True, 34, True), (1, True, 1, False), (3, True, 3, False),
-    (1, False, 33, True), (3, False, 33, True), (93, False, 93, False)])
+    (1, False, 33, True), (3, False, 33, True), (93, False, 93, False), (143, True, 34, True)])
 def test_the_batch_file_tells_a_run_that_failed_from_a_ray_that_did(code, ray_lives, ours, again, tmp_path):
     """Ray ends a driver whose own node fails, with 1 and a word of its own."""
     config = compose_config(["launch=slurm", "hardware=cpu", "layout=single"])

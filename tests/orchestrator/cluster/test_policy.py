@@ -1,10 +1,14 @@
 """States in, decision out; resources in, placement out: no Ray, no processes."""
 
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.cluster import nodes, preflight
+from orchestrator.__main__ import main
+from orchestrator.cluster import nodes, preflight, session
 from orchestrator.cluster.placement import (
     Node,
     Request,
@@ -203,3 +207,16 @@ def test_nodes_on_their_way_are_asked_for_and_waited_for(monkeypatch):
     with pytest.raises(NotFit, match="no room on the cluster: 16 ranks want 1 free GPU each, 0 can have that"):
         preflight.checked_request(config, gpu=gpu, simulated=False)
     assert asked[-1] == []
+
+
+def test_sigterm_before_there_are_ranks_is_a_preemption(tmp_path, monkeypatch, capsys):
+    """Slurm starts such a run again, and not one that its signal has killed."""
+    def knock(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(session, "_knock", knock)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert main(["train", "experiment=tiny", f"run.dir={tmp_path}"]) == 34
+    assert "SIGTERM before there were ranks" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
