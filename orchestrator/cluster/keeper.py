@@ -30,7 +30,7 @@ class Keeper:
 
     def __init__(self, driver: int):
         self.driver = driver if lives(driver) else None
-        self.asked_at, self.ended = time.monotonic(), False
+        self.asked_at, self.started, self.ended = time.monotonic(), False, False
         self.cause: str | None = None
         self.lines: list[str] = []
         self.status: dict = {}
@@ -38,6 +38,7 @@ class Keeper:
 
     def run(self, attempt: Callable, config: dict) -> dict:
         """The run to its end: {"summary": ...} or {"error": class, "message": ...}."""
+        self.started = True
         try:
             return {"summary": attempt(from_dict(Config, config), progress=self, notice=self.notice)}
         except errors.SparingError as error:
@@ -66,7 +67,7 @@ class Keeper:
         return time.monotonic() - self.asked_at > SILENT_S
 
     def _leave_alone(self) -> None:
-        while not (self.ended and self._is_alone()):
+        while (self.started and not self.ended) or not self._is_alone():
             time.sleep(1.0)
         os._exit(0)
 

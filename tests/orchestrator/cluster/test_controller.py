@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -224,6 +226,19 @@ def test_an_error_keeps_its_meaning_on_its_way_from_a_rank(tmp_path, error, kind
 
     keeper = Keeper(os.getpid())
     assert keeper.run(attempt, to_dict(Config())) == {"error": kind, "message": "x"} and public_kind(error) == kind
+
+
+def test_a_keeper_whose_driver_is_gone_before_its_first_call_ends_too():
+    program = """import subprocess, time
+from orchestrator.cluster.keeper import Keeper
+driver = subprocess.Popen(["sleep", "60"])
+Keeper(driver.pid)
+driver.kill()
+driver.wait()
+time.sleep(20)
+raise SystemExit(5)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 def test_setting_the_clock_is_no_silence(tmp_path, monkeypatch):
