@@ -53,6 +53,6 @@ class LaunchConfig:
     image: str | None = None
     """kuberay: the container image that `deploy/Dockerfile` makes."""
     hours: float = 24.0
-    """slurm, kuberay: the job's time limit; under slurm a run saves before it and is queued again."""
+    """slurm: the time limit; a run saves before it and is queued again. kuberay: counted from creation, a mere cut."""
     restarts: int = 3
     """slurm, kuberay, skypilot: how often a run that failed in passing (exit code 33) is started again."""

@@ -45,6 +45,8 @@ SKY_NAMES = {"a100": "A100-80GB", "a100_40": "A100", "rtx_3090": "RTX3090", "rtx
 """Accelerators as SkyPilot spells them where that is not the upper case of ours."""
 JOIN_TIMEOUT_S = 600
 """How long a run may wait for the nodes of the cluster that its manifest starts."""
+PULL_S = 300
+"""And KubeRay beside that for the image to be fetched."""
 ENVIRONMENT = ("torch", "ray", "hydra-core", "omegaconf", "wandb", "fsspec", "s3fs", "grain", "numpy", "rich",
                "safetensors", "tenacity")
 """What a node needs to run, as opposed to develop, this program."""
@@ -102,7 +104,8 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
         command=shlex.join(["python", "-m", "orchestrator", "train", *_overrides(config, arguments, stamp, cwd)]),
         root=str(root), cwd=str(cwd), bin=str(Path(python).parent), address=_address(config),
         memory_gib=ranks_per_node * (GIB_PER_GPU if gpus else GIB_PER_CPU), image=launch.image,
-        seconds=round(launch.hours * 3600), time_limit=_slurm_time(launch.hours),
+        seconds=round(launch.hours * 3600), pending_seconds=round(
+            config.cluster.join_timeout_s or JOIN_TIMEOUT_S) + PULL_S, time_limit=_slurm_time(launch.hours),
         goes_on=goes_on, restarts=launch.restarts if goes_on else 0, ray_version=pinned(root)["ray"],
         packages=[f"{package}=={version}" for package, version in pinned(root).items() if package in ENVIRONMENT]
         if launch.install else [])

@@ -30,6 +30,12 @@ SLURM_ENDS = {"COMPLETED": 0, "FAILED": 1, "OUT_OF_MEMORY": 1, "DEADLINE": 1, "C
               "PREEMPTED": Preempted.exit_code, "TIMEOUT": Preempted.exit_code, "NODE_FAIL": Preempted.exit_code,
               "BOOT_FAIL": Preempted.exit_code}
 """Our exit code by a job's last state, where the job has none of its own."""
+RUNS_CODE = re.compile(r"entrypoint command failed with exit code (\d+)")
+"""What Ray says of a run that failed. Others, as KubeRay of its submitter, have exit codes too."""
+SUBMITTED = "Job submission server address"
+"""What Ray's command says first: a new start of the run."""
+KUBERAY_ENDS = {"DeadlineExceeded": Preempted.exit_code, "PreRunningDeadlineExceeded": NotFit.exit_code}
+"""Our exit code by the reason that KubeRay gives for ending a job itself."""
 
 
 def submit(job: Job, folder: Path) -> int:
@@ -131,25 +137,56 @@ def _slurm(job: Job, file: Path, environment: dict[str, str]) -> int:
 
 def _kuberay(job: Job, file: Path, environment: dict[str, str]) -> int:
     print(_output(["kubectl", "apply", "-f", str(file)], environment), flush=True)
-    pods = f"app.kubernetes.io/instance={job.name},ray.io/node-type=head"
-    stop = f"kubectl delete rayjob {job.name}"
+    head = f"$(kubectl get pods -o name -l app.kubernetes.io/instance={job.name},ray.io/node-type=head)"
+    stop = (f"kubectl exec {head} -c ray-head -- ray job stop --address http://127.0.0.1:8265 {job.name}; and then "
+            f"kubectl delete rayjob/{job.name} networkpolicy/{job.name}")
+    log = _PodLog(job.name)
 
     def outcome() -> int | None:
         shown = _output(["kubectl", "get", "rayjob", job.name, "-o", "json"], environment)
         status = json.loads(shown).get("status", {})
-        state = status.get("jobDeploymentStatus", "")
+        state, reason, message = (status.get(key, "") for key in ("jobDeploymentStatus", "reason", "message"))
         if state == "Running":
-            _follow(["kubectl", "logs", "--follow", "--selector", pods, "--container", "ray-job-submitter", "--tail",
-                     "-1"], environment, stop=stop)
+            log.follow(environment)
         if state == "Complete":
             return 0 if status.get("jobStatus") == "SUCCEEDED" else Preempted.exit_code
         if state in ("Failed", "ValidationFailed"):
-            code = re.search(r"exit code (\d+)", status.get("message", ""))
-            print(f"{state}: {status.get('reason', '')} {status.get('message', '').splitlines()[:1]}", file=sys.stderr)
-            return int(code[1]) if code else 1
+            print(f"{state}: {reason} {message.splitlines()[:1]}", file=sys.stderr)
+            code = RUNS_CODE.search(message)
+            return int(code[1]) if code else KUBERAY_ENDS.get(reason) or log.code or 1
         return None
 
-    return _poll(outcome, stop=stop)
+    code = _poll(outcome, stop=stop)
+    print(f"left      kubectl delete rayjob/{job.name} networkpolicy/{job.name}", flush=True)
+    return code
+
+
+class _PodLog:
+    """The log of a Kubernetes job on our stdout, each line once, however often the stream breaks."""
+
+    def __init__(self, name: str):
+        self.command = ["kubectl", "logs", "--follow", f"job/{name}", "--timestamps", "--pod-running-timeout=5m"]
+        self.seen, self.over = "", False
+        self.code: int | None = None
+        """What the log says that the run ended with."""
+
+    def follow(self, environment: dict[str, str]) -> None:
+        """To the end of the stream."""
+        before, since = self.seen, [f"--since-time={self.seen}"] if self.seen else []
+        with subprocess.Popen([*self.command, *since], env=environment, stdout=subprocess.PIPE, text=True,
+                              errors="replace") as shown:
+            for stamped in shown.stdout:
+                stamp, _, line = stamped.partition(" ")
+                if stamp <= before:
+                    continue
+                self.seen = stamp
+                found = RUNS_CODE.search(line)
+                self.over = self.over and not line.startswith(SUBMITTED)
+                if not self.over:
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
+                if found:  # what follows is the end of the log again
+                    self.code, self.over = int(found[1]), True
 
 
 def _skypilot(job: Job, file: Path, environment: dict[str, str]) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from orchestrator.config import HardwareConfig
 from orchestrator.errors import NotFit
 from orchestrator.parallel.rank_info import RankInfo, under_torchrun
 from orchestrator.plan.layout import Coordinate, Layout
@@ -52,9 +53,9 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def pick_device(info: RankInfo, *, expected: str | None = None) -> torch.device:
-    """The rank's own GPU where there is one, else the CPU. Devices are never masked (ray#61073). expected: the GPU that
-    the run is to pay for, if it is to be one."""
+def pick_device(info: RankInfo, hardware: HardwareConfig) -> torch.device:
+    """The rank's own GPU where there is one, else the CPU. Devices are never masked (ray#61073). hardware: what the run
+    is to pay for."""
     if torch.cuda.is_available():
         if info.local_rank >= torch.cuda.device_count():
             raise NotFit(f"local rank {info.local_rank}: this machine has {torch.cuda.device_count()} GPUs; start as "
@@ -62,11 +63,11 @@ def pick_device(info: RankInfo, *, expected: str | None = None) -> torch.device:
         device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
         return device
-    if expected is not None:
+    if info.has_gpu or hardware.device == "cuda":
         build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-        raise NotFit(f"local rank {info.local_rank}: was to train on {expected} and would on the CPU, at that price: "
-                     f"torch {torch.__version__} {build} and sees no GPU here; see what nvidia-smi says and whether "
-                     "its driver is new enough for that CUDA, or use hardware=cpu")
+        raise NotFit(f"local rank {info.local_rank}: was to train on {hardware.name} and would on the CPU, at that "
+                     f"price: torch {torch.__version__} {build} and sees no GPU here; see what nvidia-smi says and "
+                     "whether its driver is new enough for that CUDA, or use hardware=cpu")
     return torch.device("cpu")
 
 

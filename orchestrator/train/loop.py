@@ -52,8 +52,7 @@ def run_rank(config: Config, info: RankInfo, *, control: Control, placed_at: flo
     replicas: memory of this process that outlives the group of ranks. recovery: set when a lost rank was replaced.
     """
     keep_freed_memory()
-    wanted = info.has_gpu or config.hardware.device == "cuda"
-    device = pick_device(info, expected=config.hardware.name if wanted else None)
+    device = pick_device(info, config.hardware)
     torch.set_num_threads(threads_per_rank(config, info))
     control.update(rank=info.rank, phase="start", steps=config.train.steps)
     start_timeout_s = config.cluster.start_timeout_s

@@ -4,6 +4,7 @@ import http.server
 import importlib.util
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from orchestrator.plan.layout import check_run
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"
 TWO_NODES = ["experiment=tiny", "cluster.ranks_per_node=2", "data.path='/corpus/a b.txt'"]
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 GPUS = [*TWO_NODES, "hardware=h100", "run.dir=s3://bucket/runs/mine"]
 FILLED = {
     "ray_job.sh": ["launch=ray_job", "launch.address=http://head:8265", "launch.install=true", *TWO_NODES,
@@ -116,8 +118,33 @@ def test_clusters_that_manifests_start_ask_for_a_token_and_open_no_dashboard():
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"} and cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     callers = policy["spec"]["ingress"][0]["from"]
-    assert [list(caller["podSelector"]["matchLabels"].values()) for caller in callers] == [["sparing"],
-                                                                                          ["kuberay-operator"]]
+    name = {"app.kubernetes.io/instance": job["metadata"]["name"]}
+    assert [caller["podSelector"]["matchLabels"] for caller in callers] == [
+        name, {"app.kubernetes.io/component": "kuberay-operator"}]
+    templates = [job["spec"]["submitterPodTemplate"], *(
+        group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))]
+    assert all(name.items() <= template["metadata"]["labels"].items() for template in templates)
+    assert policy["spec"]["podSelector"]["matchLabels"] == name
+    assert policy["metadata"]["name"] == job["metadata"]["name"], "nothing of another run's is changed or left"
+
+
+def test_ray_that_is_told_to_end_waits_for_a_checkpoint_and_ends_before_it_is_killed():
+    cluster = list(yaml.safe_load_all(filled(*FILLED["kuberay.yaml"]).manifest))[1]["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        waits = {word["name"]: word["value"] for word in pod["containers"][0]["env"]}[DRAIN]
+        assert 30 < int(waits) < pod["terminationGracePeriodSeconds"]
+    batch = filled(*FILLED["slurm.sbatch"]).manifest
+    assert 30 < int(re.search(rf"{DRAIN}=(\d+)", batch)[1]) < int(re.search(r"--signal=B:TERM@(\d+)", batch)[1])
+
+
+def test_kuberay_gives_the_nodes_back_soon_after_the_end_and_where_they_never_all_come():
+    def spec(*words: str) -> dict:
+        return list(yaml.safe_load_all(filled(*FILLED["kuberay.yaml"], *words).manifest))[1]["spec"]
+
+    assert spec()["ttlSecondsAfterFinished"] <= 60 and spec()["submissionMode"] == "K8sJobMode"
+    assert 600 < spec()["preRunningDeadlineSeconds"] < 1800
+    assert spec("cluster.join_timeout_s=7200")["preRunningDeadlineSeconds"] > 7200
 
 
 def documented() -> list[str]:
@@ -311,10 +338,13 @@ def test_rays_own_traceback_is_not_shown_where_the_cluster_is_gone(dashboard, mo
 FAKES = {
     "kubectl": """case "$1" in
 apply) echo "rayjob created" ;;
-logs) echo "step 1" ;;
+logs) echo "2026-11-25T12:00:00.1Z step 1"
+      case "$*" in *--since-time=2026-11-25T12:00:00.1Z*)
+        echo "2026-11-25T12:00:00.3Z Status message: Job entrypoint command failed with exit code 93, last logs"
+        echo "2026-11-25T12:00:00.4Z step 1" ;; esac ;;
 get) n=$(cat count 2> /dev/null || echo 0); echo $((n + 1)) > count
-     [ "$n" = 0 ] && echo '{"status": {"jobDeploymentStatus": "Running"}}' || echo '{"status": {"jobDeploymentStatus":
-     "Failed", "message": "Job entrypoint command failed with exit code 93, last available logs: ..."}}' ;;
+     [ "$n" -lt 2 ] && echo '{"status": {"jobDeploymentStatus": "Running"}}' || echo '{"status": {"jobDeploymentStatus":
+     "Failed", "message": "Ray head pod container ray-job-submitter terminated with exit code 1: Error"}}' ;;
 esac""",
     "sky": '[ ${#RAY_AUTH_TOKEN} = 64 ] && [ "$4" = --secret=RAY_AUTH_TOKEN ] && echo "step 1" && exit 93',
     "torchrun": 'echo "step 1"; exit 93',
@@ -335,7 +365,7 @@ def test_a_job_is_followed_and_its_exit_code_returned(kind, tool, tmp_path, monk
     (tmp_path / tool).chmod(0o755)
     manifest = f"{tool}\n"
     assert submit(Job(LaunchKind[kind], "name", manifest), tmp_path / "runs") == 93
-    assert "step 1" in capfd.readouterr().out
+    assert capfd.readouterr().out.count("step 1") == 1
     assert [file.read_text() for file in (tmp_path / "runs").iterdir()] == [manifest]
 
 
