@@ -104,10 +104,10 @@ def test_skypilots_task_passes_its_own_loader(tmp_path):
         pytest.skip("skypilot is not installed; SKYPILOT_PYTHON may name an interpreter that has it")
     (tmp_path / "task.yaml").write_text(filled(*FILLED["skypilot.yaml"]).manifest)
     program = ("import sky; task = sky.Task.from_yaml('task.yaml'); r = list(task.resources)[0]; "
-               "print(task.num_nodes, r.accelerators, r.job_recovery['recover_on_exit_codes'])")
+               "print(task.num_nodes, r.accelerators, r.job_recovery['recover_on_exit_codes'], r.network_tier.value)")
     done = subprocess.run([python, "-c", program], cwd=tmp_path, text=True, capture_output=True, timeout=120,
                           env=os.environ | {"HOME": str(tmp_path)})
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 {'H100': 2} [33, 34]", done.stderr
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 {'H100': 2} [34] best", done.stderr
 
 
 def test_clusters_that_manifests_start_ask_for_a_token_and_open_no_dashboard():
