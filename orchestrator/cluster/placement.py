@@ -33,6 +33,8 @@ class Request:
     """Each bundle on a node of its own."""
     custom: dict[str, float] = field(default_factory=dict)
     """Custom resources that every rank takes."""
+    spares: int = 0
+    """Ranks more, wherever there is room."""
 
     def bundle(self, ranks: int) -> dict[str, float]:
         """What so many ranks take, in Ray's names."""
@@ -58,8 +60,8 @@ def request_of(config: Config, *, gpu: bool, simulated: bool) -> Request:
     ranks = config.layout.world_size
     if (config.cluster.nodes or config.cluster.ranks_per_node) and not simulated:
         nodes, per_node = nodes_of(config)
-        return Request(nodes, per_node, gpu, nodes > 1, config.cluster.resources)
-    return Request(ranks, 1, gpu, False, {} if simulated else config.cluster.resources)
+        return Request(nodes, per_node, gpu, nodes > 1, config.cluster.resources, config.cluster.spares)
+    return Request(ranks, 1, gpu, False, {} if simulated else config.cluster.resources, config.cluster.spares)
 
 
 def request_for(config: Config, nodes: list[Node], *, gpu: bool, simulated: bool) -> Request:
@@ -82,12 +84,17 @@ def what_is_missing(request: Request, nodes: list[Node]) -> str | None:
     room = [min(int(_of(node, name) / number + 1e-9) for name, number in request.bundle(1).items()) for node in nodes]
     bundles = [ranks // request.ranks_per_bundle for ranks in room]
     fitting = sum(min(1, fits) for fits in bundles) if request.spread else sum(bundles)
-    if fitting >= request.bundles:
+    left = sum(room) - request.ranks
+    if fitting >= request.bundles and left >= request.spares:
         return None
-    wanted = " and ".join(_amount(name, number, request.ranks_per_bundle) for name, number in request.bundle(1).items()
-                          if name != "CPU" or not request.gpu)
+    wanted, wanted_by_one = (" and ".join(_amount(name, number, ranks) for name, number in request.bundle(1).items()
+                                          if name != "CPU" or not request.gpu)
+                             for ranks in (request.ranks_per_bundle, 1))
     have = ", ".join(f"{node.name}: " + ", ".join(f"{_of(node, name):g} {_unit(name)}" for name in request.bundle(1))
                      for node in nodes) or "no nodes"
+    if fitting >= request.bundles:
+        return (f"cluster.spares={request.spares} beside the {request.ranks} ranks want {wanted_by_one} each, {left} "
+                f"can have that ({have})")
     if request.spread:
         return f"{request.bundles} nodes with {wanted} each are wanted, {fitting} such are there ({have})"
     return (f"{request.ranks} ranks want {wanted} each, {fitting * request.ranks_per_bundle} "

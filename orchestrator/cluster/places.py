@@ -11,17 +11,22 @@ NODE = "ray.io/node-id"
 
 
 class Places:
-    """One for each of `bundles`, which are in Ray's names what it holds. With `spread`, each is on a node of its own.
+    """One for each of `bundles`, which are in Ray's names what it holds, then one for each of `spares`. With `spread`,
+    each of the first is on a node of its own, and the spares are where there is room beside them.
 
     In one group they come all at once or not at all; but while one of them has lost its node, Ray places no actor in
     any other. So a run that can do without some has them `apart`: spread ones come together and are then parted."""
 
-    def __init__(self, bundles: list[dict[str, float]], *, spread: bool, apart: bool):
-        self.bundles, self.spread, self.apart = bundles, spread, apart
+    def __init__(self, bundles: list[dict[str, float]], *, spread: bool, apart: bool,
+                 spares: list[dict[str, float]] = ()):
+        self.bundles, self.spread, self.apart = [*bundles, *spares], spread, apart
+        self.together = len(bundles) if spread else len(self.bundles)
+        """So many come at once; spread ones before the spares, which could be in their way."""
         if apart and not spread:
-            self.groups = [placement_group([bundle]) for bundle in bundles]
+            self.groups = [placement_group([bundle]) for bundle in self.bundles]
         else:
-            self.groups = [placement_group(bundles, strategy="STRICT_SPREAD" if spread else "PACK")]
+            first = self.bundles[:self.together]
+            self.groups = [placement_group(first, strategy="STRICT_SPREAD" if spread else "PACK")]
 
     def wait(self, timeout_s: float) -> None:
         """Until all are there; `GetTimeoutError`."""
@@ -31,13 +36,19 @@ class Places:
             nodes = self.nodes()
             self.remove()
             self.groups = [placement_group([bundle], bundle_label_selector=[{NODE: node}])
-                           for bundle, node in zip(self.bundles, nodes, strict=True)]
+                           for bundle, node in zip(self.bundles[:self.together], nodes, strict=True)]
+            self._wait(deadline)
+        if rest := self.bundles[self.together:]:
+            self.groups += [placement_group([bundle]) for bundle in rest] if self.apart else [placement_group(rest)]
             self._wait(deadline)
 
     def strategy(self, place: int) -> PlacementGroupSchedulingStrategy:
         """For an actor that is to live there."""
-        group, index = (self.groups[place], 0) if self.apart else (self.groups[0], place)
-        return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        if self.apart:
+            group, index = place, 0
+        else:
+            group, index = (0, place) if place < self.together else (1, place - self.together)
+        return PlacementGroupSchedulingStrategy(self.groups[group], placement_group_bundle_index=index)
 
     def nodes(self) -> list[str]:
         """Ray's id of the node that each place is on, or was last; empty without one."""
@@ -52,7 +63,8 @@ class Places:
         if not self.apart:
             return False
         nodes = self.nodes()
-        taken = {node for other, node in enumerate(nodes) if other != place and node} if self.spread else set()
+        spread = nodes[:self.together] if self.spread and place < self.together else []
+        taken = {node for other, node in enumerate(spread) if other != place and node}
         is_lost = placement_group_table(self.groups[place])["state"] == "RESCHEDULING"
         if not is_lost and nodes[place] not in taken:
             return False

@@ -39,7 +39,8 @@ def checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.
                              f"{missing}; add nodes or use a smaller layout")
             if not asked:
                 asked = True
-                nodes.ask_for([request.bundle(request.ranks_per_bundle)] * request.bundles)
+                nodes.ask_for([request.bundle(request.ranks_per_bundle)] * request.bundles
+                              + [request.bundle(1)] * request.spares)
             time.sleep(1.0)
     finally:
         if asked:

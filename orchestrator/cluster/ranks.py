@@ -305,9 +305,9 @@ class Ranks:
 def place(config: Config, request: placement.Request) -> Ranks:
     """An actor per rank, in rank order; `Transient` if the room is not free in time."""
     each, spares = request.ranks_per_bundle, config.cluster.spares
-    bundles = [request.bundle(each)] * request.bundles + [request.bundle(1)] * spares
     began, limit = steady(), config.cluster.start_timeout_s
-    places = Places(bundles, spread=request.spread, apart=config.cluster.min_ranks > 0)
+    places = Places([request.bundle(each)] * request.bundles, spread=request.spread,
+                    apart=config.cluster.min_ranks > 0, spares=[request.bundle(1)] * spares)
     try:
         places.wait(limit)
         ranks = Ranks(request, places, config.layout)

@@ -60,3 +60,22 @@ def test_places_apart_stay_on_nodes_of_their_own_and_one_without_a_node_holds_up
     waiting = Actor.options(scheduling_strategy=places.strategy(where[0])).remote()
     assert ray.get(waiting.node.remote(), timeout=60) == found[where[0]]
     places.remove()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_spares_are_where_there_is_room_beside_places_that_are_spread(cluster, apart):
+    """More of them than nodes: they need no node of their own, and are not in the way of those that do."""
+    places = Places([{"CPU": 1.5}] * 2, spread=True, apart=apart, spares=[{"CPU": 0.5}] * 4)
+    places.wait(60)
+    nodes = places.nodes()
+    assert len(nodes) == 6 and "" not in nodes and nodes[0] != nodes[1]
+    assert not any(places.renew(place) for place in range(6))
+
+    @ray.remote(num_cpus=0.5)
+    class Actor:
+        def node(self) -> str:
+            return ray.get_runtime_context().get_node_id()
+
+    actors = [Actor.options(scheduling_strategy=places.strategy(place)).remote() for place in (1, 2, 5)]
+    assert ray.get([actor.node.remote() for actor in actors], timeout=60) == [nodes[1], nodes[2], nodes[5]]
+    places.remove()

@@ -123,6 +123,9 @@ def test_what_is_missing_is_said():
     assert what_is_missing(Request(5, 1, True, False, rack), nodes) == (
         "5 ranks want 1 free GPU and 0.5 rack1 each, 4 can have that (a: 8 CPUs, 8 GPUs, 0 rack1, b: 8 CPUs, 4 GPUs, "
         "2 rack1)")
+    assert what_is_missing(Request(1, 8, True, False, spares=4), nodes) is None
+    assert what_is_missing(Request(2, 4, True, True, spares=5), nodes).startswith(
+        "cluster.spares=5 beside the 8 ranks want 1 free GPU each, 4 can have that")
     assert Request(1, 4, True, False, rack).bundle(4) == {"CPU": 4, "GPU": 4, "rack1": 2}
 
 
