@@ -35,7 +35,10 @@ and returns its exit code. launch.dry_run=true prints the manifest instead. depl
 MANIFESTS = {LaunchKind.ray_job: "ray_job.sh", LaunchKind.slurm: "slurm.sbatch", LaunchKind.kuberay: "kuberay.yaml",
              LaunchKind.skypilot: "skypilot.yaml", LaunchKind.torchrun: "torchrun.sh"}
 ASK_FOR_DEVICES = (LaunchKind.slurm, LaunchKind.kuberay, LaunchKind.skypilot)
+MOUNTS_NOTHING = (LaunchKind.kuberay, LaunchKind.skypilot)
 RUN_ELSEWHERE = (LaunchKind.ray_job, LaunchKind.kuberay, LaunchKind.skypilot)
+GPUS_PER_NODE = 8
+"""Of any machine that is sold by the node; scale-up domains beyond that are of several."""
 CPUS_PER_GPU = 8
 """Asked for beside each GPU, for the host's share of the work."""
 GIB_PER_GPU, GIB_PER_CPU = 64, 4
@@ -48,7 +51,7 @@ JOIN_TIMEOUT_S = 600
 PULL_S = 300
 """And KubeRay beside that for the image to be fetched."""
 ENVIRONMENT = ("torch", "ray", "hydra-core", "omegaconf", "wandb", "fsspec", "s3fs", "grain", "numpy", "rich",
-               "safetensors", "tenacity")
+               "safetensors", "tenacity", "tokenizers", "pyarrow")
 """What a node needs to run, as opposed to develop, this program."""
 
 
@@ -104,6 +107,7 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
         command=shlex.join(["python", "-m", "orchestrator", "train", *_overrides(config, arguments, stamp, cwd)]),
         root=str(root), cwd=str(cwd), bin=str(Path(python).parent), address=_address(config),
         memory_gib=ranks_per_node * (GIB_PER_GPU if gpus else GIB_PER_CPU), image=launch.image,
+        save_timeout=round(config.cluster.save_timeout_s),
         seconds=round(launch.hours * 3600), pending_seconds=round(
             config.cluster.join_timeout_s or JOIN_TIMEOUT_S) + PULL_S, time_limit=_slurm_time(launch.hours),
         goes_on=goes_on, restarts=launch.restarts if goes_on else 0, ray_version=pinned(root)["ray"],
@@ -132,10 +136,12 @@ def _check(config: Config) -> None:
     if kind in ASK_FOR_DEVICES and config.hardware.name == "auto":
         raise BadRequest(f"hardware=auto: launch={kind.name} asks for devices before it sees any; name them, as in "
                          "hardware=h100 or hardware=cpu")
-    if kind in RUN_ELSEWHERE and not re.match(r"/|[a-z0-9]+://", config.run.dir or ""):
-        raise BadRequest(f"run.dir={config.run.dir}: must be a URL or an absolute path, as launch={kind.name} runs "
-                         "elsewhere and a relative one would go with the machine; use run.dir=s3://bucket/runs/NAME or "
-                         "a folder that all nodes share")
+    if kind in ASK_FOR_DEVICES and config.hardware.name.startswith("mi") and not launch.image:
+        raise BadRequest(f"hardware={config.hardware.name}: `sparing plan` alone knows it, launch={kind.name} would "
+                         "bring a torch for CUDA; use launch=kuberay with a launch.image of your own, with ROCm's torch")
+    if kind in RUN_ELSEWHERE:
+        _check_folder(kind, "run.dir", config.run.dir or "None")
+        _check_folder(kind, "checkpoint.dir", config.checkpoint.dir or config.run.dir)
     if kind is LaunchKind.kuberay and not launch.image:
         raise BadRequest("launch.image=null: launch=kuberay needs a container image; build one with deploy/Dockerfile, "
                          "push it, and give launch.image=REGISTRY/NAME:TAG")
@@ -144,10 +150,27 @@ def _check(config: Config) -> None:
             raise BadRequest(f"{key}={value:g}: must be at least {low:g}; use {key}={24 if low else 3}")
 
 
+def _check_folder(kind: LaunchKind, key: str, folder: str) -> None:
+    if "://" in folder or (folder.startswith("/") and kind not in MOUNTS_NOTHING):
+        return
+    rule = "a URL" if kind in MOUNTS_NOTHING else "a URL or an absolute path"
+    raise BadRequest(f"{key}={folder}: must be {rule}, as launch={kind.name} runs elsewhere and any other would go "
+                     f"with the machine; use {key}=s3://bucket/runs/NAME" + (
+                         "" if kind in MOUNTS_NOTHING else " or a folder that all nodes share"))
+
+
 def _nodes(config: Config) -> tuple[int, int]:
-    """Nodes and ranks of each, spares included; one node where the config does not say."""
-    ranks, cluster = config.layout.world_size, config.cluster
+    """Nodes and ranks of each, spares included. Where the config does not say: one node, or for more GPUs than one has
+    as many full ones."""
+    ranks, cluster, devices = config.layout.world_size, config.cluster, config.hardware.scale_up_devices
     per_node = cluster.ranks_per_node or (ranks // cluster.nodes if cluster.nodes else ranks + cluster.spares)
+    given = cluster.ranks_per_node or cluster.nodes or config.launch.kind not in ASK_FOR_DEVICES
+    if not given and config.hardware.device == "cuda" and per_node > min(devices, GPUS_PER_NODE):
+        if devices > GPUS_PER_NODE or per_node % devices:
+            raise BadRequest(f"cluster.ranks_per_node=0: {per_node} GPUs of {config.hardware.name} are not on one "
+                             f"node, and how many of them a node has must be said; use cluster.ranks_per_node="
+                             f"{4 if devices > GPUS_PER_NODE else devices}")
+        per_node = devices
     return math.ceil((ranks + cluster.spares) / per_node), per_node
 
 

@@ -45,10 +45,11 @@ def authentication(address: str, *, allow_insecure: bool) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token"}
 
 
-def job_outcome(address: str, name: str, returned: int) -> int | None:
-    """The run's exit code; None while it runs. `returned` is what submitting it said, for a dashboard that is gone."""
+def job_outcome(address: str, name: str, returned: int, *, mode: str) -> int | None:
+    """The run's exit code; None while it runs. `returned` is what submitting it said, for a dashboard that is gone.
+    mode: RAY_AUTH_MODE as `authentication` gave it; a dashboard that asked for no token gets none."""
     try:
-        status, body = _get(address, f"{JOBS}{name}", _token())
+        status, body = _get(address, f"{JOBS}{name}", _token() if mode == "token" else None)
     except NotFit:
         return None if returned else 0
     if status != 200:
@@ -62,10 +63,10 @@ def job_outcome(address: str, name: str, returned: int) -> int | None:
     return 0 if job["status"] == "SUCCEEDED" else job.get("driver_exit_code") or failed
 
 
-def has_ended(address: str, name: str) -> bool:
-    """Whether the dashboard knows the job, and that it has ended."""
+def has_ended(address: str, name: str, *, mode: str) -> bool:
+    """Whether the dashboard knows the job, and that it has ended. mode: as for `job_outcome`."""
     try:
-        status, body = _get(address, f"{JOBS}{name}", _token())
+        status, body = _get(address, f"{JOBS}{name}", _token() if mode == "token" else None)
     except NotFit:
         return False
     return status == 200 and json.loads(body)["status"] not in UNDER_WAY

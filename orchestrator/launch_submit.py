@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -57,7 +58,7 @@ def submit(job: Job, folder: Path) -> int:
 
 def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
     environment |= authentication(job.address, allow_insecure=job.allow_insecure)
-    ended = 0
+    ended, mode = 0, environment["RAY_AUTH_MODE"]
 
     with subprocess.Popen(["sh", str(file)], env=environment, text=True, errors="replace",
                           stderr=subprocess.PIPE) as shown:
@@ -70,14 +71,14 @@ def _ray_job(job: Job, file: Path, environment: dict[str, str]) -> int:
             nonlocal ended
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return shown.wait(LOOK_S)
-            ended += has_ended(job.address, job.name)
+            ended += has_ended(job.address, job.name, mode=mode)
             if ended > 1:
                 shown.terminate()
             return None
 
         code = _poll(returned, stop=f"ray job stop --address {job.address} {job.name}")
         reader.join(POLL_S)
-    outcome = job_outcome(job.address, job.name, code)
+    outcome = job_outcome(job.address, job.name, code, mode=mode)
     if outcome is None:
         raise Transient(f"{job.name}: the connection to {job.address} ended before the job; it goes on if the head "
                         f"does: ray job logs --address {job.address} --follow {job.name}; if the head is gone, launch "
@@ -98,7 +99,15 @@ def _copy_to_a_traceback(lines: Iterable[str], rest: list[str]) -> None:
 
 
 def _torchrun(job: Job, file: Path, environment: dict[str, str]) -> int:
-    return subprocess.run(["sh", str(file)], env=environment).returncode
+    """SIGTERM is handed on, Ctrl-C has been to all of a terminal: the ranks save, and only then there is an end."""
+    with subprocess.Popen(["sh", str(file)], env=environment) as ranks:
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _frame: ranks.send_signal(number)),
+                  signal.SIGINT: signal.signal(signal.SIGINT, lambda _number, _frame: None)}
+        try:
+            return ranks.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _slurm(job: Job, file: Path, environment: dict[str, str]) -> int:

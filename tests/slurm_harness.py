@@ -59,7 +59,7 @@ def slurm(nodes: int = 1, *, cpus: int = 2) -> Iterator[dict[str, str]]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RAY_"))}
         environment |= {"PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         ports = [free_port() for _ in range(nodes)]
-        lines = [f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1024"
+        lines = [f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4096"
                  for i, port in enumerate(ports)]
         lines.append(f"PartitionName=all Nodes={','.join(f'n{i}' for i in range(nodes))} Default=YES MaxTime=INFINITE")
         (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, ctld=free_port()) + "\n".join(lines) + "\n")

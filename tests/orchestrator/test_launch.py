@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ GOLDEN = ROOT / "tests" / "golden" / "launch"
 TWO_NODES = ["experiment=tiny", "cluster.ranks_per_node=2", "data.path='/corpus/a b.txt'"]
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 GPUS = [*TWO_NODES, "hardware=h100", "run.dir=s3://bucket/runs/mine"]
+MANY = ["model=mini", "layout=single", "layout.dp=64", "train.batch_size=192"]
 FILLED = {
     "ray_job.sh": ["launch=ray_job", "launch.address=http://head:8265", "launch.install=true", *TWO_NODES,
                    "run.dir=/shared/runs/mine"],
@@ -166,6 +169,15 @@ BAD = {
     "devices not named": (["launch=slurm"], r"hardware=auto: launch=slurm asks for devices .*; name them"),
     "a relative run directory": (["launch=ray_job", "run.dir=runs/x"], r"run\.dir=runs/x: must be a URL or .*use"),
     "no run directory": (["launch=skypilot", "hardware=h100"], r"run\.dir=None: must be a URL"),
+    "a folder where nothing is mounted": (["launch=kuberay", "launch.image=x", *GPUS, "run.dir=/shared/x"],
+                                          r"run\.dir=/shared/x: must be a URL, as launch=kuberay runs elsewhere.*use"),
+    "checkpoints there": (["launch=skypilot", *GPUS, "checkpoint.dir=/ckpt"], r"checkpoint\.dir=/ckpt: must be a URL"),
+    "checkpoints beside the job": (["launch=ray_job", "run.dir=/x", "checkpoint.dir=x"], r"checkpoint\.dir=x: must be"),
+    "more GPUs than a node has": (["launch=slurm", "hardware=h100", *MANY, "layout.dp=12",
+                                   "train.validate_sequences=72"],
+                                  r"ranks_per_node=0: 12 GPUs of h100 are not on one node.*ranks_per_node=8"),
+    "a rack": (["launch=slurm", *MANY, "hardware=gb200"], r"64 GPUs of gb200 .* use cluster\.ranks_per_node=4"),
+    "AMD's": (["launch=slurm", "hardware=mi300x"], r"hardware=mi300x: `sparing plan` alone knows it, .*with ROCm"),
     "no image": (["launch=kuberay", *GPUS], r"launch\.image=null: .* needs a container image; build one"),
     "one machine": (["launch=ray_job", "cluster=local"], r"cluster=local: would keep the run on one machine.*leave"),
     "no rendezvous": (["launch=torchrun", *TWO_NODES], r"launch\.address=None: 2 nodes must find each other.*use"),
@@ -233,6 +245,31 @@ def test_a_password_in_the_address_is_refused_and_not_repeated():
     assert "hunter2" not in str(caught.value)
 
 
+def test_more_gpus_than_a_node_has_are_asked_of_several():
+    manifest = filled("launch=slurm", *MANY, "hardware=h100").manifest
+    assert "--nodes=8\n" in manifest and "--gpus-per-node=8\n" in manifest and "--mem=512G\n" in manifest
+
+
+def test_an_address_is_a_word_whatever_is_in_it():
+    manifest = filled("launch=torchrun", "launch.address='$(id):29400'", *TWO_NODES).manifest
+    assert "--rdzv-endpoint '$(id):29400' " in manifest
+
+
+def test_ranks_under_torchrun_hear_of_sigterm_and_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "torchrun").touch(mode=0o755)
+    script = f"trap 'sleep 0.5; exit 34' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done\n"
+
+    def interrupt():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert submit(Job(LaunchKind.torchrun, "name", script), tmp_path / "runs") == 34
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_dry_run_prints_the_manifest_alone_and_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-m", "orchestrator", "launch", "launch=torchrun", "launch.dry_run=true"],
                           cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
@@ -298,12 +335,21 @@ def test_a_dashboard_that_asks_gets_the_token_and_says_how_the_job_ended(dashboa
     for status, code, outcome in [("SUCCEEDED", 0, 0), ("FAILED", 93, 93), ("FAILED", None, 1), ("STOPPED", None, 34),
                                   ("RUNNING", None, None)]:
         answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": status, "driver_exit_code": code}))
-        assert job_outcome(address, "mine", 1) == outcome
-        assert has_ended(address, "mine") == (status != "RUNNING")
+        assert job_outcome(address, "mine", 1, mode="token") == outcome
+        assert has_ended(address, "mine", mode="token") == (status != "RUNNING")
     for error, outcome in [("JOB_SUPERVISOR_ACTOR_DIED", 33), ("RUNTIME_ENV_SETUP_FAILURE", 1)]:
         answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": "FAILED", "error_type": error}))
-        assert job_outcome(address, "mine", 1) == outcome, "a job that is lost with its node may be submitted again"
-    assert not has_ended(address, "unknown")
+        assert job_outcome(address, "mine", 1, mode="token") == outcome, "one lost with its node may go again"
+    assert not has_ended(address, "unknown", mode="token")
+
+
+def test_a_dashboard_that_asks_for_no_token_is_told_none(dashboard, monkeypatch):
+    answers, port = dashboard
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of another cluster")
+    answers["/api/jobs/", ""], answers["/api/jobs/mine", ""] = (200, "[]"), (200, '{"status": "SUCCEEDED"}')
+    mode = authentication(f"http://127.0.0.1:{port}", allow_insecure=False)["RAY_AUTH_MODE"]
+    assert has_ended(f"http://127.0.0.1:{port}", "mine", mode=mode)
+    assert job_outcome(f"http://127.0.0.1:{port}", "mine", 1, mode=mode) == 0
 
 
 def test_a_log_that_stalls_does_not_outlast_its_job(dashboard, monkeypatch, tmp_path, capfd):
@@ -380,5 +426,7 @@ def test_the_images_lock_is_hashed_and_holds_what_is_tested():
     tested = pinned(ROOT)
     assert {name: versions[name] for name in tested if name in versions} == {name: version for name, version in
                                                                              tested.items() if name in versions}
+    packages = filled(*FILLED["ray_job.sh"]).manifest
+    assert all(f'"{name}==' in packages for name in ("tokenizers", "pyarrow")), "as the image and SkyPilot's have"
     assert {"torch", "ray", "hydra-core", "wandb", "fsspec", "s3fs", "grain", "safetensors", "jinja2"} <= set(versions)
     assert "://" not in lock, "no index of anybody's"
