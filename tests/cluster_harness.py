@@ -37,7 +37,8 @@ GCS_PORT, DASHBOARD_PORT = 6379, 8265
 INIT = """
 mount -t tmpfs tmpfs /dev/shm
 mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray
-mount --bind "$HOSTS" /etc/hosts && mount --bind /dev/null /etc/resolv.conf
+{ echo "127.0.1.1 $NAME"; grep -v " $NAME$" "$HOSTS"; } > /dev/shm/hosts  # as Debian installs it
+mount --bind /dev/shm/hosts /etc/hosts && mount --bind /dev/null /etc/resolv.conf
 for folder in $HIDDEN; do mount -t tmpfs -o size=4k tmpfs "$folder"; done
 hostname "$NAME"
 "$@" &

@@ -2,7 +2,11 @@
 
 import contextlib
 import datetime
+import fcntl
+import ipaddress
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +18,11 @@ from orchestrator.config import HardwareConfig
 from orchestrator.errors import NotFit
 from orchestrator.parallel.rank_info import RankInfo, under_torchrun
 from orchestrator.plan.layout import Coordinate, Layout
+
+SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's address."""
+FAR_AWAY = "192.0.2.1"
+"""An address for documentation: whatever leads there leads to other nodes."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,8 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
     timeout = datetime.timedelta(seconds=timeout_s)
     store = store or open_store(info, timeout_s=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "gloo" and info.local_world_size < info.world_size:
+        use_the_nodes_address(info)
     # Else gloo connects every rank of a group with every other, thousands of sockets for what two neighbours exchange.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     dist.init_process_group(backend, store=dist.PrefixStore("grid", store), rank=info.rank,
@@ -119,6 +130,40 @@ def connect(layout: Layout, info: RankInfo, device: torch.device, *, timeout_s: 
         edp_mesh=mesh["edp"] if layout.edp > 1 else None,
         timeout=timeout, hops=hops,
     )
+
+
+def use_the_nodes_address(info: RankInfo) -> None:
+    """gloo listens where the host's name points to, which is 127.0.1.1 on Debian as it is installed: no other node
+    could connect. Then it is told the interface by which this node reaches the others, unless the user has said one."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or _is_loopback(info.master_addr, literally=True):
+        return
+    if not _is_loopback(socket.gethostname()):
+        return
+    for target in (info.master_addr, FAR_AWAY):  # the first may be this node's own name
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 1))  # sends nothing
+            own = probe.getsockname()[0]
+            names = [name for _, name in socket.if_nameindex() if name != "lo" and _address_of(name) == own]
+            if names:
+                os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+                return
+
+
+def _is_loopback(host: str, *, literally: bool = False) -> bool:
+    try:
+        if literally:
+            return ipaddress.ip_address(host).is_loopback
+        return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in socket.getaddrinfo(host, None))
+    except (OSError, ValueError):
+        return False
+
+
+def _address_of(interface: str) -> str | None:
+    """Its IPv4 address."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return socket.inet_ntoa(found[20:24])
+    return None
 
 
 def _hops(ep_mesh: DeviceMesh, per_node: int) -> tuple[dist.ProcessGroup, ...]:

@@ -1,5 +1,8 @@
 """One rank's device and the interface that it meets the others by, without any other rank."""
 
+import os
+import socket
+
 import pytest
 
 from orchestrator.config import HardwareConfig
@@ -14,3 +17,23 @@ def test_a_rank_that_was_given_a_gpu_does_not_train_on_the_cpu_in_silence(monkey
     for info, hardware in [(RankInfo(), HardwareConfig("h100", "cuda")), (RankInfo(has_gpu=True), HardwareConfig())]:
         with pytest.raises(NotFit, match=rf"was to train on {hardware.name} .* sees no GPU here; .*nvidia-smi.*or use"):
             mesh.pick_device(info, hardware)
+
+
+@pytest.mark.parametrize("master, name_at, given, chosen", [
+    ("10.0.0.1", "127.0.1.1", None, "eth0"), ("node1", "127.0.1.1", None, "eth0"), ("10.0.0.1", "10.0.0.2", None, None),
+    ("127.0.0.1", "127.0.1.1", None, None), ("10.0.0.1", "127.0.1.1", "ib0", "ib0")])
+def test_gloo_is_told_the_nodes_interface_where_its_name_is_loopbacks(monkeypatch, master, name_at, given, chosen):
+    class Probe(socket.socket):
+        def connect(self, address):
+            self.own = "127.0.1.1" if address[0] == "node1" else "10.0.0.2"
+
+        def getsockname(self):
+            return self.own, 1
+
+    monkeypatch.setattr(os, "environ", {"GLOO_SOCKET_IFNAME": given} if given else {})
+    monkeypatch.setattr(mesh.socket, "socket", Probe)
+    monkeypatch.setattr(mesh.socket, "getaddrinfo", lambda *_: [(2, 1, 6, "", (name_at, 0))])
+    monkeypatch.setattr(mesh.socket, "if_nameindex", lambda: [(1, "lo"), (2, "ib1"), (3, "eth0")])
+    monkeypatch.setattr(mesh, "_address_of", {"lo": "127.0.0.1", "ib1": "10.9.9.9", "eth0": "10.0.0.2"}.get)
+    mesh.use_the_nodes_address(RankInfo(0, 2, local_world_size=1, master_addr=master))
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
