@@ -107,6 +107,7 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
         command=shlex.join(["python", "-m", "orchestrator", "train", *_overrides(config, arguments, stamp, cwd)]),
         root=str(root), cwd=str(cwd), bin=str(Path(python).parent), address=_address(config),
         memory_gib=ranks_per_node * (GIB_PER_GPU if gpus else GIB_PER_CPU), image=launch.image,
+        spare_nodes=bool(config.cluster.spares or config.cluster.min_ranks),
         save_timeout=round(config.cluster.save_timeout_s),
         seconds=round(launch.hours * 3600), pending_seconds=round(
             config.cluster.join_timeout_s or JOIN_TIMEOUT_S) + PULL_S, time_limit=_slurm_time(launch.hours),
@@ -138,7 +139,7 @@ def _check(config: Config) -> None:
                          "hardware=h100 or hardware=cpu")
     if kind in ASK_FOR_DEVICES and config.hardware.name.startswith("mi") and not launch.image:
         raise BadRequest(f"hardware={config.hardware.name}: `sparing plan` alone knows it, launch={kind.name} would "
-                         "bring a torch for CUDA; use launch=kuberay and a launch.image of your own with that for ROCm")
+                         "bring a torch for CUDA; use launch=kuberay with a launch.image of your own, with ROCm's torch")
     if kind in RUN_ELSEWHERE:
         _check_folder(kind, "run.dir", config.run.dir or "None")
         _check_folder(kind, "checkpoint.dir", config.checkpoint.dir or config.run.dir)

@@ -113,6 +113,32 @@ def test_a_batch_job_is_queued_again_for_some_exit_codes_and_hands_others_on(env
     assert shown()["JobState"] == "CANCELLED" and shown()["Restarts"] == "0"
 
 
+def test_a_job_with_spares_outlives_a_lost_node(environment, tmp_path):
+    """Slurm ends a job with any of its nodes, and a step too, unless told otherwise."""
+    (tmp_path / "ray").write_text(f"#!/bin/sh\ntouch {tmp_path}/ray-$SLURM_STEP_ID\nexec sleep 600\n")
+    (tmp_path / "python").write_text(f"#!/bin/sh\nuntil [ -e {tmp_path}/over ]; do sleep 0.1; done\n")
+    for name in ("ray", "python"):
+        (tmp_path / name).chmod(0o755)
+    words = ["launch=slurm", "hardware=cpu", "layout=single", "cluster.ranks_per_node=1", "cluster.spares=1"]
+    job = fill(compose_config(words), words, stamp="20261125-120000", python=str(tmp_path / "python"), cwd=tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / job.file).write_text(job.manifest)
+
+    def control(*command: str) -> str:
+        return subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout.strip()
+
+    def shown() -> str:
+        return control("scontrol", "show", "job", number, "--oneliner")
+
+    number = control("sbatch", "--parsable", str(tmp_path / "runs" / job.file))
+    wait_until((tmp_path / "ray-0").exists, 60, shown)
+    control("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=lost")
+    wait_until(lambda: "NumNodes=1 " in shown() or "JobState=RUNNING" not in shown(), 60, shown, every_s=0.2)
+    assert "JobState=RUNNING" in shown() and "NodeList=n0 " in shown()
+    (tmp_path / "over").touch()
+    wait_until(lambda: "JobState=COMPLETED" in shown(), 60, shown, every_s=0.2)
+
+
 def left_over(word: str) -> list[Path]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
