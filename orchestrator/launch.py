@@ -139,7 +139,7 @@ def _check(config: Config) -> None:
                          "hardware=h100 or hardware=cpu")
     if kind in ASK_FOR_DEVICES and config.hardware.name.startswith("mi") and not launch.image:
         raise BadRequest(f"hardware={config.hardware.name}: `sparing plan` alone knows it, launch={kind.name} would "
-                         "bring a torch for CUDA; use launch=kuberay with a launch.image of your own, with ROCm's torch")
+                         "bring a torch for CUDA; use launch=kuberay with a launch.image of your own that has ROCm's")
     if kind in RUN_ELSEWHERE:
         _check_folder(kind, "run.dir", config.run.dir or "None")
         _check_folder(kind, "checkpoint.dir", config.checkpoint.dir or config.run.dir)

@@ -177,7 +177,7 @@ BAD = {
                                    "train.validate_sequences=72"],
                                   r"ranks_per_node=0: 12 GPUs of h100 are not on one node.*ranks_per_node=8"),
     "a rack": (["launch=slurm", *MANY, "hardware=gb200"], r"64 GPUs of gb200 .* use cluster\.ranks_per_node=4"),
-    "AMD's": (["launch=slurm", "hardware=mi300x"], r"hardware=mi300x: `sparing plan` alone knows it, .*with ROCm"),
+    "AMD's": (["launch=slurm", "hardware=mi300x"], r"hardware=mi300x: `sparing plan` alone knows it, .*ROCm"),
     "no image": (["launch=kuberay", *GPUS], r"launch\.image=null: .* needs a container image; build one"),
     "one machine": (["launch=ray_job", "cluster=local"], r"cluster=local: would keep the run on one machine.*leave"),
     "no rendezvous": (["launch=torchrun", *TWO_NODES], r"launch\.address=None: 2 nodes must find each other.*use"),
