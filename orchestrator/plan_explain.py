@@ -9,6 +9,7 @@ from orchestrator.plan.block import head_time, layer_time, shapes
 from orchestrator.plan.comm import tensor_s
 from orchestrator.plan.confidence import band, made
 from orchestrator.plan.estimate import PHASES, estimate, linked, phases_s, stage_times
+from orchestrator.plan.exchange import scale_up_bytes_per_s
 from orchestrator.plan.keeping import own
 from orchestrator.plan.kernels import product_s, rates_of
 from orchestrator.plan.memory import state_bytes
@@ -74,7 +75,7 @@ def _layer(work: Workload) -> list[Line]:
     kinds += [("MoE", True)] * (work.model.n_routed_experts > 0)
     for name, moe in kinds:
         found, rest = layer_time(work, moe), 0.0
-        tensor = tensor_s(work) * (1 - work.stack.tensor_hidden)
+        tensor = tensor_s(work, moe) * (1 - work.stack.tensor_hidden)
         for rows, columns, inner, groups, low in shapes(work, moe):
             seconds = product_s(rates, rows, columns, inner, groups=groups, low=low)
             rest += seconds
@@ -83,8 +84,8 @@ def _layer(work: Workload) -> list[Line]:
                           f"{seconds * 1e3:.3f} ms", "FLOPs / (best rate x fitted share x tiles filled x inner size), "
                           f"or bytes; {work.dtype if low else 'bf16'}"))
         if tensor:
-            lines.append((f"{name}: tensor parallelism", f"{tensor * 1e3:.3f} ms", f"collectives of tp={work.tp}, four "
-                          "a forward, less what the stack hides"))
+            lines.append((f"{name}: tensor parallelism", f"{tensor * 1e3:.3f} ms", f"collectives of tp={work.tp} in "
+                          "one forward, less what the stack hides"))
         lines += [(f"{name}: all else in forward", f"{(found.forward - rest - tensor) * 1e3:.3f} ms", "attention core "
                    "by its share of the peak, other operators by bytes and launches x the stack's overhead, "
                    f"{work.stack.overhead:g} ({work.stack.name})" + ", keys and values of other ranks" * (work.cp > 1)),
@@ -97,8 +98,9 @@ def _layer(work: Workload) -> list[Line]:
                           f"{hardware.scale_out_gb_per_s:g} GB/s x {assumed.network:g}, or x "
                           f"{assumed.network_overlapped:g} beside computation"))
         if found.up_bytes:
+            ranks = min(work.ep * work.etp, hardware.scale_up_devices)
             lines.append((f"{name}: inside the node", f"{found.up_bytes / 1e6:.0f} MB", f"{_routed(work)}; over "
-                          f"{hardware.scale_up_gb_per_s:g} GB/s, likewise"))
+                          f"{scale_up_bytes_per_s(hardware, ranks) / 1e9:g} GB/s, likewise"))
     return lines
 
 
