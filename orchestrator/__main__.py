@@ -47,7 +47,7 @@ Flags:  --cfg job (print the config), --multirun (one run per value), --shell-co
     "plan": """\
 usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8|any] [market=on_demand|reserved|spot]
                     [out=plan.json] [html=plan.html] [explain=true] [-m]
-       sparing plan diff A.json B.json
+       sparing plan diff A B                 each a plan.json or a run's directory
        sparing plan prices | budgets
 
   sparing plan model=deepseek_v3 cluster=h800_2048 tokens=14.8e12 dtype=fp8

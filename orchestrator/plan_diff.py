@@ -115,7 +115,7 @@ def _share(before: float | None, after: float | None) -> str:
 
 def _read(path: str) -> dict:
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads((Path(path) / "plan.json" if Path(path).is_dir() else Path(path)).read_text())
         if data["best"] is None:
             raise BadRequest(f"plan diff: {path}: is a plan in which no layout fits; give one with a best layout")
         data["bill"]["terms"]
@@ -123,7 +123,7 @@ def _read(path: str) -> dict:
         raise
     except OSError as error:
         raise BadRequest(f"plan diff: {path}: cannot be read ({error.strerror}); give two files that `sparing plan ... "
-                         "out=FILE` wrote") from None
+                         "out=FILE` wrote, or the directories of runs") from None
     except (ValueError, KeyError, TypeError):
         raise BadRequest(f"plan diff: {path}: is no plan.json of this version; write one with `sparing plan ... "
                          "out=FILE`") from None

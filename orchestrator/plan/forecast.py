@@ -70,8 +70,14 @@ def forecast(config: Config, machine: Machine, calibration: Calibration = Calibr
              "steps_usd": None if price is None else step_s * config.train.steps * work.devices / 3600 * price}
     if machine.device == "cpu":
         return found
-    dtype = "fp8" if config.precision.fp8 else config.precision.compute_dtype.name.replace("auto", "bf16")
-    return found | {"memory_peak_gib": memory_gib(replace(work, dtype=dtype, keeping=own(dtype)))["total"]}
+    return found | {"memory_peak_gib": memory_of(config, machine, work)["total"]}
+
+
+def memory_of(config: Config, machine: Machine, work: Workload) -> dict[str, float]:
+    """GiB of the run's fullest rank, by component; on a CPU of its tensors alone, without the process around them."""
+    cpu, dtype = machine.device == "cpu", config.precision.compute_dtype.name
+    dtype = "fp8" if config.precision.fp8 else dtype.replace("auto", "fp32" if cpu else "bf16")
+    return memory_gib(replace(work, dtype=dtype, keeping=own(dtype, cpu=cpu)))
 
 
 def calibrate(config: Config, machine: Machine, measured: dict, run: str,

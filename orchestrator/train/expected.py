@@ -1,29 +1,56 @@
 """What this run is expected to take, by the formula or by what a finished run measured (`run.calibrate`)."""
 
+import json
+from dataclasses import replace
+
 from orchestrator.config import Config
 from orchestrator.errors import BadRequest
-from orchestrator.plan.forecast import Machine, calibrate, forecast
+from orchestrator.plan.bill import Terms
+from orchestrator.plan.estimate import estimate
+from orchestrator.plan.forecast import Machine, calibrate, forecast, memory_of, routing_of, workload_of
+from orchestrator.plan.money import bill_of
+from orchestrator.plan.planner import to_dict
+from orchestrator.plan.search import Candidate, Plan, Request
 from orchestrator.plan.workload import Calibration
 from orchestrator.train import storage
+from orchestrator.train.data import samples_before
 from orchestrator.train.finish import read_summary
 from orchestrator.train.metrics import MANY_COUNTS_EVERY, METRICS, read_lines
 from orchestrator.train.run_dir import CONFIG, read_config
 
+PLAN = "plan.json"
 COUNTED_STEPS = 20
 """Of a run's end, whose routing is taken."""
 
 
 def expected(config: Config, machine: Machine) -> dict:
-    """`predicted` of summary.json; {"how": why not} where a figure is not known."""
+    """`predicted` of summary.json; {"how": why not} where a figure is not known. Writes the run's plan.json beside."""
     try:
         learnt = read_calibration(config.run.calibrate)
         if learnt.run and bool(learnt.cores) != (machine.device == "cpu"):
             raise BadRequest(f"run.calibrate={learnt.run} ran on another kind of device")
         if learnt.hardware not in ("", "auto", config.hardware.name):
             raise BadRequest(f"run.calibrate={learnt.run} ran on {learnt.hardware}")
-        return forecast(config, machine, learnt)
+        found, plan = forecast(config, machine, learnt), plan_of(config, machine, learnt)
     except ValueError as error:
         return {"how": f"not predicted: {error}"}
+    storage.write_bytes(storage.join(config.run.dir, PLAN), (json.dumps(plan, indent=2) + "\n").encode())
+    return found
+
+
+def plan_of(config: Config, machine: Machine, learnt: Calibration) -> dict:
+    """A plan as `sparing plan out=` writes it, of this run's own layout alone, for all of its steps."""
+    train, work = config.train, workload_of(config, machine, learnt)
+    terms = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
+                  batch_start=train.batch_start, ramp_steps=train.batch_ramp_steps)
+    request = Request(config.model, work.hardware, work.devices, samples_before(train.steps, train) * train.seq_len,
+                      train.seq_len, train.batch_size, work.dtype, assumptions=work.assumptions, stack=work.stack,
+                      routing=routing_of(learnt, config.model), calibration=work.calibration, terms=terms)
+    found = replace(estimate(work), memory_gib=memory_of(config, machine, work))
+    candidate = Candidate(work, found)
+    data = to_dict(Plan(request, [candidate], [], 1))
+    del data["best"]["train"], data["best"]["train_not"]  # how to run what is running
+    return data | {"bill": bill_of(request, candidate, terms)}
 
 
 def read_calibration(run: str | None, key: str = "run.calibrate", *, routing: bool = True) -> Calibration:

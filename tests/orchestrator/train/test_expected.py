@@ -9,6 +9,7 @@ from orchestrator.compose import compose_config
 from orchestrator.config import to_dict
 from orchestrator.errors import BadRequest
 from orchestrator.plan.forecast import Machine, forecast
+from orchestrator.plan_diff import plan_diff
 from orchestrator.show_plan import planned
 from orchestrator.train.expected import expected, read_calibration
 
@@ -80,3 +81,19 @@ def test_a_plan_by_a_run_on_gpus_is_that_run_and_of_no_other_device(tmp_path):
     assert planned(options, ["model=deepseek_v2_lite", "hardware=h100"])[1]["bill"]["made"] == "calibrated"
     elsewhere = compose_config(["experiment=tiny", "hardware=h800", f"run.calibrate={tmp_path}"])
     assert expected(elsewhere, machine) == {"how": f"not predicted: run.calibrate={tmp_path} ran on h100"}
+
+
+def test_a_run_leaves_a_plan_of_its_own_layout(tmp_path, capsys):
+    """That of the forecast: what `sparing plan diff` takes for either side."""
+    machine = Machine("cpu", 4e10, 4, 2)
+    for name, words in (("one", []), ("two", ["train.batch_size=32", "precision=fp8"])):
+        config = compose_config(["experiment=tiny", "hardware=cpu", f"run.dir={tmp_path}/{name}", *words])
+        (tmp_path / name).mkdir()
+        found = expected(config, machine)
+        plan = json.loads((tmp_path / name / "plan.json").read_text())
+        assert plan["best"]["step_time_s"] == found["step_time_s"] and plan["best"] == plan["candidates"][0]
+        assert plan["tokens"] == 200 * config.train.batch_size * config.train.seq_len
+        assert plan["bill"]["steady"]["usd"] == pytest.approx(found["steps_usd"])
+        assert 0 < plan["best"]["memory_gib"]["total"] < 1 and plan["best"]["memory_gib"]["framework"] == 0
+    plan_diff([f"{tmp_path}/one", f"{tmp_path}/two"])
+    assert "expected bill" in capsys.readouterr().out
