@@ -222,7 +222,7 @@ def test_the_smallest_cluster_holds_the_model_and_half_of_it_does_not(request_):
     least = smallest(v3)
     assert not any(fits(resized(v3, devices)) for devices in range(8, least.devices, 8))
     short = dataclasses.replace(v3, hardware=dataclasses.replace(v3.hardware, memory_gib=74.5))
-    assert fits(resized(short, 136)) and smallest(short).devices <= 136  # the grid has 128 and 192
+    assert fits(resized(short, 144)) and smallest(short).devices <= 144  # the grid has 128 and 192
     assert [each.devices for each in between(128, resized(v3, 192))] == list(range(136, 192, 8))
 
 
