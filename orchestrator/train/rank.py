@@ -9,7 +9,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +20,7 @@ from orchestrator.parallel.mesh import open_store
 from orchestrator.parallel.rank_info import rank_from_env
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run, require
-from orchestrator.train.control import Control
+from orchestrator.train.control import Control, steady
 from orchestrator.train.finish import finish_run
 from orchestrator.train.lineage import look_back
 from orchestrator.train.progress import Progress
@@ -33,7 +32,7 @@ def train_as_rank(config: Config) -> dict | None:
 
     The other ranks take the config from rank 0, so that a default run directory is one directory.
     """
-    placed_at = time.time()
+    placed_at = steady()
     info = rank_from_env()
     world = config.layout.world_size
     require(info.world_size == world, "layout.dp", config.layout.dp,
@@ -65,10 +64,10 @@ def train_as_rank(config: Config) -> dict | None:
         except Exception as error:  # a mistake of ours too: what was held is charged all the same
             if info.rank == 0:
                 with contextlib.suppress(SparingError):  # what ended the run is the news
-                    sum_up({"status": "failed"}, released_at=time.time(), refused=isinstance(error, BadRequest),
+                    sum_up({"status": "failed"}, released_at=steady(), refused=isinstance(error, BadRequest),
                            failure={"cause": words(error), "rank": info.rank, "node": info.node_rank})
             raise
-        return sum_up(result, released_at=time.time()) if info.rank == 0 else None
+        return sum_up(result, released_at=steady()) if info.rank == 0 else None
 
 
 def _claimed(config: Config, store, stack: contextlib.ExitStack, progress: Progress) -> Claim:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from orchestrator.train import resume
 from orchestrator.train.accounts import Accounts
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
+from orchestrator.train.rank import train_as_rank
 from orchestrator.train.replica import Replicas
 from tests.orchestrator.train.runs import checkpoint_of, events, losses, make_config, rows, run, train
 
@@ -239,13 +241,20 @@ def test_a_long_validation_is_no_silence(text, tmp_path):
 
 
 def test_setting_the_clock_costs_nothing(text, tmp_path, monkeypatch):
-    control, update, real = Control(), Control.update, time.time
+    """As torchrun starts a rank: its ledger, and what it was held for in all."""
+    update, real = Control.update, time.time
 
-    def watched(**fields):
-        update(control, **fields)
+    def watched(self, **fields):
+        update(self, **fields)
         if fields.get("step") == 1:
             monkeypatch.setattr(time, "time", lambda: real() + 86400)
 
-    control.update = watched
-    result = train(RankInfo(), make_config(text, tmp_path, train__steps=2, train__validate_every=0), control)
-    assert result["steps"] == 2 and result["ledger"]["charged_s"] < 3600
+    monkeypatch.setattr(Control, "update", watched)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        summary = train_as_rank(make_config(text, tmp_path, train__steps=2, train__validate_every=0))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert summary["status"] == "completed" and sum(summary["buckets_s"].values()) < 3600
+    assert summary["measured"]["charged_s"] < 3600
