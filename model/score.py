@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from model.attention import rope_table
-from model.generate import chunk_tokens, padded
+from model.generate import padded
 from model.transformer import Transformer
 
+BATCH_TOKENS = 8192
 GROUP_TOKENS = 1 << 16
 """Of a text's windows that are laid out at a time: they overlap, and may be many times the text."""
 HEAD_ELEMENTS = 1 << 22
@@ -28,13 +29,15 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[Score]:
-    """Tokens of each row from index `first` (at least 1) on, given all before them. Rows of like length go together."""
+def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[int], *,
+          batch_tokens: int = BATCH_TOKENS) -> list[Score]:
+    """Tokens of each row from index `first` (at least 1) on, given all before them. Rows of like length go together,
+    `batch_tokens` at a time, padding included, or one row."""
     model.eval()
     found: list[Score | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while order:
-        size = max(1, chunk_tokens(model.tok_embeddings.weight.device) // len(rows[order[-1]]))
+        size = max(1, batch_tokens // len(rows[order[-1]]))
         batch, order = order[-size:], order[:-size]
         hidden = _hidden(model, [rows[i] for i in batch])
         for states, i in zip(hidden, batch, strict=True):
@@ -46,14 +49,15 @@ def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[in
     return found
 
 
-def score_text(model: Transformer, tokens: Sequence[int], *, before: int, window: int, stride: int) -> Score:
+def score_text(model: Transformer, tokens: Sequence[int], *, before: int, window: int, stride: int,
+               batch_tokens: int = BATCH_TOKENS) -> Score:
     """Every token of a text of any length once, with at least `window - stride` tokens of context where there are so
     many. `before` is the token that the text begins after: the one that ends a document."""
     text, scores = [before, *tokens], []
     spans = windows(len(text), window, stride)
     while group := list(itertools.islice(spans, max(1, GROUP_TOKENS // (window + 1)))):
         found = score(model, [text[start:stop] for start, stop, _ in group],
-                      [first - start for start, _, first in group])
+                      [first - start for start, _, first in group], batch_tokens=batch_tokens)
         scores.append([torch.cat(tensors) for tensors in zip(*found, strict=True)])
     return Score(*(torch.cat(tensors) for tensors in zip(*scores, strict=True)))
 

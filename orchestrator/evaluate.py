@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from orchestrator.arguments import check_writable, memory_limit, number, options, positional
@@ -27,6 +27,8 @@ CHECKPOINT is a run directory, a checkpoint in it, or a Hugging Face directory.
 
 OPTIONS = ("text", "tasks", "task_dir", "limit", "window", "stride", "text_key", "tokenizer", "memory.max_gib",
            "weights", "out")
+LIMITED_BATCH_TOKENS = 2048
+"""Scored at once where experts stay on disk: every batch reads and unpacks nearly all of them."""
 TEXT_ALONE = ("window", "stride", "text_key")
 TASKS_ALONE = ("task_dir", "limit")
 
@@ -67,9 +69,7 @@ def run(arguments: list[str]) -> int:
     if "tasks" in named and "task_dir" not in named:
         raise BadRequest(f"tasks={named['tasks']}: needs the folder with their YAML files; add task_dir=DIR")
     check_writable(named, "out")
-    import torch
-
-    from orchestrator.inference import load, look
+    from orchestrator.inference import look
 
     memory, tokenizer = memory_limit(named), named.get("tokenizer", "")
     weights, _ = look(path, tokenizer=tokenizer)
@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
         from orchestrator.evaluate_tasks import evaluate_tasks, table
 
         limit = int(number(named, "limit", 1, 1)) if "limit" in named else None
-        loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=weights.trained_len + 1)
+        loaded = _load(path, memory, tokenizer, weights.trained_len + 1)
         results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=limit)
         print(table(results))
         _write(named, {"path": loaded.path, "tasks": results["results"]})
@@ -88,11 +88,22 @@ def run(arguments: list[str]) -> int:
     window = int(number(named, "window", min(weights.trained_len, most), 1, most))
     stride = int(number(named, "stride", max(1, window // 2), 1, window))
     find_files(named["text"], "text")  # so that what is not there is told before weights are read
-    loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=window)
+    loaded = _load(path, memory, tokenizer, window)
     results = evaluate_text(loaded, named["text"], window=window, stride=stride, text_key=named.get("text_key", "text"))
     _write(named, {"path": loaded.path, "window": window, "stride": stride,
                    "files": [result.as_dict() for result in results[:-1]], "total": results[-1].as_dict()})
     return 0
+
+
+def _load(path: str, memory: dict[str, float | str] | None, tokenizer: str, window: int):
+    """In fp32; a limited memory has room for a smaller batch of windows."""
+    import torch
+
+    from orchestrator.inference import BATCH_TOKENS, load
+
+    at_once = BATCH_TOKENS if memory is None else LIMITED_BATCH_TOKENS
+    loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=max(window, at_once))
+    return replace(loaded, batch_tokens=at_once)
 
 
 def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: str = "text") -> list[TextResult]:
@@ -128,7 +139,8 @@ def _score_document(loaded, text: str, window: int, stride: int) -> TextResult:
     from model.score import score_text
 
     tokens = loaded.tokenizer.encode(text).tolist()
-    found = score_text(loaded.model, tokens, before=loaded.tokenizer.eos, window=window, stride=stride)
+    found = score_text(loaded.model, tokens, before=loaded.tokenizer.eos, window=window, stride=stride,
+                       batch_tokens=loaded.batch_tokens)
     return TextResult("", 1, len(text.encode()), len(tokens), -float(found.log_prob.double().sum()),
                       int(found.is_best.sum()))
 

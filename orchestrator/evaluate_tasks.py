@@ -85,12 +85,13 @@ class HarnessModel(LM):
             rows.append(row)
             firsts.append(len(row) - len(continuation))
         return [(float(found.log_prob.double().sum()), bool(found.is_best.all()))
-                for found in score(self.loaded.model, rows, firsts)]
+                for found in score(self.loaded.model, rows, firsts, batch_tokens=self.loaded.batch_tokens)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts."""
         return [float(score_text(self.loaded.model, self.encode(request.args[0]), before=self.loaded.tokenizer.eos,
-                                 window=self.window, stride=self.window).log_prob.double().sum())
+                                 window=self.window, stride=self.window,
+                                 batch_tokens=self.loaded.batch_tokens).log_prob.double().sum())
                 for request in requests]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

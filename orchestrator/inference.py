@@ -19,7 +19,7 @@ from model import count, hf
 from model.attention import MASK_ELEMENTS
 from model.config import ModelConfig
 from model.generate import CHUNK_TOKENS
-from model.score import HEAD_ELEMENTS
+from model.score import BATCH_TOKENS, HEAD_ELEMENTS
 from model.transformer import Transformer
 from orchestrator.config import from_dict
 from orchestrator.errors import BadRequest
@@ -55,6 +55,8 @@ class Loaded:
     model: Transformer
     tokenizer: Tokenizer
     trained_len: int
+    batch_tokens: int = BATCH_TOKENS
+    """Of texts that are scored, read in one forward."""
 
     @property
     def window(self) -> int:

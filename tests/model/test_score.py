@@ -38,7 +38,7 @@ def test_each_token_is_scored_once_with_its_windows_context(window, stride):
 def test_the_windows_of_a_long_text_are_never_all_laid_out_at_once(monkeypatch):
     held = []
 
-    def scored(model, rows, firsts):
+    def scored(model, rows, firsts, batch_tokens):
         held.append(sum(map(len, rows)))
         return [Score(*(torch.tensor(row[first:], dtype=torch.float32),) * 2)
                 for row, first in zip(rows, firsts, strict=True)]
@@ -47,3 +47,12 @@ def test_the_windows_of_a_long_text_are_never_all_laid_out_at_once(monkeypatch):
     text = list(range(3000))
     assert score_text(None, text, before=9, window=512, stride=1).log_prob.tolist() == text
     assert max(held) <= 1 << 16 and sum(held) > 1 << 20
+
+
+def test_rows_are_read_so_many_tokens_at_a_time(monkeypatch):
+    model, sizes = build(V3), []
+    whole, embed = score(model, [TEXT] * 4, [1] * 4), model.embed
+    monkeypatch.setattr(model, "embed", lambda tokens: sizes.append(tokens.numel()) or embed(tokens))
+    for found, wanted in zip(score(model, [TEXT] * 4, [1] * 4, batch_tokens=70), whole, strict=True):
+        torch.testing.assert_close(found.log_prob, wanted.log_prob, atol=1e-5, rtol=1e-5)
+    assert sizes == [66, 66]

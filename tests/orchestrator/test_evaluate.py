@@ -143,7 +143,7 @@ def test_a_task_that_cannot_run_is_one_line(checkpoint, capsys, tasks, was, beco
 
 def test_a_mistake_of_the_model_is_not_laid_at_the_tasks_door(checkpoint, tasks, monkeypatch):  # noqa: F811
     words = tasks(CHOICE)
-    monkeypatch.setattr("orchestrator.evaluate_tasks.score", lambda *given: 1 / 0)
+    monkeypatch.setattr("orchestrator.evaluate_tasks.score", lambda *given, **how: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["evaluate", str(checkpoint), *words])
 
