@@ -45,6 +45,8 @@ class Machine:
     """What an operator takes on a CPU whatever it computes."""
     barrier_s: float | None = None
     """What it takes longer where threads share it."""
+    emulates_fp8: bool = False
+    """A GPU that multiplies FP8 operands in another dtype: it has no tensor cores for them, or refused the kernels."""
 
     @property
     def core_flops_per_s(self) -> float:
@@ -102,7 +104,8 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
         hardware, assumptions = on_cores(hardware, ranks, calibration)
     elif config.precision.compute_dtype is ComputeDtype.fp32:
         hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
-    on_tensor_cores = config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
+    on_tensor_cores = (config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
+                       and not machine.emulates_fp8)
     if not layout.overlap:
         assumptions = replace(assumptions, overlap_cost=math.inf)
     stack = replace(OWN, copies=machine.device != "cpu" and not layout.ep_per_node)

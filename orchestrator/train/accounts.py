@@ -55,8 +55,10 @@ class Accounts:
         self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
                                wall_s=self.ledger.charged_s(steady()) / (self.devices + self.ledger.spares))
         self.recoveries_s: list[float] = []
-        self.machine = machine_of(mesh, peak_flops_per_s) if self.tracker is not None else None
-        self.predicted = expected(config, self.machine) if self.tracker is not None else {}
+        self.machine, self.predicted = None, {}
+        if self.tracker is not None:
+            self.machine = machine_of(mesh, peak_flops_per_s, fp8=config.precision.fp8)
+            self.predicted = expected(config, self.machine)
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
         self.parts: list[dict[str, float]] = []

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from model.fp8 import why_emulated
 from orchestrator.config import Config
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.plan.forecast import Machine
@@ -18,11 +19,12 @@ SMALL, SHARED = 1 << 6, 1 << 16
 """Elements of a tensor that costs nothing but the call, and of one that torch shares out among threads."""
 
 
-def machine_of(mesh: Mesh, peak_flops_per_s: float) -> Machine:
-    """One rank asks; the others soon wait for it."""
+def machine_of(mesh: Mesh, peak_flops_per_s: float, *, fp8: bool) -> Machine:
+    """One rank asks; the others soon wait for it. fp8: products are to be in FP8."""
     cores = os.cpu_count() or 1
     operator_s, barrier_s = _operators(cores) if mesh.device.type == "cpu" else (None, None)
-    return Machine(mesh.device.type, peak_flops_per_s, mesh.info.local_world_size, cores, operator_s, barrier_s)
+    return Machine(mesh.device.type, peak_flops_per_s, mesh.info.local_world_size, cores, operator_s, barrier_s,
+                   emulates_fp8=fp8 and mesh.device.type == "cuda" and why_emulated(mesh.device) is not None)
 
 
 def peak_flops_per_s(config: Config, device: torch.device, dtype: torch.dtype) -> float:

@@ -34,6 +34,8 @@ def test_a_forecast_knows_the_precision_how_tokens_go_and_whether_pairs_overlap(
     by_node, copies, in_turn, wide = (forecast(compose_config(words + more), machine)["step_time_s"] for more in (
         ["layout.ep_per_node=8"], [], ["layout.overlap=false"], ["precision=bf16"]))
     assert 1.1 * by_node < copies < in_turn and 1.2 * copies < wide
+    emulating = forecast(compose_config(words), replace(machine, emulates_fp8=True))["step_time_s"]
+    assert emulating == wide, "no tensor cores for it"
 
 
 def test_ranks_that_share_cores_take_as_long_as_their_work_on_those_cores():
