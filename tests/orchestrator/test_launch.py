@@ -266,8 +266,9 @@ def test_ranks_under_torchrun_hear_of_sigterm_and_are_waited_for(tmp_path, monke
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt, daemon=True).start()
+    before = signal.getsignal(signal.SIGTERM)
     assert submit(Job(LaunchKind.torchrun, "name", script), tmp_path / "runs") == 34
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_dry_run_prints_the_manifest_alone_and_leaves_nothing(tmp_path):
