@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from model import count
 from orchestrator.plan.activations import block_bytes, head_bytes
-from orchestrator.plan.block import head_time, layer_time, shapes
+from orchestrator.plan.block import attention_core_s, head_time, layer_time, shapes
 from orchestrator.plan.comm import tensor_s
 from orchestrator.plan.confidence import band, made
 from orchestrator.plan.estimate import PHASES, estimate, linked, phases_s, stage_times
@@ -74,7 +74,7 @@ def _layer(work: Workload) -> list[Line]:
     kinds = [("dense", False)] * (work.model.n_dense_layers > 0 or not work.model.n_routed_experts)
     kinds += [("MoE", True)] * (work.model.n_routed_experts > 0)
     for name, moe in kinds:
-        found, rest = layer_time(work, moe), 0.0
+        found, rest, core = layer_time(work, moe), 0.0, attention_core_s(work, rates)
         tensor = tensor_s(work, moe) * (1 - work.stack.tensor_hidden)
         for rows, columns, inner, groups, low in shapes(work, moe):
             seconds = product_s(rates, rows, columns, inner, groups=groups, low=low)
@@ -86,9 +86,11 @@ def _layer(work: Workload) -> list[Line]:
         if tensor:
             lines.append((f"{name}: tensor parallelism", f"{tensor * 1e3:.3f} ms", f"collectives of tp={work.tp} in "
                           "one forward, less what the stack hides"))
-        lines += [(f"{name}: all else in forward", f"{(found.forward - rest - tensor) * 1e3:.3f} ms", "attention core "
-                   "by its share of the peak, other operators by bytes and launches x the stack's overhead, "
-                   f"{work.stack.overhead:g} ({work.stack.name})" + ", keys and values of other ranks" * (work.cp > 1)),
+        lines += [(f"{name}: attention core", f"{core * 1e3:.3f} ms", "FLOPs / (peak x share), or the bytes of scores "
+                   f"that are written out; {work.stack.attention}"),
+                  (f"{name}: all else in forward", f"{(found.forward - rest - core - tensor) * 1e3:.3f} ms",
+                   f"by bytes and launches x the stack's overhead, {work.stack.overhead:g} ({work.stack.name}), and "
+                   "waits for the host" + ", keys and values of other ranks" * (work.cp > 1)),
                   (f"{name}: forward", f"{found.forward * 1e3:.2f} ms", "their sum"),
                   (f"{name}: input gradients", f"{found.backward * 1e3:.2f} ms", "the products turned, core 2.5 times, "
                    f"and recompute={work.recompute.name}"),

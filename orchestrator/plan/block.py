@@ -40,7 +40,7 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     model, tokens = work.model, work.microbatch_tokens
     rates = rates_of(work.hardware, work.dtype, work.assumptions, work.stack.attention)
     forward, inputs, weights = _products(work, rates, moe)
-    core = _core(work, rates, tokens)
+    core = attention_core_s(work, rates)
     hidden, heads, routed, once = _light_bytes(work, moe)
     split = work.tp if work.stack.sequence_parallel else 1
     overhead, gap = work.stack.overhead, work.assumptions.gap_s
@@ -113,8 +113,9 @@ def expert_rows(work: Workload) -> float:
     return tokens * model.n_activated_experts / model.n_routed_experts * work.felt_imbalance
 
 
-def _core(work: Workload, rates: Rates, tokens: float) -> float:
-    model, heads = work.model, work.model.n_heads / work.tp
+def attention_core_s(work: Workload, rates: Rates) -> float:
+    """Seconds of one block's attention core in forward, on one rank."""
+    model, tokens, heads = work.model, work.microbatch_tokens, work.model.n_heads / work.tp
     width = (model.qk_head_dim + count.v_head_dim(model)) // 2
     if work.stack.attention == "unfused":
         return unfused_core_s(rates, tokens, work.seq_len, heads, width)
