@@ -104,7 +104,8 @@ def mfu_words(mfu: float, data: dict) -> str:
 
 def mfu_line(data: dict) -> str:
     """What MFU means here, and the best layout's by the other conventions in print."""
-    others = ", ".join(f"{value:.1%} {name}" for name, value in data["mfu_conventions"].items() if value is not None)
+    others = "; ".join(f"{value:.1%} of the {name}" for name, value in data["mfu_conventions"].items()
+                       if value is not None)
     peak = "bf16 peak" if data["hardware"]["device"] == "cuda" else "the calibrating run's GEMM for a peak"
     return f"MFU       {peak}, causal attention, MTP modules counted, recompute not; without MTP modules: {others}"
 
