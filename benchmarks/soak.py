@@ -79,7 +79,9 @@ class Run:
         stopped = code == 1 and "Raylet is terminated" in self.log()
         self.ray_stopped += stopped
         unsaved = code == 3 and "NOT SAVED" in self.log()  # the disk was full at the last step
-        if code not in (-signal.SIGKILL, 33, 34) and not stopped and not unsaved:
+        refused = code == 3 and "attempt-" in self.log() and "no space left" in self.log()  # or before the first
+        self.starts -= refused
+        if code not in (-signal.SIGKILL, 33, 34) and not (stopped or unsaved or refused):
             raise SystemExit(f"exit code {code}:\n{self.log()[-3000:]}")
         self.start()
         return True
