@@ -5,17 +5,16 @@ from dataclasses import replace
 
 from model import count
 from orchestrator.plan.activations import block_bytes, head_bytes
-from orchestrator.plan.block import attention_core_s, head_time, layer_time, shapes
+from orchestrator.plan.block import LayerTime, attention_core_s, head_time, layer_time, shapes
 from orchestrator.plan.comm import tensor_s
 from orchestrator.plan.confidence import band, made
-from orchestrator.plan.estimate import PHASES, estimate, linked, phases_s, stage_times
+from orchestrator.plan.estimate import PHASES, estimate, linked, phases_s, send_s, stage_times
 from orchestrator.plan.exchange import scale_up_bytes_per_s
 from orchestrator.plan.keeping import own
 from orchestrator.plan.kernels import product_s, rates_of
 from orchestrator.plan.memory import state_bytes
 from orchestrator.plan.search import Plan
-from orchestrator.plan.simulate import Timeline
-from orchestrator.plan.workload import Workload, is_first, is_last, pipeline_of
+from orchestrator.plan.workload import Workload, is_last, pipeline_of
 from orchestrator.plan_format import console as console_of
 from orchestrator.plan_format import dollars
 from orchestrator.plan_page import dense_rows
@@ -124,7 +123,7 @@ def _stages(work: Workload) -> list[Line]:
         each = " + ".join([f"{dense} dense"] * (dense > 0) + [f"{moe} MoE"] * (moe > 0) + ["head"] * last)
         name = f"stage {', '.join(map(str, stages[:3]))}{', ...' * (len(stages) > 3)} ({each})"
         total = sum((layers[kind] for kind, number in ((False, dense), (True, moe)) for _ in range(number)),
-                    head if last else replace(head, **dict.fromkeys(vars(head), 0.0)))
+                    head if last else LayerTime())
         exchange = time.forward - scale * total.forward
         alone = f" + {exchange * 1e3:.2f} ms of all-to-all alone" if exchange > 1e-9 else ""
         again = f" + {(time.backward - scale * total.backward) * 1e3:.2f} ms of all-to-all alone" if alone else ""
@@ -142,18 +141,9 @@ def _stages(work: Workload) -> list[Line]:
                       f"{scale * (head.forward + head.backward + head.weight) * 1e3:.2f} ms",
                       f"of the last stage: forward {scale * head.forward * 1e3:.2f}, input gradients "
                       f"{scale * head.backward * 1e3:.2f}, weight gradients {scale * head.weight * 1e3:.2f} ms"))
-        lines.append(("a send to the next stage", f"{send_s(work, estimate(work).timeline) * 1e3:.3f} ms", "tokens of "
+        lines.append(("a send to the next stage", f"{send_s(work) * 1e3:.3f} ms", "tokens of "
                       "a microbatch x dim x 2 bytes over the slower link; delays the neighbour, not the sender"))
     return lines
-
-
-def send_s(work: Workload, timeline: Timeline) -> float:
-    """Seconds from a forward's end on one rank to the earliest start of the next stage's on another: a pipeline's send,
-    as the clock had it."""
-    spans = {(action.stage, action.microbatch): span for span in timeline.spans for action in span.actions
-             if action.kind == "F"}
-    return min((span.start - before.end for (stage, micro), span in spans.items() if not is_first(work, stage)
-                for before in [spans[stage - 1, micro]] if before.rank != span.rank), default=0.0)
 
 
 def _step(work: Workload) -> list[Line]:

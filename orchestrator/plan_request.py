@@ -69,9 +69,9 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
         config.model.check()
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    assumptions = Assumptions()
     hardware = at_market(config.hardware, options.get("market", config.hardware.market),
                          given="hardware.usd_per_h" in given)
+    assumptions = Assumptions()
     stack = calibration.stack or stack_named(options.get("stack", "default"))
     routing = _routing(options.get("routing"), config.model, calibration)
     if hardware.device != "cuda":

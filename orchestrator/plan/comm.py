@@ -18,8 +18,7 @@ def tensor_s(work: Workload, moe: bool) -> float:
         return 0.0
     whole = not moe or work.model.n_shared_experts or work.etp > 1 or not work.stack.sequence_parallel
     payload = work.microbatch_tokens * work.model.dim * 2 * (work.tp - 1) / work.tp
-    each = payload / _ring(work, work.tp) + work.assumptions.latency_s + (work.tp - 1) * work.assumptions.hop_s
-    return (4 if whole else 2) * each
+    return (4 if whole else 2) * (payload / _ring(work, work.tp) + _around(work, work.tp))
 
 
 def context_s(work: Workload, core_s: float) -> float:
@@ -56,9 +55,10 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     others = (work.replicas - 1) / work.replicas, (work.expert_replicas - 1) / work.expert_replicas
     per_byte = (dense * others[0] / together + experts * others[1] / alone) / work.assumptions.network
     shown, blocks = 1 - work.stack.reduce_hidden, max(map(len, ranges)) * len({a.stage for s in table[0] for a in s})
-    start = _around(work, work.replicas) * (blocks + 1)  # a collective for each block, of its experts another
+    bucket = work.assumptions.bucket_s
+    start = (bucket + _around(work, work.replicas)) * (blocks + 1)  # for each block, and for its experts another
     if work.expert_replicas > 1 and experts:
-        start += _around(work, work.expert_replicas) * blocks
+        start += (bucket + _around(work, work.expert_replicas)) * blocks
     if work.zero == 0:
         return (2 * work.stack.gradient_bytes * per_byte + 2 * start) * shown
     if work.zero == 1:
@@ -71,7 +71,7 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
 
 def _around(work: Workload, ranks: int) -> float:
     """Seconds that a ring over so many ranks takes beyond its bytes."""
-    return work.assumptions.bucket_s + work.assumptions.latency_s + (ranks - 1) * work.assumptions.hop_s
+    return work.assumptions.latency_s + (ranks - 1) * work.assumptions.hop_s
 
 
 def _link(work: Workload, ranks: int) -> float:

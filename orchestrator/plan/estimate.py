@@ -44,13 +44,10 @@ def step_parts(work: Workload) -> tuple[dict[str, float], Timeline]:
     check_hardware(work)
     ranges, table, chains = pipeline_of(work)
     times = stage_times(work, ranges)
-    link = _link_bytes_per_s(work, crossing_nodes=work.devices > work.hardware.scale_up_devices)  # some stages do
-    scale = work.calibration.forward_backward
-    transfer = scale * work.microbatch_tokens / work.tp * work.model.dim * 2 / (link * work.assumptions.network)
     cores = work.cores * work.pp / work.devices if work.cores else None  # of one pipeline; its replicas keep step
     if work.crowding > 1:
         cores *= work.assumptions.crowded
-    timeline = simulate(table, times, transfer=transfer if work.pp > 1 else 0.0, chains=chains, cores=cores)
+    timeline = simulate(table, times, transfer=send_s(work) if work.pp > 1 else 0.0, chains=chains, cores=cores)
     busiest = max(timeline.busy)
     reduce = reduction_s(work, ranges, table, busiest)
     optimizer = work.calibration.optimizer * work.crowding * _optimizer_s(work, ranges, table)
@@ -119,8 +116,13 @@ def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:
     return moved / (work.hardware.memory_gb_per_s * 1e9 * work.assumptions.memory)
 
 
-def _link_bytes_per_s(work: Workload, *, crossing_nodes: bool) -> float:
-    return work.hardware.scale_out_gb_per_s * 1e9 if crossing_nodes else scale_up_bytes_per_s(work.hardware, 2)
+def send_s(work: Workload) -> float:
+    """Seconds of a microbatch's way to the next stage, over the slower link: between nodes where some stages lie on
+    several."""
+    crossing = work.devices > work.hardware.scale_up_devices
+    link = work.hardware.scale_out_gb_per_s * 1e9 if crossing else scale_up_bytes_per_s(work.hardware, 2)
+    payload = work.microbatch_tokens / work.tp * work.model.dim * 2
+    return work.calibration.forward_backward * payload / (link * work.assumptions.network)
 
 
 def linked(hardware: HardwareConfig, devices: int) -> HardwareConfig:

@@ -25,7 +25,7 @@ from orchestrator.train import metrics
 from orchestrator.train.cadence import KEPT, Cadence
 from orchestrator.train.control import Recovery, steady
 from orchestrator.train.data import Corpus
-from orchestrator.train.expected import expected
+from orchestrator.train.expected import expected, keep_plan
 from orchestrator.train.finish import earlier_end, summarise
 from orchestrator.train.machine import machine_of
 
@@ -73,6 +73,8 @@ class Accounts:
         recovery, now = self.recovery, steady()
         if recovery is None:
             self.ledger.charge("startup", max(0.0, now - self.placed_at))  # by another machine's clock
+            if "step_time_s" in self.predicted:
+                keep_plan(self.config, self.machine)
             self.event("predicted", **self.predicted)
             self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
                        device=self.mesh.device.type, peak_flops_per_s=self.peak)

@@ -24,23 +24,27 @@ COUNTED_STEPS = 20
 
 
 def expected(config: Config, machine: Machine) -> dict:
-    """`predicted` of summary.json; {"how": why not} where a figure is not known. Writes the run's plan.json beside."""
+    """`predicted` of summary.json; {"how": why not} where a figure is not known."""
     try:
-        learnt = read_calibration(config.run.calibrate)
-        if learnt.run and bool(learnt.cores) != (machine.device == "cpu"):
-            raise BadRequest(f"run.calibrate={learnt.run} ran on another kind of device")
-        if learnt.hardware not in ("", "auto", config.hardware.name):
-            raise BadRequest(f"run.calibrate={learnt.run} ran on {learnt.hardware}")
-        found, plan = forecast(config, machine, learnt), plan_of(config, machine, learnt)
+        return forecast(config, machine, _learnt(config, machine))
     except ValueError as error:
         return {"how": f"not predicted: {error}"}
-    storage.write_bytes(storage.join(config.run.dir, PLAN), (json.dumps(plan, indent=2) + "\n").encode())
-    return found
 
 
-def plan_of(config: Config, machine: Machine, learnt: Calibration) -> dict:
-    """A plan as `sparing plan out=` writes it, of this run's own layout alone, for all of its steps."""
-    train, work = config.train, workload_of(config, machine, learnt)
+def _learnt(config: Config, machine: Machine) -> Calibration:
+    learnt = read_calibration(config.run.calibrate)
+    if learnt.run and bool(learnt.cores) != (machine.device == "cpu"):
+        raise BadRequest(f"run.calibrate={learnt.run} ran on another kind of device")
+    if learnt.hardware not in ("", "auto", config.hardware.name):
+        raise BadRequest(f"run.calibrate={learnt.run} ran on {learnt.hardware}")
+    return learnt
+
+
+def keep_plan(config: Config, machine: Machine) -> None:
+    """Write the run's plan.json: a plan as `sparing plan out=` has it, of this run's own layout alone, for all of its
+    steps. `ValueError` where `expected` has no figures."""
+    learnt, train = _learnt(config, machine), config.train
+    work = workload_of(config, machine, learnt)
     terms = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
                   batch_start=train.batch_start, ramp_steps=train.batch_ramp_steps)
     request = Request(config.model, work.hardware, work.devices, samples_before(train.steps, train) * train.seq_len,
@@ -50,7 +54,8 @@ def plan_of(config: Config, machine: Machine, learnt: Calibration) -> dict:
     candidate = Candidate(work, found)
     data = to_dict(Plan(request, [candidate], [], 1))
     del data["best"]["train"], data["best"]["train_not"]  # how to run what is running
-    return data | {"bill": bill_of(request, candidate, terms)}
+    data["bill"] = bill_of(request, candidate, terms)
+    storage.write_bytes(storage.join(config.run.dir, PLAN), (json.dumps(data, indent=2) + "\n").encode())
 
 
 def read_calibration(run: str | None, key: str = "run.calibrate", *, routing: bool = True) -> Calibration:

@@ -13,7 +13,7 @@ from orchestrator import plan_sweep
 from orchestrator.__main__ import main
 from orchestrator.compose import combinations, compose_config
 from orchestrator.plan.bill import Terms
-from orchestrator.plan.estimate import estimate
+from orchestrator.plan.estimate import estimate, send_s
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.memory import in_flight
 from orchestrator.plan.money import money
@@ -22,9 +22,9 @@ from orchestrator.plan.questions import scaled
 from orchestrator.plan.search import Candidate, Plan, Request, search
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.trace import held_over_time
-from orchestrator.plan.workload import Workload, pipeline_of
+from orchestrator.plan.workload import Workload, is_first, pipeline_of
 from orchestrator.plan_diff import by_cause, difference, print_diff
-from orchestrator.plan_explain import explained, precisions, reduce_words, send_s
+from orchestrator.plan_explain import explained, precisions, reduce_words
 from orchestrator.plan_page import page
 from orchestrator.plan_plots import timeline_chart
 from orchestrator.plan_table import price_words, print_plan, reasons
@@ -120,12 +120,20 @@ def test_an_explained_pipeline_is_the_sum_of_its_busiest_ranks_slots(small):
     assert any("ms of all-to-all alone" in line[2] for line in sections["one stage, one microbatch"])
 
 
+def sent_s(work: Workload, timeline) -> float:
+    """From a forward's end on one rank to the earliest start of the next stage's on another."""
+    spans = {(action.stage, action.microbatch): span for span in timeline.spans for action in span.actions
+             if action.kind == "F"}
+    return min(span.start - before.end for (stage, micro), span in spans.items() if not is_first(work, stage)
+               for before in [spans[stage - 1, micro]] if before.rank != span.rank)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipe"])
 def test_a_send_is_told_as_the_clock_has_it(pipelined, schedule):
-    work = dataclasses.replace(pipelined, schedule=schedule)
+    work = dataclasses.replace(pipelined, schedule=schedule, dp=2, ep=2, batch_size=32)
     expected = work.microbatch_tokens * work.model.dim * 2 / (450e9 * work.assumptions.network)
-    assert send_s(work, estimate(dataclasses.replace(work, dp=2, ep=2, batch_size=32)).timeline) == pytest.approx(
-        expected, rel=1e-3)
+    assert sent_s(work, estimate(work).timeline) == pytest.approx(expected, rel=1e-3)
+    assert send_s(work) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("zero, stack, said", [

@@ -11,7 +11,7 @@ from orchestrator.errors import BadRequest
 from orchestrator.plan.forecast import Machine, forecast
 from orchestrator.plan_diff import plan_diff
 from orchestrator.show_plan import planned
-from orchestrator.train.expected import expected, read_calibration
+from orchestrator.train.expected import expected, keep_plan, read_calibration
 
 
 def test_a_finished_run_teaches_the_next_forecast(tmp_path):
@@ -90,6 +90,7 @@ def test_a_run_leaves_a_plan_of_its_own_layout(tmp_path, capsys):
         config = compose_config(["experiment=tiny", "hardware=cpu", f"run.dir={tmp_path}/{name}", *words])
         (tmp_path / name).mkdir()
         found = expected(config, machine)
+        keep_plan(config, machine)
         plan = json.loads((tmp_path / name / "plan.json").read_text())
         assert plan["best"]["step_time_s"] == found["step_time_s"] and plan["best"] == plan["candidates"][0]
         assert plan["tokens"] == 200 * config.train.batch_size * config.train.seq_len
