@@ -19,6 +19,9 @@ from starlette.routing import Route
 from orchestrator.serve_engine import Engine, Full, Piece, Sequence
 from orchestrator.serve_request import Asked, Limits, Refused, check_model, read
 
+_HEADERS = {408: {"connection": "close"}, 413: {"connection": "close"}, 429: {"retry-after": "1"}}
+"""By status. Where the rest of a request was not read, no further one can be told from it."""
+
 
 def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, usd_per_h: float | None) -> Starlette:
     """The ASGI application. token: what clients must send as their API key."""
@@ -43,7 +46,7 @@ def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, u
         return await answer(asked, request, engine, limits, name, chat=chat)
 
     async def refused(request: Request, error: Refused) -> Response:
-        return JSONResponse(error.body, error.status, {"retry-after": "1"} if error.status == 429 else None)
+        return JSONResponse(error.body, error.status, _HEADERS.get(error.status))
 
     async def not_found(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
