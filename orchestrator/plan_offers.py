@@ -1,11 +1,13 @@
 """Offers of a question, as they are printed and as plan.json has them. Days and dollars are of the expected bill."""
 
 import sys
+from datetime import date
 
 from orchestrator.config import HardwareConfig
+from orchestrator.plan.hardware import age_days
 from orchestrator.plan.questions import Offer, assumed, comparable, front
 from orchestrator.plan_format import console, days, dollars
-from orchestrator.plan_table import age_days, grid, layout_words, price_words
+from orchestrator.plan_table import grid, layout_words, price_words
 
 BASIS = "Days, GPU-hours and USD of the expected bill: start-up, validation, checkpoints and failures included."
 
@@ -28,7 +30,7 @@ def question_of(offers: list[Offer], best: Offer, **asked) -> dict:
 def price_of(hardware: HardwareConfig) -> dict:
     """What a GPU-hour was taken to cost, whence, how long ago (days), and whether anybody offers it at that."""
     price = {key: getattr(hardware, key) for key in ("usd_per_h", "market", "source", "date")}
-    return price | {"age_days": age_days(price), "assumed": assumed(hardware.source)}
+    return price | {"age_days": age_days(price["date"], date.today()), "assumed": assumed(hardware.source)}
 
 
 def price_lines(prices: list[tuple[str, dict]]) -> list[str]:

@@ -11,13 +11,13 @@ from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import on_cores, routing_of
 from orchestrator.plan.hardware import at_market
-from orchestrator.plan.layout import LOOPED_SCHEDULES, MOST_RANKS, check_hardware, check_ramp, require
+from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, check_stages_per_rank, require
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import default_batch
 from orchestrator.plan.search import DEGREES, Request
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration
-from orchestrator.train.expected import counted, read_calibration
+from orchestrator.train.expected import check_device, counted, read_calibration
 
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
 
@@ -41,12 +41,8 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
                          "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
-    if config.hardware.device == "cuda" and calibration.cores:
-        raise BadRequest(f"calibrate={calibration.run}: was measured on a CPU and says nothing of "
-                         f"hardware={config.hardware.name}; name a run on such GPUs, or leave it out")
-    if calibration.hardware not in ("", "auto", config.hardware.name):
-        raise BadRequest(f"calibrate={calibration.run}: ran on {calibration.hardware} and says nothing of "
-                         f"hardware={config.hardware.name}; name a run on such devices, or leave it out")
+    if calibration.run:
+        check_device(calibration, "calibrate", config.hardware.name, config.hardware.device)
     if calibration.stack and "stack" in options:
         raise BadRequest(f"stack={options['stack']}: calibrate={calibration.run} is a run of this program and says "
                          "nothing of another; leave one of them out")
@@ -167,9 +163,8 @@ def _pinned(options: dict[str, str], config: Config, given: dict[str, str]) -> t
     for key, value in values.items():
         if isinstance(value, int):
             require(value >= 1, f"layout.{key}", value, "must be at least 1", "use 1 or more, or leave it to the plan")
-    looped = config.layout.schedule in LOOPED_SCHEDULES
-    require(values.get("stages_per_rank", 2) > 1 or not looped, "layout.stages_per_rank", 1,
-            f"must be at least 2 with layout.schedule={config.layout.schedule.name}", "use 2 or more")
+    if "stages_per_rank" in values:
+        check_stages_per_rank(config.layout.schedule, values["stages_per_rank"])
     for key in (*DEGREES, "zero"):
         if key in options:
             values[key] = int(number(key, options[key], whole=True, example="1"))

@@ -3,8 +3,7 @@
 import shlex
 from datetime import date
 
-from orchestrator.config import HardwareConfig
-from orchestrator.plan.hardware import GIVEN, price_age_days
+from orchestrator.plan.hardware import GIVEN, age_days
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.search import Plan
 from orchestrator.plan_format import console as console_of
@@ -76,19 +75,11 @@ def price_words(price: dict) -> str:
     """Price, market, source and date; one older than a year says how old it is."""
     if price["usd_per_h"] is None:
         return "a price that is unknown; set hardware.usd_per_h to see dollars"
-    age = age_days(price)
+    age = age_days(price["date"], date.today())
     old = f"; OLD: {age:,} days" if (age or 0) > OLD_DAYS else ""
     market = price["market"].replace("_", " ")
     day = price["date"] or ("" if price["source"] == GIVEN else "no date")
     return f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}{', ' * bool(day)}{day}{old})"
-
-
-def age_days(price: dict) -> int | None:
-    """Since the price was read; None without a day, or with a user's own words for one."""
-    try:
-        return price_age_days(HardwareConfig(usd_per_h=price["usd_per_h"], date=price["date"]), date.today())
-    except ValueError:
-        return None
 
 
 def band_words(bill: dict) -> str:

@@ -87,8 +87,9 @@ def at_market(hardware: HardwareConfig, market: str, *, given: bool = False) -> 
     return replace(hardware, usd_per_h=price.usd_per_h, market=market, source=source, date=day)
 
 
-def price_age_days(hardware: HardwareConfig, today: date) -> int | None:
-    """Days since the price was read; None without a dated price. Prices older than 365 are marked as old."""
-    if hardware.usd_per_h is None or not hardware.date:
+def age_days(day: str, today: date) -> int | None:
+    """Days since a price was read; None without a day, or with a user's own words for one."""
+    try:
+        return (today - date.fromisoformat(day)).days
+    except ValueError:
         return None
-    return (today - date.fromisoformat(hardware.date)).days

@@ -242,8 +242,7 @@ def _check_schedule(config: Config) -> None:
     layout = config.layout
     stages, layers, micro, pp = num_stages(config), config.model.n_layers, layout.microbatches, layout.pp
     name = layout.schedule.name
-    require(layout.schedule not in LOOPED_SCHEDULES or layout.stages_per_rank >= 2, "layout.stages_per_rank",
-            layout.stages_per_rank, f"must be at least 2 with layout.schedule={name}", "use 2, or schedule 1f1b")
+    check_stages_per_rank(layout.schedule, layout.stages_per_rank)
     require(layout.recompute.name != "selective", "layout.recompute", "selective",
             "is planned for but not run by this trainer", "use recompute=none or full")
     require(stages <= layers, "layout.pp", pp,
@@ -262,6 +261,12 @@ def _check_schedule(config: Config) -> None:
         require(layout.schedule not in SPLIT_BACKWARD, "layout.recompute", "full",
                 f"does not go with the split backward of layout.schedule={name}",
                 "use recompute=none, or gpipe, 1f1b or interleaved_1f1b")
+
+
+def check_stages_per_rank(schedule: Schedule, stages: int) -> None:
+    """`BadRequest` where a looped schedule has nothing to loop over."""
+    require(schedule not in LOOPED_SCHEDULES or stages >= 2, "layout.stages_per_rank", stages,
+            f"must be at least 2 with layout.schedule={schedule.name}", "use 2, or schedule 1f1b")
 
 
 def _check_batch(config: Config) -> None:

@@ -6,6 +6,7 @@ schedule takes the cheapest recompute and ZeRO stage that fits: what costs more 
 refused. Predicted, all of it.
 """
 
+import re
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,8 +33,8 @@ MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
 DEGREES = ("tp", "cp")
 """That only others' programs have, beside a ZeRO stage."""
-KINDS = ("needs ", "slower: ", "saves memory", "split backward", "at least", "equal rounds", " stages for ", "replicas",
-         "leaves a rank", "equal parts", "was asked for", "microbatches a step")
+PARTICULAR = re.compile("|".join([*SCHEDULES, r", \S+ of them \w+", r"\d[\d.,e+]*"]))
+"""What two reasons of one rule may differ in: schedules, the largest part of memory, numbers."""
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
 
 
@@ -99,7 +100,7 @@ class Plan:
         """By the rule that refused them."""
         kinds: dict[str, list[Refused]] = {}
         for item in self.refused:
-            kinds.setdefault(next((kind for kind in KINDS if kind in item.reason), item.reason), []).append(item)
+            kinds.setdefault(PARTICULAR.sub("", item.reason), []).append(item)
         return kinds
 
 

@@ -33,10 +33,8 @@ def expected(config: Config, machine: Machine) -> dict:
 
 def _learnt(config: Config, machine: Machine) -> Calibration:
     learnt = read_calibration(config.run.calibrate)
-    if learnt.run and bool(learnt.cores) != (machine.device == "cpu"):
-        raise BadRequest(f"run.calibrate={learnt.run} ran on another kind of device")
-    if learnt.hardware not in ("", "auto", config.hardware.name):
-        raise BadRequest(f"run.calibrate={learnt.run} ran on {learnt.hardware}")
+    if learnt.run:
+        check_device(learnt, "run.calibrate", config.hardware.name, machine.device)
     return learnt
 
 
@@ -70,6 +68,18 @@ def read_calibration(run: str | None, key: str = "run.calibrate", *, routing: bo
                          "one, as in runs/tiny-20260101-120000")
     config = read_config(storage.join(run, CONFIG))
     return calibrate(config, Machine(**measured["machine"]), measured, run, counted(run) if routing else ())
+
+
+def check_device(learnt: Calibration, key: str, hardware: str, device: str) -> None:
+    """`BadRequest` where what a run measured says nothing of this hardware."""
+    if bool(learnt.cores) != (device == "cpu"):
+        where = "on a CPU" if learnt.cores else "on GPUs"
+    elif learnt.hardware not in ("", "auto", hardware):
+        where = f"on {learnt.hardware}"
+    else:
+        return
+    raise BadRequest(f"{key}={learnt.run}: was measured {where} and says nothing of hardware={hardware}; name a run on "
+                     "such devices, or leave it out")
 
 
 def counted(run: str) -> tuple[tuple[float, ...], ...]:

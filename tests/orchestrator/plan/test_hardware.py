@@ -9,7 +9,7 @@ import pytest
 from orchestrator.compose import compose_config
 from orchestrator.config import HardwareConfig, conf_dir
 from orchestrator.errors import BadRequest
-from orchestrator.plan.hardware import at_market, catalogue, hardware_named, price_age_days, resolve_hardware
+from orchestrator.plan.hardware import age_days, at_market, catalogue, hardware_named, resolve_hardware
 
 KNOWN = catalogue()
 NVIDIA_SMI_MIB = {"a100": 81920, "a100_40": 40960, "b200": 183359, "b300": 275040, "gb200": 189471, "gb300": 284208,
@@ -84,7 +84,7 @@ def test_a_given_price_holds_for_any_market_and_says_that_it_was_given():
     assert at_market(KNOWN["h100"], "on_demand", given=True) == KNOWN["h100"]
     trained = resolve_hardware(HardwareConfig(usd_per_h=1.5), "NVIDIA H200")
     assert (trained.name, trained.source, trained.date) == ("h200", "given", "")
-    assert price_age_days(trained, date(2026, 3, 1)) is None
+    assert age_days(trained.date, date(2026, 3, 1)) is None
 
 
 def test_the_market_of_the_config_takes_its_own_price():
@@ -94,8 +94,8 @@ def test_the_market_of_the_config_takes_its_own_price():
 
 
 def test_the_age_of_a_price_is_counted():
-    assert price_age_days(KNOWN["a100"], date(2026, 3, 1)) == 365
-    assert price_age_days(KNOWN["v100"], date(2026, 3, 1)) is None
+    assert age_days(KNOWN["a100"].date, date(2026, 3, 1)) == 365
+    assert age_days(KNOWN["v100"].date, date(2026, 3, 1)) is None
 
 
 def test_an_unknown_device_is_answered_with_the_nearest():
