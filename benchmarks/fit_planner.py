@@ -186,8 +186,8 @@ def main() -> None:
     for name, (gemm, attention) in sorted(gpu.items()):
         print(f"conf/hardware/{name}.yaml: gemm_share: {gemm:.3g}, attention_share: {attention:.3g}")
     for name, overhead in sorted(stack.items()):
-        rows = sum(run.stack == name for run in runs)
-        print(f"conf/stacks.yaml: {name}: overhead: {overhead:.3g}, rows: {rows}")
+        devices = ", ".join(sorted({run.device for run in runs if run.stack == name}))
+        print(f"conf/stacks.yaml: {name}: overhead: {overhead:.3g}, fitted_on: [{devices}]")
     residuals = _residuals(runs, gpu, stack)
     for moe in ("dense", "moe"):
         low, high = math.inf, 0.0

@@ -14,10 +14,10 @@ from pathlib import Path
 from model import count
 from model.config import Attention, ModelConfig
 from orchestrator.compose import compose_config
-from orchestrator.config import HardwareConfig, Recompute
+from orchestrator.config import HardwareConfig, Recompute, conf_dir
 from orchestrator.plan.cost import model_flops
 from orchestrator.plan.hardware import catalogue
-from orchestrator.plan.stack import Stack, stack_named
+from orchestrator.plan.stack import Stack, stack_named, stacks
 from orchestrator.plan.workload import Workload
 
 DATA = Path(__file__).parent / "data"
@@ -43,6 +43,10 @@ STACKS = {"mosaic": "composer", "vtrainm": "megatron_deepspeed", "sailor": "mega
           "dgxc2411": "nemo_24", "nemo2407": "nemo_24", "dgxc2504": "nemo_25", "dgxc2505": "nemo_25",
           "nemocp": "nemo_25", "simumax": "megatron_core_014", "titan": "torchtitan", "fmsfsdp": "fms_fsdp",
           "primus": "primus", "dsv3": "deepseek"}
+STACK_WORDS = {"automodel": "default", "llm-foundry|composer": "composer", "torchtitan": "torchtitan",
+               "fms-fsdp": "fms_fsdp", "maxtext": "maxtext", "primus": "primus",
+               r"nemo\D*24\.|24\.\d\d nemo": "nemo_24", "nemo": "nemo_25",
+               "megatron-deepspeed|bigscience": "megatron_deepspeed", "megatron": "megatron_core_014"}
 GRAPHED = {"full": 1.0, "attn": 0.3, "moe_router": 0.2, "moe_preprocess": 0.1}
 """Share of an MoE block's launches that a recipe's CUDA graphs cover."""
 OVERLAPPED = 0.5
@@ -62,7 +66,7 @@ class CannotPredict(Exception):
     pass
 
 
-def read(name: str = "throughput.csv") -> list[dict]:
+def read(name: str | Path = "throughput.csv") -> list[dict]:
     with open(DATA / name) as file:
         return list(csv.DictReader(file))
 
@@ -81,15 +85,26 @@ def shipped(name: str) -> ModelConfig:
 
 
 @lru_cache
+def shipped_names() -> dict[str, str]:
+    return {_plain(file.stem): file.stem for file in (conf_dir() / "model").glob("*.yaml")}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W|_", "", name).lower()
+
+
+@lru_cache
 def devices() -> dict[str, HardwareConfig]:
     return catalogue()
 
 
 def hardware(row: dict) -> HardwareConfig:
     """The catalogue's entry, with what the row's source says of its own machine."""
-    if row["gpu"] not in HARDWARE:
+    name = HARDWARE.get(row["gpu"]) or max((name for name in devices() if _plain(row["gpu"]).startswith(_plain(name))),
+                                           key=len, default=None)
+    if name is None:
         raise CannotPredict(f"no data sheet for {row['gpu']}")
-    found = devices()[HARDWARE[row["gpu"]]]
+    found = devices()[name]
     if "rowwise" in row["precision"]:
         found = replace(found, fp8_best_tflops=found.fp8_best_tflops * ROWWISE)
     if row["gpu"].startswith("H100-96GB"):
@@ -109,8 +124,8 @@ def shape(row: dict) -> ModelConfig:
     name, _, remark = row["model"].partition(" (")
     if name.startswith(HYBRID):
         raise CannotPredict("a hybrid of attention and state-space layers")
-    if name in SHIPPED:
-        return _cut(shipped(SHIPPED[name]), remark)
+    if name in SHIPPED or _plain(name) in shipped_names():
+        return _cut(shipped(SHIPPED.get(name) or shipped_names()[_plain(name)]), remark)
     if name == GPT_OSS:
         return _model(36, 2880, 2880, 64, 8, 201088, head_dim=64, experts=128, top_k=4)
     if name in DIMS:
@@ -167,9 +182,17 @@ def stack_name(row: dict) -> str:
         return "torchtitan_async_tp"
     if "MaxText" in row["model"]:
         return "maxtext"
-    if prefix(row) not in STACKS:
-        raise CannotPredict("the stack is not described")
-    return STACKS[prefix(row)]
+    return STACKS.get(prefix(row)) or stack_by_words(f"{row['source']} {row['notes']}")
+
+
+def stack_by_words(said: str) -> str:
+    """Of a source that no row here is from: the stack it names, of Megatron-Bridge's the nearest release."""
+    release = re.search(r"Megatron-Bridge.*?\b(2\d)\.(\d\d)", said)
+    if release:
+        months = 12 * int(release[1]) + int(release[2])
+        known = [name for name in stacks() if name.startswith("megatron_bridge_")]
+        return min(known, key=lambda name: abs(12 * int(name[-4:-2]) + int(name[-2:]) - months))
+    return next((name for word, name in STACK_WORDS.items() if re.search(word, said, re.IGNORECASE)), "default")
 
 
 @lru_cache
@@ -219,13 +242,13 @@ def workload(row: dict) -> Workload:
     microbatches = batch // (dp * size)
     if microbatches < 1:
         raise CannotPredict("batch is smaller than dp x microbatch")
-    schedule, pp_stages = "1f1b", vpp
-    if pp > 1 and row["gpu"] == "H800-SXM":
+    software, schedule = stack(row), "1f1b"
+    while pp * vpp > model.n_layers + 2 and vpp > 1:  # embedding and head may have stages of their own
+        vpp //= 2
+    if pp > 1 and software.name == "deepseek":
         schedule = "dualpipe"
-    elif vpp > 1 and pp > 1:
+    elif pp > 1 and vpp > 1:
         schedule = "interleaved_1f1b"
-        while pp * pp_stages > model.n_layers and pp_stages > 1:
-            pp_stages //= 2
     recompute = next((r for r in Recompute if row["recompute"].startswith(r.name)), Recompute.none)
     if "mla_up_proj" in recipes().get(row["id"], {}).get("recompute", ""):
         recompute = Recompute.selective
@@ -234,9 +257,9 @@ def workload(row: dict) -> Workload:
     seq_len = number(row, "seq_len", {"titan": 8192, "fmsfsdp": 4096, "simumax": 4096, "sailor": 2048}.get(prefix(row)))
     attended = 0.5 + 0.5 * min(1.0, 2 * GPT_OSS_WINDOW / seq_len) if row["model"] == GPT_OSS else 1.0
     return Workload(model, device, seq_len, batch, pp, dp, number(row, "ep", 1), schedule, microbatches,
-                    stages_per_rank=pp_stages, recompute=recompute, tp=tp, cp=cp, dtype=dtype, etp=etp,
+                    stages_per_rank=vpp, recompute=recompute, tp=tp, cp=cp, dtype=dtype, etp=etp,
                     zero=zero_stage(row), attended=attended,
-                    even_stages=schedule != "dualpipe", stack=stack(row))
+                    even_stages=schedule != "dualpipe", stack=software)
 
 
 def published_s(row: dict, work: Workload) -> float:

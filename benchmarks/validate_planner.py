@@ -1,6 +1,6 @@
 """The planner held against published training runs, against null models, and against what its peers reach.
 
-    python benchmarks/validate_planner.py [--rows]
+    python benchmarks/validate_planner.py [--rows] [--file ROWS.csv]
 
 Prints, from benchmarks/data/throughput.csv (`published` says how its rows are read): coverage, and the reason for every
 row that is not predicted; error and bias of step time by group, set=fit apart from set=check; null models on the same
@@ -13,6 +13,7 @@ import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import published
 
@@ -211,20 +212,31 @@ def deepseek(held: list[Held]) -> None:
         print(f"{name:12s}{ours[name]:8.2f}{theirs:8.2f}{ours[name] / theirs - 1:+8.1%}")
 
 
+def print_rows(held: list[Held], missing: list[tuple[dict, str]]) -> None:
+    for item in held:
+        low, high = (share * item.predicted_s for share in band(item.work))
+        print(f"{item.row['set']:6s}{item.row['id']:14s}{item.row['model'][:24]:26s}{item.row['gpu']:22s}"
+              f"published {item.published_s:9.3f} s  predicted {item.predicted_s:9.3f} s [{low:.3f}, {high:.3f}] "
+              f"{item.error:+7.1%}  {made(item.work)}, stack {item.work.stack.name}")
+    for row, reason in missing:
+        print(f"{row['set']:6s}{row['id']:14s}{row['model'][:24]:26s}not predicted: {reason}")
+    if held:
+        print(f"{len(held)} rows: mean absolute error {mean(abs(item.error) for item in held):.1%}, bias "
+              f"{mean(item.error for item in held):+.1%}, inside their band {mean(map(inside, held)):.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", action="store_true", help="print every row")
+    parser.add_argument("--file", type=Path, help="other rows, in the same columns: each beside its prediction, and "
+                        "their error")
     args = parser.parse_args()
+    if args.file:
+        return print_rows(*hold(published.read(args.file.absolute())))
     rows = published.read()
     held, missing = hold(rows)
     if args.rows:
-        for item in held:
-            low, high = (share * item.predicted_s for share in band(item.work))
-            print(f"{item.row['set']:6s}{item.row['id']:14s}{item.row['model'][:24]:26s}{item.row['gpu']:22s}"
-                  f"published {item.published_s:9.3f} s  predicted {item.predicted_s:9.3f} s [{low:.3f}, {high:.3f}] "
-                  f"{item.error:+7.1%}  {made(item.work)}")
-        for row, reason in missing:
-            print(f"{row['set']:6s}{row['id']:14s}{row['model'][:24]:26s}not predicted: {reason}")
+        print_rows(held, missing)
     report(held, missing, rows)
     deepseek(held)
 

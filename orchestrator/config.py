@@ -317,5 +317,7 @@ def from_dict(kind: type, values: dict, path: str = ""):
             if value not in hint.__members__:
                 raise ValueError(f"{path}{key}={value}: must be one of {', '.join(hint.__members__)}")
             value = hint[value]
+        elif typing.get_origin(hint) is tuple:
+            value = tuple(value)
         arguments[key] = value
     return kind(**arguments)

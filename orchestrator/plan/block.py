@@ -51,7 +51,7 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     if moe:
         each = work.stack.expert_launches * (1 if work.dtype == "bf16" else 4)
         launches += each * work.model.n_routed_experts / work.ep
-    host = overhead * launches * work.assumptions.host_s * (1 - work.stack.graphs)
+    host = overhead * launches * work.assumptions.host_s * (1 - work.stack.graphed(work.hardware.name))
     ahead = max(forward + core + light, host)
     weights += WEIGHT_LIGHT * light
     behind = inputs + 2.5 * core / work.assumptions.attention_backward + (BACKWARD_LIGHT - WEIGHT_LIGHT) * light

@@ -1,8 +1,8 @@
 """How a prediction was made, and the band that it carries: what eight of ten published runs of its kind lay within.
 
 `measured` is calibrated on a run of this model; `calibrated` on one of another model, or has the device's shares and
-the stack's scalar fitted to published runs; `formula` lacks the stack's; `extrapolated` lacks the device's: no
-published run with a layout exists for it.
+the stack's scalar fitted to published runs of this stack on this device; `formula` has them from others' runs;
+`extrapolated` lacks the device's: no published run with a layout exists for it.
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ def made(work: Workload) -> str:
         return "measured" if work.calibration.model == work.model.name else "calibrated"
     if work.hardware.gemm_share is None:
         return "extrapolated"
-    return "calibrated" if work.stack.rows else "formula"
+    return "calibrated" if work.hardware.name in work.stack.fitted_on else "formula"
 
 
 def band(work: Workload) -> tuple[float, float]:

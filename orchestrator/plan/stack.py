@@ -39,6 +39,8 @@ class Stack:
     """Of a gradient on the wire."""
     graphs: float = 0.0
     """Share of a block's launches that CUDA graphs take from the host."""
+    launched_on: tuple[str, ...] = ()
+    """Devices on which its recipes have no CUDA graphs."""
     expert_launches: float = 0.0
     """Products that a forward launches for each expert on the rank, where they are launched one by one; a quantised
     one takes four launches, with its input's cast and two layouts of scales."""
@@ -48,8 +50,11 @@ class Stack:
     """Bytes that a forward moves for each routed token's hidden element beyond the usual (biases of experts)."""
     copies: bool = False
     """Tokens are sent once for each of their experts (NCCL's all-to-all), not once for each rank or node."""
-    rows: int = 0
-    """Published rows that `overhead` was fitted to; 0: it is the nearest relative's, or assumed."""
+    fitted_on: tuple[str, ...] = ()
+    """Devices of the published rows that `overhead` was fitted to; none: it is the nearest relative's, or assumed."""
+
+    def graphed(self, device: str) -> float:
+        return 0.0 if device in self.launched_on else self.graphs
 
 
 @lru_cache

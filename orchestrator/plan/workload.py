@@ -241,7 +241,7 @@ def _even(layers: int, stages: int) -> list[range]:
     each (Megatron's account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split); else none."""
     for extra in (0, 2):
         each, rest = divmod(layers + extra, stages)
-        if not rest and each > extra // 2:
+        if not rest and each >= max(1, extra // 2):
             bounds = [max(0, min(layers, each * stage - extra // 2)) for stage in range(stages + 1)]
             return [range(*pair) for pair in pairwise(bounds)]
     return []
