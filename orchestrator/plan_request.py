@@ -87,7 +87,7 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype,
                     pinned=_pinned(options, config, given),
                     assumptions=assumptions, calibration=calibration, stack=stack, routing=routing,
-                    batch_asked=batch_asked, terms=_terms(options, config),
+                    batch_asked=batch_asked, terms=_terms(options, config), per_machine=config.cluster.ranks_per_node,
                     run_words=_run_words(options, config, given, hardware, devices))
     _check_degrees(asked, sized=sized)
     return asked

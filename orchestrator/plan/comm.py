@@ -5,7 +5,7 @@ here: the experts' all-to-all and pipeline sends (`estimate`), which the schedul
 """
 
 from model.config import Attention
-from orchestrator.plan.exchange import scale_up_bytes_per_s
+from orchestrator.plan.exchange import domains, scale_up_bytes_per_s
 from orchestrator.plan.workload import Workload, rank_parameters
 
 
@@ -37,28 +37,20 @@ def context_s(work: Workload, core_s: float) -> float:
 def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float) -> float:
     """Seconds a step of gradient reduce-scatter and weight all-gather.
 
-    Dense parameters are the same on all ranks of a node, which share its way out; of experts every rank has others.
+    Ranks of a node that have the same parameters share its way out: all of them for dense ones, of experts those of
+    different groups.
     Stage 1 moves fp32 gradients and bf16 weights once, after the last microbatch. Stage 2 keeps no whole gradient, so
     it scatters every microbatch's, and stage 3 gathers weights for forward and backward too; behind computation as far
     as `compute_s` goes.
     """
-    if work.replicas == 1:
-        return 0.0
-    dense, experts = max((rank_parameters(work, ranges, row) for row in table), key=sum)
-    hardware = work.hardware
-    ranks = work.devices if work.copies > 1 else work.replicas * work.tp  # copies are at a pipeline's two ends
-    together = scale_up_bytes_per_s(hardware, ranks)
-    if ranks > hardware.scale_up_devices:
-        sharing = max(1, hardware.scale_up_devices // work.tp)
-        together = min(together, hardware.scale_out_gb_per_s * sharing * 1e9)
-    alone = _link(work, ranks) / work.assumptions.network
-    others = (work.replicas - 1) / work.replicas, (work.expert_replicas - 1) / work.expert_replicas
-    per_byte = (dense * others[0] / together + experts * others[1] / alone) / work.assumptions.network
-    shown, blocks = 1 - work.stack.reduce_hidden, max(map(len, ranges)) * len({a.stage for s in table[0] for a in s})
-    bucket = work.assumptions.bucket_s
-    start = (bucket + _around(work, work.replicas)) * (blocks + 1)  # for each block, and for its experts another
-    if work.expert_replicas > 1 and experts:
-        start += (bucket + _around(work, work.expert_replicas)) * blocks
+    per_byte, shown = 0.0, 1 - work.stack.reduce_hidden
+    blocks, start = max(map(len, ranges)) * len({a.stage for s in table[0] for a in s}), 0.0
+    numbers = max((rank_parameters(work, ranges, row) for row in table), key=sum)
+    for number, replicas, holding, buckets in zip(numbers, (work.replicas, work.expert_replicas),
+                                                  (work.tp, work.ep * work.etp), (blocks + 1, blocks), strict=True):
+        if number and replicas > 1:
+            per_byte += number * (replicas - 1) / replicas / _shared(work, holding)
+            start += (work.assumptions.bucket_s + _around(work, replicas)) * buckets
     if work.zero == 0:
         return (2 * work.stack.gradient_bytes * per_byte + 2 * start) * shown
     if work.zero == 1:
@@ -69,6 +61,16 @@ def reduce_s(work: Workload, ranges: list[range], table: list, compute_s: float)
     return exposed + (once * per_byte + start * (work.zero == 2)) * shown
 
 
+def _shared(work: Workload, holding: int) -> float:
+    """Bytes/s of each rank while all reduce; every `holding` neighbours have the parameters once."""
+    hardware = work.hardware
+    ranks = work.devices if work.copies > 1 else work.replicas * work.tp  # copies are at a pipeline's two ends
+    found = scale_up_bytes_per_s(hardware, ranks)
+    if domains(work, ranks) > 1:
+        found = min(found, hardware.scale_out_gb_per_s * max(1, hardware.scale_up_devices // holding) * 1e9)
+    return found * work.assumptions.network
+
+
 def _around(work: Workload, ranks: int) -> float:
     """Seconds that a ring over so many ranks takes beyond its bytes."""
     return work.assumptions.latency_s + (ranks - 1) * work.assumptions.hop_s
@@ -77,7 +79,7 @@ def _around(work: Workload, ranks: int) -> float:
 def _link(work: Workload, ranks: int) -> float:
     """Bytes/s that one of so many neighbouring ranks reaches alone."""
     hardware = work.hardware
-    if ranks > hardware.scale_up_devices:
+    if domains(work, ranks) > 1:
         return hardware.scale_out_gb_per_s * 1e9 * work.assumptions.network
     few = 1.0 if hardware.peer_gb_per_s else 1 - work.assumptions.few_ranks / ranks**2
     return scale_up_bytes_per_s(hardware, ranks) * work.assumptions.network * few
@@ -86,7 +88,7 @@ def _link(work: Workload, ranks: int) -> float:
 def _ring(work: Workload, ranks: int) -> float:
     """Bytes/s of a ring over so many neighbouring ranks: between nodes it uses the scale-out links of all of them."""
     hardware = work.hardware
-    if ranks <= hardware.scale_up_devices:
+    if domains(work, ranks) == 1:
         return _link(work, ranks)
     return min(hardware.scale_up_gb_per_s * 1e9 * work.assumptions.network,
                hardware.scale_up_devices * _link(work, ranks))

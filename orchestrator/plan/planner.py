@@ -35,7 +35,9 @@ def price(candidate: Candidate, request: Request) -> dict:
         "days": hours / 24, "gpu_hours": hours * work.devices,
         "gpu_hours_per_trillion_tokens": hours * work.devices / request.tokens * 1e12,
         "usd_total": None if usd is None else hours * work.devices * usd,
-        "train": None if reason else overrides_of(work, steps=steps, others=request.run_words), "train_not": reason,
+        "train": None if reason else overrides_of(work, steps=steps, others=request.run_words,
+                                                  per_machine=request.per_machine),
+        "train_not": reason,
     }
 
 

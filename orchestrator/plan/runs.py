@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import yaml
 
-from model.config import ModelConfig
+from model.config import ModelConfig, divisors
 from orchestrator.config import Recompute, Schedule, TrainConfig, conf_dir, from_dict
+from orchestrator.plan.exchange import domains
 from orchestrator.plan.keeping import own
 from orchestrator.plan.layout import LOOPED_SCHEDULES, batch_size_at, ramp_fault
 from orchestrator.plan.memory import too_large
@@ -57,14 +58,16 @@ def steps_for(tokens: float, train: TrainConfig) -> int:
     return ramp + math.ceil((sequences - seen) / train.batch_size)
 
 
-def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str, ...] = ()) -> list[str]:
-    """The same run as `sparing train` takes it. others: words of the plan's own command that hold for the run too."""
+def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str, ...] = (),
+                 per_machine: int = 0) -> list[str]:
+    """The same run as `sparing train` takes it. others: words of the plan's own command that hold for the run too.
+    per_machine: ranks of a machine; 0: unknown."""
     keys = {"pp": work.pp, "dp": work.dp, "ep": work.ep, "schedule": work.schedule, "microbatches": work.microbatches,
             "recompute": work.recompute.name}
     if work.pp > 1 and Schedule[work.schedule] in LOOPED_SCHEDULES:
         keys["stages_per_rank"] = work.stages_per_rank
     if work.ep > 1 and not work.stack.copies:
-        keys["ep_per_node"] = math.gcd(work.ep, work.hardware.scale_up_devices)
+        keys["ep_per_node"] = ep_per_node(work, per_machine)
     train = {"batch_size": work.batch_size, "seq_len": work.seq_len} | ({} if steps is None else {"steps": steps})
     quantum = work.dp * work.microbatches
     asked = dict(word.split("=", 1) for word in others).get(VALIDATED, "")
@@ -73,6 +76,13 @@ def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str,
         train["validate_sequences"] = quantum
     return [*_model_words(work.model), *(f"layout.{key}={value}" for key, value in keys.items()),
             f"precision={work.dtype}", *(f"train.{key}={value}" for key, value in train.items()), *others]
+
+
+def ep_per_node(work: Workload, per_machine: int) -> int:
+    """Most ranks of an expert group that lie on one domain wherever the group begins, and that machines go into."""
+    whole = domains(work, work.ep) == 1
+    found = divisors(work.ep if whole else math.gcd(work.ep, work.hardware.scale_up_devices))
+    return max(part for part in found if not per_machine or math.gcd(part, per_machine) in (part, per_machine))
 
 
 VALIDATED = "train.validate_sequences"

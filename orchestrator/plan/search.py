@@ -65,6 +65,8 @@ class Request:
     """Whether the batch was asked for; one that was not follows the number of devices."""
     terms: Terms = Terms()
     """What the bill counts besides the step."""
+    per_machine: int = 0
+    """Ranks of a machine, as the cluster has them; 0: unknown."""
     run_words: tuple[str, ...] = ()
     """Words of the command that say nothing of model, layout and batch, and hold for `train` too."""
 
@@ -213,8 +215,8 @@ def variants_of(work: Workload, request: Request) -> Iterator[Workload]:
 
 
 SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 3))
-"""Ways to need less memory, dearer from left to right in both; a recompute may beat a ZeRO stage above 1. What stages 2
-and 3 save in sums of gradients is not put against what they send: they are looked at where memory wants them."""
+"""Ways to need less memory. A recompute is dearer than one that keeps more, but may beat a ZeRO stage above 1, which
+sends more but sums and clears fewer gradients."""
 UNNEEDED = "saves memory that is not needed"
 
 
@@ -229,13 +231,12 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
     if reason is not None:
         refused.append(Refused(layout_of(work), reason, len(SAVINGS)))
         return
-    tried, peaks, enough = 0, {}, None
+    tried, peaks, whole = 0, {}, False
     for recompute, zero in SAVINGS:
         each = replace(work, recompute=recompute, zero=zero)
+        if zero == 1 and whole:
+            break
         tried += 1
-        if recompute is enough:
-            refused.append(Refused(layout_of(each), UNNEEDED))
-            continue
         reason = illegal(each) or (None if work.replicas > 1 or zero == 1 else "no replicas to shard over")
         if not request.asks(each, "recompute", "zero"):
             reason = "another recompute was asked for"
@@ -248,9 +249,7 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
             continue
         runs = not (cannot_run(each) or cannot_grow(each, request.terms.batch_start))
         yield each, floor if recompute is Recompute.none and zero > 1 else floor_s(each), runs
-        enough = recompute
-        if zero == 1:
-            break
+        whole |= zero == 1
     if tried < len(SAVINGS):
         refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)), UNNEEDED, len(SAVINGS) - tried))
 
@@ -284,7 +283,7 @@ def _even_s(work: Workload, layers: dict) -> float:
         parts = [(moe, lambda: layer_time(work, True)), (model.n_layers - moe, lambda: layer_time(work, False)),
                  (1, lambda: head_time(work))]
         layers[key] = sum(number * _compute_s(time()) for number, time in parts if number)
-    return layers[key] * work.microbatches / work.pp
+    return work.calibration.forward_backward * layers[key] * work.microbatches / work.pp
 
 
 def _compute_s(time: LayerTime) -> float:

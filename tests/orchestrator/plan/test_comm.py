@@ -77,6 +77,33 @@ def test_a_ring_of_many_replicas_takes_longer_than_its_bytes(work):
     assert found == pytest.approx(2 * ((blocks + 1) * around + blocks * experts))
 
 
+def reduced_s(work: Workload) -> float:
+    ranges, table, _ = pipeline_of(work)
+    return reduce_s(work, ranges, table, 0.0)
+
+
+def test_experts_that_every_rank_holds_reduce_as_dense_parameters_do(work):
+    """All ranks of a node share its way out; with ep=4 two of its eight do, with ep=8 none."""
+    model = compose_config(["model=mixtral_8x7b"]).model
+    alone = replace(work.assumptions, latency_s=0.0, hop_s=0.0, bucket_s=0.0)
+    one = Workload(model, work.hardware, 4096, 64, 1, 64, 1, "1f1b", 1, assumptions=alone)
+    dense, experts = rank_parameters(one, *pipeline_of(one)[:1], pipeline_of(one)[1][0])
+    rate = min(one.hardware.scale_up_gb_per_s, 8 * one.hardware.scale_out_gb_per_s) * 1e9 * alone.network
+    assert reduced_s(one) == pytest.approx(6 * (dense + experts) * 63 / 64 / rate)
+    four, eight = replace(one, ep=4), replace(one, ep=8)
+    out = one.hardware.scale_out_gb_per_s * 1e9 * alone.network
+    for each, sharing, replicas in ((four, 2, 16), (eight, 1, 8)):
+        routed = experts / each.ep * (replicas - 1) / replicas / (sharing * out)
+        assert reduced_s(each) == pytest.approx(6 * (dense * 63 / 64 / rate + routed))
+
+
+def test_tensor_ranks_that_hold_the_same_experts_reduce_them(work):
+    model = compose_config(["model=mixtral_8x7b"]).model
+    one = Workload(model, work.hardware, 4096, 8, 1, 1, 1, "1f1b", 1, tp=8)
+    assert (one.replicas, one.expert_replicas) == (1, 8) and reduced_s(one) > 0
+    assert reduced_s(replace(one, ep=8)) == 0.0
+
+
 def test_without_a_switch_a_rank_has_one_link_to_each_other():
     """MI300X: 448 GB/s to seven peers, 64 to one."""
     mi300x = catalogue()["mi300x"]

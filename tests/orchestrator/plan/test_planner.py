@@ -25,7 +25,7 @@ from orchestrator.plan.planner import to_dict
 from orchestrator.plan.runs import cannot_run, not_run, overrides_of
 from orchestrator.plan.search import Request, illegal, layouts
 from orchestrator.plan.stack import stack_named
-from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
+from orchestrator.plan.workload import Calibration, Workload, pipeline_of, rank_parameters
 from orchestrator.plan_request import compose_plan, read_request
 
 ROOT = Path(__file__).parents[3]
@@ -123,6 +123,23 @@ def test_nothing_that_the_search_left_out_would_have_been_faster(small):
     fitting = [work for work in everything if illegal(work) is None and too_large(work) is None]
     found = search.search(dataclasses.replace(request, schedules=("1f1b", "zbv")))
     assert found.candidates[0].found.step_time_s == pytest.approx(min(estimate(w).step_time_s for w in fitting))
+
+
+@pytest.mark.parametrize("ratio", [0.4, 1.5])
+def test_no_layout_is_quicker_than_the_bound_of_a_calibrated_search(small, ratio):
+    asked = dataclasses.replace(small, model=model("deepseek_v2_lite"), devices=8, batch_size=64,
+                                calibration=Calibration(forward_backward=ratio, run="runs/x"))
+    assert search.least_step_s(asked) <= search.search(asked).candidates[0].found.step_time_s
+
+
+@pytest.mark.parametrize("device, name, devices", [("h100", "llama_3_1_8b", 8), ("a100", "moonlight_16b", 32)])
+def test_more_memory_never_makes_the_plan_slower(small, device, name, devices):
+    times = []
+    for gib in (80, 120, 192, 288):
+        hardware = dataclasses.replace(catalogue()[device], memory_gib=gib)
+        asked = dataclasses.replace(small, model=model(name), hardware=hardware, devices=devices, batch_size=64)
+        times.append(search.search(asked).candidates[0].found.step_time_s)
+    assert times == sorted(times, reverse=True)
 
 
 def test_a_search_by_short_clocks_finds_what_whole_clocks_find(monkeypatch):
