@@ -201,6 +201,15 @@ def test_tokens_go_as_the_plan_prices_them(v3, name, ep, stack, per_node):
     assert found.get("layout.ep_per_node") == per_node
 
 
+@pytest.mark.parametrize("ep, dp, per_machine, part", [
+    (6, 48, 4, "2"), (64, 64, 4, "64"), (64, 576, 4, "8"), (36, 72, 4, "36"), (36, 72, 8, "4"), (6, 48, 0, "6")])
+def test_an_expert_group_is_cut_as_machines_and_racks_are(v3, ep, dp, per_machine, part):
+    """Racks of 72: 64 ranks lie on one, unless racks are filled, so that a group begins anywhere."""
+    work = dataclasses.replace(v3, hardware=catalogue()["gb200"], ep=ep, dp=dp, pp=1)
+    found = dict(word.split("=") for word in overrides_of(work, per_machine=per_machine))
+    assert found["layout.ep_per_node"] == part
+
+
 @pytest.mark.parametrize("options, words, message", [
     ({}, ["layout.pp=0"], "layout.pp=0: must be at least 1"), ({}, ["layout.dp=-2"], "layout.dp=-2: must be at least"),
     ({}, ["layout.microbatches=-4"], "layout.microbatches=-4: must be at least 1"),
