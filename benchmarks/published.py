@@ -115,6 +115,10 @@ def hardware(row: dict) -> HardwareConfig:
         return replace(found, memory_gb_per_s=4000, scale_up_devices=4, scale_out_gb_per_s=25)
     if row["gpu"] == "MI355X":
         return replace(found, scale_up_gb_per_s=538)
+    if network := re.search(r"network ([\d.]+) GB/s a GPU", row["notes"]):
+        found = replace(found, scale_out_gb_per_s=float(network[1]))
+    if node := re.search(r"(\d+) GPUs a node", row["notes"]):
+        found = replace(found, scale_up_devices=int(node[1]))
     if row["id"].startswith("vtrainm"):
         return replace(found, scale_out_gb_per_s=12.5)
     return found
@@ -205,6 +209,8 @@ def recipes() -> dict[str, dict]:
 def stack(row: dict) -> Stack:
     """The row's stack, with what its recipe says of CUDA graphs and of the experts' exchange."""
     found = stack_named(stack_name(row))
+    if "DeepEP" in row["notes"]:
+        found = replace(found, copies=False)
     recipe = recipes().get(row["id"])
     if not recipe:
         return found
@@ -221,7 +227,7 @@ def zero_stage(row: dict) -> int:
     if "SHARD_GRAD_OP" in notes:
         return 2
     return {"vtrainm": 0, "mlm21t1": 0, "sailor": 0, "titan": 3, "fmsfsdp": 3}.get(
-        prefix(row), 3 if "MaxText" in row["model"] else 1)
+        prefix(row), 3 if "MaxText" in row["model"] or "torchtitan" in row["source"] else 1)
 
 
 def full_layout(row: dict) -> bool:
