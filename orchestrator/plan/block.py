@@ -46,12 +46,13 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
     overhead, gap = work.stack.overhead, work.assumptions.gap_s
     launches = work.assumptions.operators + (work.assumptions.operators_moe if moe else 0)
     moved = hidden / split + (heads + work.assumptions.moe_light * routed + once) / work.tp
-    light = overhead * (tokens * moved / rates.bytes_per_s + launches * gap)
+    launched = 1 - work.stack.graphed(work.hardware.name)
+    light = min(overhead, 1 + (overhead - 1) * launched) * (tokens * moved / rates.bytes_per_s + launches * gap)
     tensor, context = tensor_s(work, moe) * (1 - work.stack.tensor_hidden), context_s(work, core)
     if moe:
         each = work.stack.expert_launches * (1 if work.dtype == "bf16" else 4)
         launches += each * work.model.n_routed_experts / work.ep
-    host = overhead * launches * work.assumptions.host_s * (1 - work.stack.graphed(work.hardware.name))
+    host = overhead * launches * work.assumptions.host_s * launched
     ahead = max(forward + core + light, host)
     weights += WEIGHT_LIGHT * light
     behind = inputs + 2.5 * core / work.assumptions.attention_backward + (BACKWARD_LIGHT - WEIGHT_LIGHT) * light

@@ -18,7 +18,8 @@ class Stack:
     name: str = "default"
     overhead: float = 1.0
     """Fitted: time of memory-bound operators, launches and routing against what bytes and counts say. Products,
-    attention cores and links are the device's own and stay as they are."""
+    attention cores and links are the device's own and stay as they are. What is above 1 is waiting between
+    operators, which CUDA graphs take their share of."""
     attention: str = "flash"
     """`unfused` writes the scores out; `flash2` and `triton` (the first version) do not use the asynchronous
     products of Hopper and later; `flash` is FlashAttention-3, cuDNN's or their like."""
@@ -38,7 +39,7 @@ class Stack:
     gradient_bytes: float = 4.0
     """Of a gradient on the wire."""
     graphs: float = 0.0
-    """Share of a block's launches that CUDA graphs take from the host."""
+    """Share of a block's launches that CUDA graphs take from the host, and of what `overhead` has above 1."""
     launched_on: tuple[str, ...] = ()
     """Devices on which its recipes have no CUDA graphs."""
     expert_launches: float = 0.0
