@@ -4,6 +4,7 @@ A product is limited by arithmetic (tiles that do not fill the device, short inn
 slower; everything else by bytes and launches. Here are no layers, no communication and no schedule.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,8 +40,8 @@ def rates_of(hardware: HardwareConfig, dtype: str, assumptions: Assumptions, att
     """Shares fitted to published runs (conf/hardware) where there are any, else the assumptions."""
     share = hardware.gemm_share or assumptions.gemm
     bf16 = 1e12 * share * (hardware.bf16_best_tflops or hardware.bf16_tflops * assumptions.best_bf16)
-    reached = (hardware.bf16_best_tflops or 0) / hardware.bf16_tflops / assumptions.best_bf16 or 1.0
-    fp8 = 1e12 * share * (hardware.fp8_best_tflops or (hardware.fp8_tflops or 0) * assumptions.best_fp8 * reached)
+    twice = 2 * (hardware.bf16_best_tflops or math.inf) / assumptions.best_bf16
+    fp8 = 1e12 * share * (hardware.fp8_best_tflops or min(hardware.fp8_tflops or 0, twice) * assumptions.best_fp8)
     fp4 = 1e12 * share * (hardware.fp4_best_tflops or 0) or fp8 * assumptions.fp4_gain
     low, size = {"bf16": (bf16, 2.0), "fp8": (fp8, 1.0), "fp4": (fp4, 0.5)}[dtype]
     core = hardware.bf16_tflops * 1e12 * (hardware.attention_share or assumptions.attention_forward)

@@ -27,7 +27,8 @@ class Assumptions:
     best_bf16: float = 0.80
     """Best product against the bf16 peak where nobody measured it: as on H100 (stas00/ml-engineering)."""
     best_fp8: float = 0.71
-    """Likewise, and less or more as the best bf16 product is; within 10% of what was measured on four devices."""
+    """Likewise, of the FP8 peak, or of twice a bf16 peak that the best bf16 product would be `best_bf16` of, if that is
+    less: 0 to 11% below what was measured on six devices."""
     fp4_gain: float = 1.7
     """FP4 products against FP8 ones, on devices whose peak doubles."""
     attention_forward: float = 0.65

@@ -35,7 +35,8 @@ def test_every_price_of_every_market_has_a_source_and_a_day():
 
 def test_published_peaks_are_kept():
     """Vendor data sheets: dense bf16 TFLOP/s, watts."""
-    peaks = {"a100": 312, "h20": 148, "h200": 989, "b200": 2250, "mi300x": 1307}
+    peaks = {"a100": 312, "h20": 148, "h200": 989, "b200": 2250, "mi300x": 1307,
+             "mi355x": round(256 * 2.4e9 * 4096 / 1e12)}
     assert {name: KNOWN[name].bf16_tflops for name in peaks} == peaks
     assert KNOWN["gb200"].scale_up_devices == 72 and KNOWN["l40s"].watts == 350
 

@@ -107,7 +107,25 @@ def test_fp4_and_fp8_products_have_the_best_that_was_measured_or_follow_bf16s():
     assert rates_of(H100, "fp4", Assumptions()).low == pytest.approx(1403e12 * 1.7 * H100.gemm_share)
     amd = catalogue()["mi325x"]
     assert rates_of(amd, "fp8", Assumptions()).low == pytest.approx(
-        0.85 * 2615e12 * 0.71 * (amd.bf16_best_tflops / amd.bf16_tflops) / 0.8)
+        0.85 * 2 * amd.bf16_best_tflops * 1e12 * 0.71 / 0.8)
+
+
+def test_fp8s_best_is_found_within_a_ninth_where_it_was_measured():
+    measured = [device for device in catalogue().values() if device.fp8_best_tflops]
+    assert len(measured) == 7  # one of them is named twice: H800 is H100's chip
+    for device in measured:
+        guessed = rates_of(replace(device, fp8_best_tflops=None), "fp8", Assumptions()).low
+        assert 0.89 < guessed / rates_of(device, "fp8", Assumptions()).low < 1.005, device.name
+
+
+@pytest.mark.parametrize("name", ["mi300x", "b200", "h20"])
+def test_no_product_is_slower_for_a_higher_figure_of_the_device(name):
+    device = catalogue()[name]
+    for key in ("bf16_tflops", "fp8_tflops", "bf16_best_tflops", "fp8_best_tflops"):
+        higher = replace(device, **{key: 1.5 * (getattr(device, key) or device.bf16_tflops)})
+        for dtype in ("bf16", "fp8", "fp4"):
+            before, after = (rates_of(each, dtype, Assumptions()) for each in (device, higher))
+            assert after.low >= before.low and after.bf16 >= before.bf16 and after.attention >= before.attention
 
 
 @pytest.mark.parametrize("pp, per_rank, layers, first, last", [
