@@ -96,7 +96,7 @@ def calibrate(config: Config, machine: Machine, measured: dict, run: str,
 
 def workload_of(config: Config, machine: Machine, calibration: Calibration = Calibration()) -> Workload:
     """The config's own run as the planner sees it."""
-    layout, train, hardware, ranks = config.layout, config.train, config.hardware, config.layout.pp * config.layout.dp
+    layout, train, hardware, ranks = config.layout, config.train, config.hardware, config.layout.world_size
     assumptions = Assumptions()
     if machine.device == "cpu":
         calibration = calibration if calibration.cores else _uncalibrated(machine)

@@ -165,7 +165,7 @@ def _check_numbers(config: Config) -> None:
     ]:
         require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")
         require(value <= MOST, key, value, f"must be at most {MOST:,}", "give a smaller number")
-    ranks = config.layout.pp * config.layout.dp
+    ranks = config.layout.world_size
     require(ranks <= MOST_RANKS, "layout.dp", config.layout.dp, f"makes {ranks:,} ranks with layout.pp="
             f"{config.layout.pp}, and there may be {MOST_RANKS:,}", "use fewer")
     every = config.checkpoint.every
@@ -225,7 +225,7 @@ def _check_degrees(config: Config) -> None:
     require(not part or not per_node or math.gcd(part, per_node) in (part, per_node), "layout.ep_per_node", part,
             f"must divide cluster.ranks_per_node={per_node}, or be so many whole machines of one NVLink domain",
             f"use {math.gcd(per_node, layout.ep)}, or 0")
-    ranks = layout.pp * layout.dp
+    ranks = layout.world_size
     require(config.cluster.min_ranks <= ranks, "cluster.min_ranks", config.cluster.min_ranks,
             f"must not exceed the {ranks} ranks of the layout", f"use at most {ranks}, or 0")
     if nodes and per_node:

@@ -21,6 +21,7 @@ from orchestrator.plan.cost import (
     usd_per_million_tokens,
     would_pass,
 )
+from orchestrator.plan.workload import Calibration
 from orchestrator.train import metrics
 from orchestrator.train.cadence import KEPT, Cadence
 from orchestrator.train.control import Recovery, steady
@@ -55,10 +56,10 @@ class Accounts:
         self.cadence = Cadence(config, devices=self.devices, faults=self.faults,
                                wall_s=self.ledger.charged_s(steady()) / (self.devices + self.ledger.spares))
         self.recoveries_s: list[float] = []
-        self.machine, self.predicted = None, {}
+        self.machine, self.predicted, self.learnt = None, {}, Calibration()
         if self.tracker is not None:
             self.machine = machine_of(mesh, peak_flops_per_s, fp8=config.precision.fp8)
-            self.predicted = expected(config, self.machine)
+            self.predicted, self.learnt = expected(config, self.machine)
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
         self.parts: list[dict[str, float]] = []
@@ -74,7 +75,7 @@ class Accounts:
         if recovery is None:
             self.ledger.charge("startup", max(0.0, now - self.placed_at))  # by another machine's clock
             if "step_time_s" in self.predicted:
-                keep_plan(self.config, self.machine)
+                keep_plan(self.config, self.machine, self.learnt)
             self.event("predicted", **self.predicted)
             self.event("attempt_started", step=self.progress.step, attempt=self.attempt, ranks=self.devices,
                        device=self.mesh.device.type, peak_flops_per_s=self.peak)

@@ -23,12 +23,13 @@ COUNTED_STEPS = 20
 """Of a run's end, whose routing is taken."""
 
 
-def expected(config: Config, machine: Machine) -> dict:
-    """`predicted` of summary.json; {"how": why not} where a figure is not known."""
+def expected(config: Config, machine: Machine) -> tuple[dict, Calibration]:
+    """`predicted` of summary.json, {"how": why not} where a figure is not known; and what a run taught it."""
     try:
-        return forecast(config, machine, _learnt(config, machine))
+        learnt = _learnt(config, machine)
+        return forecast(config, machine, learnt), learnt
     except ValueError as error:
-        return {"how": f"not predicted: {error}"}
+        return {"how": f"not predicted: {error}"}, Calibration()
 
 
 def _learnt(config: Config, machine: Machine) -> Calibration:
@@ -38,10 +39,10 @@ def _learnt(config: Config, machine: Machine) -> Calibration:
     return learnt
 
 
-def keep_plan(config: Config, machine: Machine) -> None:
+def keep_plan(config: Config, machine: Machine, learnt: Calibration) -> None:
     """Write the run's plan.json: a plan as `sparing plan out=` has it, of this run's own layout alone, for all of its
-    steps. `ValueError` where `expected` has no figures."""
-    learnt, train = _learnt(config, machine), config.train
+    steps. `ValueError` where `expected` has no figures. learnt: by the same."""
+    train = config.train
     work = workload_of(config, machine, learnt)
     terms = Terms(validate_every=train.validate_every, validate_sequences=train.validate_sequences,
                   batch_start=train.batch_start, ramp_steps=train.batch_ramp_steps)

@@ -57,7 +57,7 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
         planned(options | {"stack": "nemo_25"}, words)
     gpu = Machine("cuda", 1e15, 4)
     here = compose_config(["experiment=tiny", "hardware=h100", f"run.calibrate={tmp_path}"])
-    assert expected(here, gpu)["how"].startswith(
+    assert expected(here, gpu)[0]["how"].startswith(
         f"not predicted: run.calibrate={tmp_path}: was measured on a CPU and says nothing of hardware=h100; name")
     with pytest.raises(BadRequest, match="calibrate=/nowhere: holds no finished run"):
         planned({"gpus": "4", "tokens": "1e6", "calibrate": "/nowhere"}, words)
@@ -81,7 +81,7 @@ def test_a_plan_by_a_run_on_gpus_is_that_run_and_of_no_other_device(tmp_path):
         planned(options, [*words, "hardware=b200"])
     assert planned(options, ["model=deepseek_v2_lite", "hardware=h100"])[1]["bill"]["made"] == "calibrated"
     elsewhere = compose_config(["experiment=tiny", "hardware=h800", f"run.calibrate={tmp_path}"])
-    assert expected(elsewhere, machine)["how"].startswith(
+    assert expected(elsewhere, machine)[0]["how"].startswith(
         f"not predicted: run.calibrate={tmp_path}: was measured on h100 and says nothing of hardware=h800; name")
 
 
@@ -91,8 +91,8 @@ def test_a_run_leaves_a_plan_of_its_own_layout(tmp_path, capsys):
     for name, words in (("one", []), ("two", ["train.batch_size=32", "precision=fp8"])):
         config = compose_config(["experiment=tiny", "hardware=cpu", f"run.dir={tmp_path}/{name}", *words])
         (tmp_path / name).mkdir()
-        found = expected(config, machine)
-        keep_plan(config, machine)
+        found, learnt = expected(config, machine)
+        keep_plan(config, machine, learnt)
         plan = json.loads((tmp_path / name / "plan.json").read_text())
         assert plan["best"]["step_time_s"] == found["step_time_s"] and plan["best"] == plan["candidates"][0]
         assert plan["tokens"] == 200 * config.train.batch_size * config.train.seq_len
@@ -100,3 +100,18 @@ def test_a_run_leaves_a_plan_of_its_own_layout(tmp_path, capsys):
         assert 0 < plan["best"]["memory_gib"]["total"] < 1 and plan["best"]["memory_gib"]["framework"] == 0
     plan_diff([f"{tmp_path}/one", f"{tmp_path}/two"])
     assert "expected bill" in capsys.readouterr().out
+
+
+def test_a_calibrating_run_is_read_once_for_forecast_and_plan(tmp_path):
+    machine, taught = Machine("cpu", 4e10, 4, 2), tmp_path / "taught"
+    config = compose_config(["experiment=tiny", "hardware=cpu", f"run.dir={tmp_path}", f"run.calibrate={taught}"])
+    taught.mkdir()
+    (taught / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    measured = {"forward_backward_s": 2.0, "optimizer_s": 0.1, "machine": vars(machine)}
+    (taught / "summary.json").write_text(json.dumps({"measured": measured}))
+    found, learnt = expected(config, machine)
+    for file in taught.iterdir():
+        file.unlink()
+    keep_plan(config, machine, learnt)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert found["step_time_s"] == plan["best"]["step_time_s"] == pytest.approx(2.1)
