@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from orchestrator.config import TrainConfig
 from orchestrator.plan.interval import expected_losses, optimal_interval
-from orchestrator.plan.layout import ramp_fault
+from orchestrator.plan.layout import ramp_fault, ramp_parts
 
 LLAMA_3 = "Llama 3 report: 419 unexpected interruptions of 2,048 nodes in 54 days"
 NODE = 8
@@ -38,7 +39,8 @@ class Terms:
     """Sequences of one validation; 0 is as many as a step has."""
     batch_start: int = 0
     ramp_steps: int = 0
-    """The batch grows linearly from `batch_start` over so many steps, or until the tokens are used up; 0 is no ramp."""
+    """The batch grows from `batch_start` in multiples of it over so many steps, as `train` has it, or until the tokens
+    are used up; 0 is no ramp."""
     extension: tuple[tuple[int, int, int], ...] = ()
     """Context extension: phases of (steps, sequences, tokens per sequence)."""
     other_gpu_hours: float = 0.0
@@ -76,7 +78,9 @@ def make_bill(*, devices: int, tokens: float, batch_tokens: int, step_time_s: fl
     if fault:
         raise ValueError(f"train.batch_start={terms.batch_start}: {fault[0]}; {fault[1]}")
     nodes = math.ceil(devices / NODE)
-    steady = _steady(devices, tokens, batch_tokens, step_time_s, terms, step_at, extension_s, batch_size)
+    ramp, steps = _ramp(terms, batch_size, math.ceil(tokens / (batch_tokens // batch_size)))
+    steady = _steady(devices, tokens / batch_tokens, step_time_s, terms, ramp if step_at else [], step_at, extension_s,
+                     batch_size)
     base = sum(term.gpu_hours for term in steady)
     rate = (terms.failures + terms.preemptions) / 1000 * nodes / 86400
     mtbf = 1 / rate if rate else math.inf
@@ -86,9 +90,9 @@ def make_bill(*, devices: int, tokens: float, batch_tokens: int, step_time_s: fl
     every, lost = _losses(terms, mtbf)
     added = [Term("start_up", terms.start_up_s * devices / 3600, "start-up time x devices", "assumption: start_up_s")]
     if terms.validate_every:
-        share = (terms.validate_sequences or batch_size) / batch_size
-        added.append(Term("validation", steady[0].gpu_hours * share / terms.validate_every / 3, "forward, a third of a "
-                          "step, of validate_sequences every validate_every steps", "train.validate_every"))
+        full_steps = math.ceil(steps / terms.validate_every) * (terms.validate_sequences or batch_size) / batch_size
+        added.append(Term("validation", full_steps * step_time_s / 3 * devices / 3600, "forward, a third of a step, of "
+                          "validate_sequences every validate_every steps and at the end", "train.validate_every"))
     worked = base + sum(term.gpu_hours for term in added)
     gross = worked / (1 - sum(lost.values()))
     rated = f"failures={terms.failures:g} per 1,000 node-days ({LLAMA_3})" if terms.failures == Terms.failures else (
@@ -120,19 +124,13 @@ def _losses(terms: Terms, mtbf: float) -> tuple[float | None, dict[str, float]]:
     return every, expected_losses(every, terms.checkpoint_stall_s, mtbf, terms.recovery_s)
 
 
-def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, terms: Terms,
+def _steady(devices: int, full_steps: float, step_time_s: float, terms: Terms, ramp: list[tuple[float, int]],
             step_at: Callable[[int], float] | None, extension_s: Callable[[int, int], float] | None,
             batch_size: int) -> list[Term]:
     per_step = devices / 3600
-    found = [Term("pre_training", tokens / batch_tokens * step_time_s * per_step, "steps x step time x devices",
-                  "simulated step")]
-    if terms.batch_start and terms.ramp_steps and step_at:
-        extra, parts = 0.0, 16
-        steps = _ramp_steps(terms, batch_size, tokens / batch_tokens * batch_size)
-        for part in range(parts):  # the ramp in equal parts, each at its middle batch
-            done = steps * (part + 0.5) / parts
-            batch = terms.batch_start + (batch_size - terms.batch_start) * done / terms.ramp_steps
-            extra += steps / parts * (step_at(round(batch)) - step_time_s * batch / batch_size)
+    found = [Term("pre_training", full_steps * step_time_s * per_step, "steps x step time x devices", "simulated step")]
+    if ramp:
+        extra = sum(steps * (step_at(batch) - step_time_s * batch / batch_size) for steps, batch in ramp)
         found.append(Term("batch_ramp", extra * per_step, "over the ramp, step time beyond its share of a "
                           "full step", "simulated steps with fewer microbatches"))
     for steps, sequences, seq_len in terms.extension if extension_s else ():
@@ -143,12 +141,17 @@ def _steady(devices: int, tokens: float, batch_tokens: int, step_time_s: float, 
     return found
 
 
-def _ramp_steps(terms: Terms, batch_size: int, sequences: float) -> float:
-    """Steps of the ramp that a run of so many sequences takes: all of them, or those until none is left. The sum of a
-    growing batch over t steps is start t + growth t^2 / 2."""
-    growth = (batch_size - terms.batch_start) / terms.ramp_steps
-    return min(terms.ramp_steps, 2 * sequences / (
-        terms.batch_start + math.sqrt(terms.batch_start**2 + 2 * growth * sequences)))
+def _ramp(terms: Terms, batch_size: int, sequences: int) -> tuple[list[tuple[float, int]], int]:
+    """Steps, and sequences of each, of the ramp's parts that so many sequences last for, of the last step its share;
+    and all steps of the run."""
+    found, done = [], 0
+    train = TrainConfig(batch_size=batch_size, batch_start=terms.batch_start, batch_ramp_steps=terms.ramp_steps)
+    for steps, batch in ramp_parts(train):
+        if steps * batch >= sequences:
+            return [*found, (sequences / batch, batch)], done + math.ceil(sequences / batch)
+        found.append((steps, batch))
+        done, sequences = done + steps, sequences - steps * batch
+    return found, done + math.ceil(sequences / batch_size)
 
 
 def _total(found: list[Term], gpu_hours: float, usd_per_h: float | None, devices: int) -> dict:

@@ -5,6 +5,7 @@ consecutive, so that an expert group stays inside a node where one can hold it.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -316,6 +317,16 @@ def batch_size_at(step: int, train: TrainConfig) -> int:
         return train.batch_size
     grown = train.batch_start + (train.batch_size - train.batch_start) * step // train.batch_ramp_steps
     return grown // train.batch_start * train.batch_start
+
+
+def ramp_parts(train: TrainConfig) -> Iterator[tuple[int, int]]:
+    """Steps, and sequences of each, while `batch_size_at` stays the same, in order up to the ramp's end."""
+    step, end = 0, train.batch_ramp_steps if train.batch_start else 0
+    while step < end:
+        sequences, growth = batch_size_at(step, train), train.batch_size - train.batch_start
+        until = min(end, -(-sequences * end // growth)) if growth else end
+        yield until - step, sequences
+        step = until
 
 
 def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:

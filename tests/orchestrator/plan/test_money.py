@@ -6,7 +6,7 @@ import pytest
 
 from model import count
 from orchestrator.compose import compose_config
-from orchestrator.config import Recompute
+from orchestrator.config import Recompute, TrainConfig
 from orchestrator.plan.bill import Terms, make_bill
 from orchestrator.plan.cost import model_flops
 from orchestrator.plan.dense import (
@@ -19,9 +19,11 @@ from orchestrator.plan.dense import (
 )
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.layout import batch_size_at
 from orchestrator.plan.money import bill_of, dense_of, equal_loss_of, mfu_between, money, terms_of
 from orchestrator.plan.planner import price, to_dict
 from orchestrator.plan.published import published, serving_cost
+from orchestrator.plan.runs import steps_for
 from orchestrator.plan.search import Candidate, Plan, Request, search
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_published import gap_lines, print_budgets, print_prices
@@ -102,7 +104,7 @@ def test_a_ramp_and_an_extension_are_terms_of_their_own():
     found = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}
     assert list(found) == ["pre_training", "batch_ramp", "context_32768", "context_131072"]
     assert found["context_32768"] == pytest.approx(1000 * 30 * 2048 / 3600)
-    bubble_alone = 12424 * 2.0 * (1 - 9216 / 15360) * 2048 / 3600
+    bubble_alone = 12424 * 2.0 * (1 - 7680 / 15360) * 2048 / 3600  # four parts, of 3,072 to 12,288 sequences
     assert found["batch_ramp"] == pytest.approx(bubble_alone)
 
 
@@ -116,8 +118,29 @@ def test_a_ramp_ends_with_the_tokens():
 
     first_batch_alone = 1e11 / (3072 * 4096) * 2.0 * (1 - 3072 / 15360) * 2048 / 3600
     assert ramp(1e11, 12424) < first_batch_alone and ramp(1e11, 10**9) == pytest.approx(first_batch_alone, rel=0.01)
-    assert ramp(1e12, 12424) == pytest.approx(ramp(14.8e12, 12424)), "the ramp takes 470e9 tokens"
+    assert ramp(1e12, 12424) == pytest.approx(ramp(14.8e12, 12424)), "the ramp takes 391e9 tokens"
     assert ramp(1e11, 100) == pytest.approx(ramp(14.8e12, 100))
+
+
+@pytest.mark.parametrize("start, size, ramp_steps, tokens", [
+    (7680, 15360, 12424, 14.8e12), (3072, 15360, 12424, 1e12), (10240, 15360, 12424, 1e12), (512, 15360, 7, 1e11),
+    (128, 640, 1000, 2e9), (64, 64, 50, 1e8), (64, 1024, 100000, 1e10), (0, 1024, 0, 1e9)])
+def test_a_ramp_is_the_one_that_train_runs(start, size, ramp_steps, tokens):
+    """Every step summed by itself; both bills count the steps that `train` is told to take."""
+    def step_s(sequences: int) -> float:
+        return 2.0 + 10.0 * sequences / size
+
+    train = TrainConfig(batch_size=size, seq_len=4096, batch_start=start, batch_ramp_steps=ramp_steps)
+    steps = steps_for(tokens, train)
+    seconds = sum(step_s(batch_size_at(step, train)) for step in range(min(steps, ramp_steps)))
+    seconds += max(0, steps - ramp_steps) * step_s(size)
+    terms = Terms(failures=0, batch_start=start, ramp_steps=ramp_steps, validate_every=100, validate_sequences=64)
+    bill = make_bill(devices=8, tokens=tokens, batch_tokens=size * 4096, batch_size=size, step_time_s=12.0, terms=terms,
+                     usd_per_h=2, step_at=step_s)
+    unfilled = 12.0 if steps > ramp_steps else step_s(batch_size_at(steps - 1, train))  # the last step has its share
+    assert seconds - unfilled < bill["steady"]["gpu_hours"] * 3600 / 8 < seconds + 1e-6
+    validation = next(term for term in bill["expected"]["terms"] if term["name"] == "validation")
+    assert validation["gpu_hours"] * 3600 / 8 == pytest.approx(-(-steps // 100) * 64 / size * 12.0 / 3)
 
 
 @pytest.mark.parametrize("changes, words", [(dict(tokens=1e6), "tokens=1e\\+06: must be at least one step"),
@@ -284,7 +307,7 @@ def test_a_ramp_costs_where_the_layout_has_the_fewest_microbatches_already():
     request = Request(model, h100, 16, 1e10, 4096, 16)
     bill = bill_of(request, Candidate(work, estimate(work)), Terms(batch_start=4, ramp_steps=1000))
     extra = {term["name"]: term["gpu_hours"] for term in bill["steady"]["terms"]}["batch_ramp"]
-    assert extra == pytest.approx(1000 * estimate(work).step_time_s * (1 - 10 / 16) * 16 / 3600)
+    assert extra == pytest.approx((334 * 12 + 333 * 8 + 333 * 4) / 16 * estimate(work).step_time_s * 16 / 3600)
     with pytest.raises(ValueError, match="train.batch_start=6: must be a multiple of the layout's dp=4.*use 4 or 8"):
         bill_of(request, Candidate(work, estimate(work)), Terms(batch_start=6, ramp_steps=1000))
 
