@@ -56,18 +56,17 @@ def train(config: Config) -> dict:
     if kind is ClusterKind.auto:
         kind = ClusterKind.ray if "RAY_ADDRESS" in os.environ else ClusterKind.local
     here = kind is ClusterKind.local
-    with contextlib.ExitStack() as stack:
+    with early_end(), contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
-        with early_end():
-            if summary := look_back(config, progress, here=here):
-                return summary
-            stack.enter_context(ray_session(config, kind))
-            gpu = has_gpus(config, progress, here=here)
-            config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))
-            check_run(config)
-            check_data(config, progress, here=here)
-            attempt = partial(run_attempt, checked_request(config, gpu=gpu, simulated=here))
-        cause = stack.enter_context(stop_signals())
+        if summary := look_back(config, progress, here=here):
+            return summary
+        stack.enter_context(ray_session(config, kind))
+        gpu = has_gpus(config, progress, here=here)
+        config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))
+        check_run(config)
+        check_data(config, progress, here=here)
+        attempt = partial(run_attempt, checked_request(config, gpu=gpu, simulated=here))
+        cause = stop_signals()
         if here:
             return attempt(config, progress=progress, notice=cause)
         return keep(attempt, named(config), progress, notice=cause)

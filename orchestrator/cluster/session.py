@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from orchestrator.choices import ClusterKind
 from orchestrator.config import Config
-from orchestrator.errors import NotFit, Preempted, SparingError, Transient
+from orchestrator.errors import NotFit, Preempted, Transient
 
 RANK_PROGRAM = "orchestrator.train.loop"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -29,6 +29,7 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    heard_by = signal.getsignal(signal.SIGTERM)
     try:
         if kind is ClusterKind.ray:
             _knock(os.environ.get("RAY_ADDRESS", ""), patience_s=config.cluster.join_timeout_s)
@@ -41,13 +42,12 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
         raise NotFit("cluster=ray: no Ray cluster is reachable from here; start one with `ray start --head`, set "
                      "RAY_ADDRESS (and RAY_AUTH_MODE and the token of a cluster that asks for one), or use "
                      "cluster=local") from error
-    except SparingError:
-        raise
     except (RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise NotFit(f"Ray could not be started: {str(error).splitlines()[0]}") from error
     except Exception as error:  # Ray raises a bare one when its processes do not come up in time
         raise Transient(f"Ray did not come up ({str(error).split('. ')[0]}); try again when the machine is less busy"
                         ) from error
+    signal.signal(signal.SIGTERM, heard_by)  # not by Ray, whose handler aborts the process three seconds later
     try:
         yield
     finally:
@@ -56,22 +56,26 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
 
 @contextlib.contextmanager
 def early_end() -> Iterator[None]:
-    """Until there are ranks, SIGTERM ends the run at once, as one that is to be started again."""
-    def caught(number, _frame):
-        raise Preempted(f"{signal.Signals(number).name} before there were ranks; nothing is lost, the same command "
-                        "starts it again")
-
-    before = signal.signal(signal.SIGTERM, caught)
+    """Until `stop_signals`, SIGTERM ends the run at once, as one that is to be started again. Afterwards the handlers
+    are those of before. It is an exit, as in Ray's own handler while Ray starts, which takes an Exception for a failure
+    of what it tries."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
     try:
         yield
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        signal.alarm(0)  # Ray's: see `ray_session`
+        raise Preempted("SIGTERM before there were ranks; nothing is lost, the same command starts it again") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Gives a function that names the first SIGTERM or Ctrl-C: it asks for a checkpoint and a clean end. A second one
-    ends at once."""
+def stop_signals() -> Callable[[], str | None]:
+    """A function that names the first SIGTERM or Ctrl-C from now on: it asks for a checkpoint and a clean end. A second
+    one ends at once. Within `early_end`, which puts the handlers back."""
     heard: list[str] = []
 
     def caught(number, _frame):
@@ -79,12 +83,9 @@ def stop_signals() -> Iterator[Callable[[], str | None]]:
             raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
         heard.append(signal.Signals(number).name)  # no print: the signal may have come in the middle of one
 
-    before = {number: signal.signal(number, caught) for number in STOP_SIGNALS}
-    try:
-        yield lambda: heard[0] if heard else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in STOP_SIGNALS:
+        signal.signal(number, caught)
+    return lambda: heard[0] if heard else None
 
 
 def _start(ranks: int, **options) -> None:
@@ -96,8 +97,6 @@ def _start(ranks: int, **options) -> None:
     with _process_group_of_its_own(), _environment(**environment):
         try:
             ray.init(address="local", num_cpus=ranks, **options)
-        except SparingError:
-            raise
         except Exception:
             ray.shutdown()
             ray.init(address="local", num_cpus=ranks, **options)

@@ -212,7 +212,7 @@ def test_nodes_on_their_way_are_asked_for_and_waited_for(monkeypatch):
     assert asked[-1] == []
 
 
-def test_sigterm_before_there_are_ranks_is_a_preemption(tmp_path, monkeypatch, capsys):
+def test_sigterm_while_the_head_is_waited_for_is_a_preemption(tmp_path, monkeypatch, capsys):
     """Slurm starts such a run again, and not one that its signal has killed."""
     def knock(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -93,6 +93,38 @@ def test_sigterm_saves_and_resume_auto_goes_on_with_the_runs_own_config(text, wh
     assert [row[0] for row in losses(tmp_path)] == list(range(1, reached + 3))
 
 
+EARLY = """
+import atexit, os, signal, sys, time
+import ray
+from orchestrator.cluster import preflight, session
+from orchestrator.__main__ import main
+
+def struck(real):
+    def call(*arguments, **options):
+        result = real(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return result
+    return call
+
+owner, name = {"ray": (ray, "init"), "nodes": (preflight, "checked_request"), "stop": (session, "stop_signals")}[
+    sys.argv[1]]
+setattr(owner, name, struck(getattr(owner, name)))
+atexit.register(time.sleep, 4)  # a busy machine: where Ray's handler is in place, the process has three seconds
+raise SystemExit(main(sys.argv[2:]))
+"""
+"""A run that is sent SIGTERM as Ray has started, as its nodes are there, or as it is ready for such signals."""
+
+
+@pytest.mark.parametrize("moment, said", [("ray", "before there were ranks"), ("nodes", "before there were ranks"),
+                                          ("stop", "")])
+def test_sigterm_before_there_are_ranks_is_a_preemption(cluster, text, tmp_path, moment, said):
+    """Slurm starts such a run again, and not one that its signal has killed."""
+    run = command(text, tmp_path, "cluster=ray", TWO)[2:]
+    done = sparing("-c", EARLY, moment, *run, **cluster[0])
+    assert done.returncode == 34 and said in done.stderr and (moment == "ray" or "***" not in done.stderr), done.stderr
+
+
 @contextlib.contextmanager
 def arguments_seen() -> Iterator[set[bytes]]:
     """The command lines of all processes on this machine, collected until the end."""
@@ -104,11 +136,13 @@ def arguments_seen() -> Iterator[set[bytes]]:
                 with contextlib.suppress(OSError):
                     seen.add(file.read_bytes())
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    yield seen
-    over.set()
-    thread.join()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_launch_hands_a_run_to_a_ray_cluster_and_no_secret_is_left_anywhere(cluster, text, whole, tmp_path):
