@@ -270,7 +270,7 @@ class Controller:
 
     @property
     def _size(self) -> int:
-        return self.layout.pp * self.layout.dp
+        return self.layout.world_size
 
     def _enter(self, state: State) -> None:
         assert state is self.state or state in NEXT[self.state], (self.state, state)
