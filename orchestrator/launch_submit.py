@@ -100,14 +100,20 @@ def _copy_to_a_traceback(lines: Iterable[str], rest: list[str]) -> None:
 
 def _torchrun(job: Job, file: Path, environment: dict[str, str]) -> int:
     """SIGTERM is handed on, Ctrl-C has been to all of a terminal: the ranks save, and only then there is an end."""
-    with subprocess.Popen(["sh", str(file)], env=environment) as ranks:
-        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _frame: ranks.send_signal(number)),
-                  signal.SIGINT: signal.signal(signal.SIGINT, lambda _number, _frame: None)}
-        try:
-            return ranks.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    early: list[int] = []
+    tell = early.append
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _frame: tell(number)),
+              signal.SIGINT: signal.signal(signal.SIGINT, lambda _number, _frame: None)}
+    try:
+        with subprocess.Popen(["sh", str(file)], env=environment) as ranks:
+            tell = ranks.send_signal
+            for number in early:
+                tell(number)
+            code = ranks.wait()
+            return Preempted.exit_code if code == -signal.SIGTERM else code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _slurm(job: Job, file: Path, environment: dict[str, str]) -> int:

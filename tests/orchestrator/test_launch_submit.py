@@ -5,9 +5,10 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
-import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from orchestrator.errors import NotFit, Transient
 from orchestrator.launch import Job, LaunchKind
 from orchestrator.launch_dashboard import authentication, has_ended, job_outcome
 from orchestrator.launch_submit import submit
+from tests.cluster_harness import wait_until
 
 
 def test_a_scheduler_that_does_not_answer_is_asked_again_for_minutes(monkeypatch):
@@ -47,20 +49,50 @@ def test_a_slurm_jobs_last_state_is_an_exit_code_of_ours(state, code, ours, tmp_
     assert submit(Job(LaunchKind.slurm, "name", "true\n"), tmp_path / "runs") == ours
 
 
-def test_ranks_under_torchrun_hear_of_sigterm_and_are_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+TORCHRUN = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from orchestrator import launch_submit
+from orchestrator.launch import Job, LaunchKind
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if early:
+            while not Path("ready").exists():
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+
+early, subprocess.Popen, sys.executable = "early" in sys.argv, Popen, str(Path("python").absolute())
+before = signal.getsignal(signal.SIGTERM)
+code = launch_submit.submit(Job(LaunchKind.torchrun, "name", Path("script").read_text()), Path("runs"))
+raise SystemExit(code if signal.getsignal(signal.SIGTERM) is before else 1)
+"""
+"""The command, in a process of its own; early: with a SIGTERM before the ranks are known to it."""
+
+
+@pytest.mark.parametrize("early", [[], ["early"]], ids=["while they run", "as they start"])
+def test_ranks_under_torchrun_hear_of_sigterm_and_are_waited_for(tmp_path, early):
     (tmp_path / "torchrun").touch(mode=0o755)
-    script = f"trap 'sleep 0.5; exit 34' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done\n"
+    (tmp_path / "script").write_text("trap 'echo heard; sleep 0.5; exit 34' TERM; touch ready\n"
+                                     "until [ -e over ]; do sleep 0.1; done\n")
+    with subprocess.Popen([sys.executable, "-c", TORCHRUN, *early], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}) as launch:
+        try:
+            wait_until((tmp_path / "ready").exists, 120, "nothing has started")
+            if not early:
+                launch.send_signal(signal.SIGTERM)
+            out, _ = launch.communicate(timeout=120)
+        finally:
+            (tmp_path / "over").touch()
+            launch.kill()
+    assert launch.returncode == 34 and out.count("heard") == 1
 
-    def interrupt():
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    before = signal.getsignal(signal.SIGTERM)
-    assert submit(Job(LaunchKind.torchrun, "name", script), tmp_path / "runs") == 34
-    assert signal.getsignal(signal.SIGTERM) is before
+def test_a_torchrun_that_sigterm_ends_at_once_is_preempted(tmp_path):
+    (tmp_path / "script").write_text("kill -TERM $$\n")
+    job = Job(LaunchKind.torchrun, "name", "")
+    assert launch_submit._torchrun(job, tmp_path / "script", dict(os.environ)) == 34
 
 
 @pytest.fixture
@@ -142,10 +174,19 @@ def test_a_log_that_stalls_does_not_outlast_its_job(dashboard, monkeypatch, tmp_
     answers, port = dashboard
     monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
     answers["/api/jobs/", "right"] = (200, "[]")
-    answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": "FAILED", "driver_exit_code": 34}))
+    answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": "RUNNING"}))
+    looked = launch_submit.has_ended
+
+    def look(*arguments, **options):
+        if (tmp_path / "said").exists():
+            answers["/api/jobs/mine", "right"] = (200, json.dumps({"status": "FAILED", "driver_exit_code": 34}))
+        return looked(*arguments, **options)
+
+    monkeypatch.setattr(launch_submit, "has_ended", look)
     monkeypatch.setattr(launch_submit, "POLL_S", 0.01)
     monkeypatch.setattr(launch_submit, "LOOK_S", 0.2)
-    job = Job(LaunchKind.ray_job, "mine", "echo step 1\nexec sleep 600\n", f"http://127.0.0.1:{port}")
+    script = f"echo step 1\ntouch {tmp_path}/said\nexec sleep 600\n"
+    job = Job(LaunchKind.ray_job, "mine", script, f"http://127.0.0.1:{port}")
     assert submit(job, tmp_path / "runs") == 34 and "step 1" in capfd.readouterr().out
 
 
