@@ -78,7 +78,10 @@ def read_config(path: str) -> Config:
     """Of a `config.yaml`, as runs keep it."""
     import yaml
 
+    local = storage.local_path(path)
     try:
+        if local is not None and (os.path.isdir(local) or not os.path.exists(local)):
+            raise ValueError("no such file")
         return from_dict(Config, yaml.safe_load(storage.read_bytes(path)))
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, FileNotFoundError) as error:
         raise BadRequest(f"{path}: is no config of a run ({str(error).splitlines()[0]}); repair it, or name another "

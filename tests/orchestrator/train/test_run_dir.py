@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,12 +124,15 @@ def test_who_holds_an_object_store_directory_renews_its_lock_until_another_has_i
         return json.loads(storage.read_bytes(lock))["since"]
 
     with claim_run_dir(config_for(url)):
-        first, deadline = since(), time.monotonic() + 20
+        first, deadline = since(), time.monotonic() + 60
         while since() == first:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        storage.write_bytes(lock, json.dumps({"host": "elsewhere", "pid": 7, "since": 1.0}).encode())
-        time.sleep(0.3)
+        renewing = next(thread for thread in threading.enumerate() if thread.name == "lock")
+        while renewing.is_alive():  # it may be about to write what it has just seen to be its own
+            assert time.monotonic() < deadline
+            storage.write_bytes(lock, json.dumps({"host": "elsewhere", "pid": 7, "since": 1.0}).encode())
+            renewing.join(1)
         assert since() == 1.0
 
 
@@ -190,3 +194,12 @@ def test_a_bad_name_and_an_unwritable_place_are_refused(tmp_path):
     with pytest.raises(NotFit, match="cannot be written.*choose another run.dir"):
         with claim_run_dir(config_for(tmp_path / "file" / "run")):
             pass
+
+
+@pytest.mark.parametrize("name", ["", "none.yaml", "file/config.yaml"])
+def test_what_is_no_config_is_a_bad_request_also_of_one_rank(tmp_path, capsys, name):
+    from orchestrator.train.rank import main
+
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / name)]) == 2
+    assert f"{tmp_path / name}: is no config of a run (no such file); repair it" in capsys.readouterr().err
