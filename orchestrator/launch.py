@@ -42,7 +42,8 @@ GPUS_PER_NODE = 8
 CPUS_PER_GPU = 8
 """Asked for beside each GPU, for the host's share of the work."""
 GIB_PER_GPU, GIB_PER_CPU = 64, 4
-"""Host memory asked for beside each: the program, its batches, copies of its own and a buddy's state."""
+"""Host memory asked for beside each: the program, its batches, copies of its own and a buddy's state. Slurm gives whole
+nodes with all they have."""
 SKY_NAMES = {"a100": "A100-80GB", "a100_40": "A100", "rtx_3090": "RTX3090", "rtx_4090": "RTX4090",
              "rtx_5090": "RTX5090", "mi300x": "MI300X", "mi325x": "MI325X", "mi355x": "MI355X"}
 """Accelerators as SkyPilot spells them where that is not the upper case of ours."""
@@ -107,6 +108,7 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
         command=shlex.join(["python", "-m", "orchestrator", "train", *_overrides(config, arguments, stamp, cwd)]),
         root=str(root), cwd=str(cwd), bin=str(Path(python).parent), address=_address(config),
         memory_gib=ranks_per_node * (GIB_PER_GPU if gpus else GIB_PER_CPU), image=launch.image,
+        whole_nodes=gpus > 0 and (nodes > 1 or gpus >= GPUS_PER_NODE),
         spare_nodes=bool(config.cluster.spares or config.cluster.min_ranks),
         save_timeout=round(config.cluster.save_timeout_s),
         seconds=round(launch.hours * 3600), pending_seconds=round(

@@ -210,7 +210,15 @@ def test_a_password_in_the_address_is_refused_and_not_repeated():
 
 def test_more_gpus_than_a_node_has_are_asked_of_several():
     manifest = filled("launch=slurm", *MANY, "hardware=h100").manifest
-    assert "--nodes=8\n" in manifest and "--gpus-per-node=8\n" in manifest and "--mem=512G\n" in manifest
+    assert "--nodes=8\n" in manifest and "--gpus-per-node=8\n" in manifest and "--mem=0\n" in manifest
+
+
+@pytest.mark.parametrize("words, memory", [
+    (["hardware=h100", "layout.dp=8"], "0"), (["hardware=h100", "layout.dp=2"], "128G"),
+    (["hardware=cpu", "layout.dp=8", "cluster.nodes=2"], "16G")])
+def test_slurm_is_asked_for_all_memory_of_whole_nodes_and_for_a_share_of_others(words, memory):
+    manifest = filled("launch=slurm", *MANY, *words).manifest
+    assert f"--mem={memory}\n" in manifest
 
 
 def test_an_address_is_a_word_whatever_is_in_it():
