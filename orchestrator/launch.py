@@ -139,7 +139,8 @@ def _check(config: Config) -> None:
     if kind in ASK_FOR_DEVICES and config.hardware.name == "auto":
         raise BadRequest(f"hardware=auto: launch={kind.name} asks for devices before it sees any; name them, as in "
                          "hardware=h100 or hardware=cpu")
-    if kind in ASK_FOR_DEVICES and config.hardware.name.startswith("mi") and not launch.image:
+    rocm = kind is LaunchKind.kuberay and launch.image
+    if kind in ASK_FOR_DEVICES and config.hardware.name.startswith("mi") and not rocm:
         raise BadRequest(f"hardware={config.hardware.name}: `sparing plan` alone knows it, launch={kind.name} would "
                          "bring a torch for CUDA; use launch=kuberay with a launch.image of your own that has ROCm's")
     if kind in RUN_ELSEWHERE:
@@ -154,9 +155,11 @@ def _check(config: Config) -> None:
 
 
 def _check_folder(kind: LaunchKind, key: str, folder: str) -> None:
-    if "://" in folder or (folder.startswith("/") and kind not in MOUNTS_NOTHING):
+    path = folder.removeprefix("file://").removeprefix("local://")
+    elsewhere = "://" in path and not path.startswith("memory://")
+    if elsewhere or (path.startswith("/") and kind not in MOUNTS_NOTHING):
         return
-    rule = "a URL" if kind in MOUNTS_NOTHING else "a URL or an absolute path"
+    rule = "a URL of an object store" + ("" if kind in MOUNTS_NOTHING else " or an absolute path")
     raise BadRequest(f"{key}={folder}: must be {rule}, as launch={kind.name} runs elsewhere and any other would go "
                      f"with the machine; use {key}=s3://bucket/runs/NAME" + (
                          "" if kind in MOUNTS_NOTHING else " or a folder that all nodes share"))
