@@ -20,7 +20,7 @@ from orchestrator.serve_engine import Engine, Full, Piece, Sequence
 from orchestrator.serve_request import Asked, Limits, Refused, check_model, read
 
 _HEADERS = {408: {"connection": "close"}, 413: {"connection": "close"}, 429: {"retry-after": "1"}}
-"""By status. Where the rest of a request was not read, no further one can be told from it."""
+"""By status. Where the rest of a request was not read, closing saves reading it."""
 
 
 def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, usd_per_h: float | None) -> Starlette:

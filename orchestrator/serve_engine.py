@@ -80,7 +80,7 @@ class Engine:
     def __init__(self, loaded: Loaded, *, slots: int, capacity: int, max_waiting: int = 64, speculative: bool = False):
         self.loaded, self.capacity, self.max_waiting, self.usage = loaded, capacity, max_waiting, Usage()
         self.batch = Batch(Decoder(loaded.model, slots=slots, capacity=capacity), speculative=speculative)
-        self.free, self.going, self.waiting = list(range(slots))[::-1], {}, deque()
+        self.going, self.waiting = {}, deque()
         self.changed, self.closed = threading.Condition(), False
         self.thread = threading.Thread(target=self._run, daemon=True, name="engine")
         self.thread.start()
@@ -95,6 +95,11 @@ class Engine:
                 self.waiting.append(sequence)
             self.usage.requests += 1
             self.changed.notify()
+
+    @property
+    def free(self) -> list[int]:
+        """Slots that no sequence has."""
+        return [slot for slot in range(len(self.batch.decoder.cache.lengths)) if slot not in self.going]
 
     @property
     def room(self) -> int:
@@ -119,16 +124,16 @@ class Engine:
                 if self.closed:
                     break
                 self._drop_the_late()
-                joining = {self.free.pop(): self.waiting.popleft()
-                           for _ in range(min(len(self.free), len(self.waiting)))}
+                joining = {slot: self.waiting.popleft() for slot in self.free[: len(self.waiting)]}
+                self.going |= joining
             try:
                 if joining:
                     self._join(joining)
                 if self.going:
                     self._step()
             except Exception as error:  # of the model's arithmetic: these sequences are lost, the server is not
-                for slot in [*self.going, *(slot for slot in joining if slot not in self.going)]:
-                    self._end(slot, "error", sequence=joining.get(slot), error=f"{type(error).__name__}: {error}")
+                for slot in list(self.going):
+                    self._end(slot, "error", error=f"{type(error).__name__}: {error}")
         for sequence in [*self.going.values(), *self.waiting]:
             sequence.tell(Piece("", sequence.tokens, "cancelled"))
 
@@ -146,7 +151,6 @@ class Engine:
         self.batch.add(list(joining), [one.prompt for one in joining.values()],
                        [one.sampling for one in joining.values()], [one.seed for one in joining.values()])
         self.batch.decoder.wait()
-        self.going |= joining
         self.usage.prefill_s += time.perf_counter() - began
         self.usage.input_tokens += sum(len(one.prompt) for one in joining.values())
 
@@ -168,12 +172,10 @@ class Engine:
             elif text:
                 sequence.tell(Piece(text, sequence.tokens))
 
-    def _end(self, slot: int, finish: str, text: str = "", *, sequence: Sequence | None = None,
-             error: str = "") -> None:
-        sequence = self.going.pop(slot, sequence)
+    def _end(self, slot: int, finish: str, text: str = "", *, error: str = "") -> None:
+        sequence = self.going.pop(slot)
         if slot in self.batch.rows:
             self.batch.remove(slot)
         else:
             self.batch.decoder.free(slot)
-        self.free.append(slot)
         sequence.tell(Piece(text, sequence.tokens, finish, error))

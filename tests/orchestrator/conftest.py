@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import pytest
@@ -11,6 +12,21 @@ def ranks():
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    from tests.orchestrator.serving import small_model
+
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def server(loaded):
+    from tests.orchestrator.serving import Server
+
+    with contextlib.closing(Server(loaded)) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -1,86 +1,39 @@
 """`sparing serve` as its clients see it: OpenAI's own Python client against a server in this process."""
 
 import asyncio
+import contextlib
 import json
+import queue
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import openai
 import pytest
-import torch
 import uvicorn
 
-from model.config import ModelConfig
-from model.generate import Decoder, generate
-from model.transformer import Transformer
-from orchestrator import serve
+from model.generate import Decoder, Sampling, generate
+from orchestrator import serve, serve_engine
 from orchestrator.errors import BadRequest
 from orchestrator.inference import Loaded
-from orchestrator.serve_api import build_app
-from orchestrator.serve_engine import Engine, Usage
-from orchestrator.serve_request import Limits
-from orchestrator.train.tokenizer import load_tokenizer
+from orchestrator.serve_engine import Engine, Sequence, Usage
 from tests.cluster_harness import wait_until
-
-CAPACITY = 96
-NAME = "small"
+from tests.orchestrator.serving import CAPACITY, NAME, Server
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
-    config = ModelConfig(name=NAME, dim=32, n_layers=2, n_heads=2, vocab_size=260, max_seq_len=CAPACITY)
-    model = Transformer(config)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return Loaded("", model.eval().requires_grad_(False), load_tokenizer("byte"), CAPACITY)
-
-
-class Server:
-    """An engine and its HTTP server, in threads."""
-
-    def __init__(self, loaded: Loaded, *, token: str | None = None, slots: int = 3, waiting: int = 8,
-                 timeout_s: float = 60.0):
-        self.engine = Engine(loaded, slots=slots, capacity=CAPACITY, max_waiting=waiting)
-        app = build_app(self.engine, name=NAME, limits=Limits(64, timeout_s, max_bytes=4096), token=token,
-                        usd_per_h=3.6)
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
-        self.thread.start()
-        wait_until(lambda: self.server.started, 30, "no server")
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        port = self.listener.getsockname()[1]
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.engine.close()
-        self.thread.join(20)
-        self.listener.close()
+def narrow(loaded):
+    """One slot and no queue."""
+    with contextlib.closing(Server(loaded, slots=1, waiting=0)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def server(loaded):
-    found = Server(loaded)
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def slow(loaded):
-    """A server with one slot and no queue, whose steps take 20 ms."""
-    found = Server(loaded, slots=1, waiting=0, timeout_s=0.5)
-    step = found.engine.batch.step
-    found.engine.batch.step = lambda: (time.sleep(0.02), step())[1]
-    yield found
-    found.close()
+def hasty(loaded):
+    """As `narrow`, with a second for an answer."""
+    with contextlib.closing(Server(loaded, slots=1, waiting=0, timeout_s=1.0)) as found:
+        yield found
 
 
 def alone(loaded: Loaded, prompt: str, tokens: int) -> str:
@@ -127,37 +80,47 @@ def test_a_temperature_next_to_nothing_is_greedy_and_harms_nobody(server):
     assert greedy.choices[0].text == next_to.choices[0].text
 
 
-def test_a_request_that_does_not_arrive_in_time_is_answered_so(slow):
-    with socket.create_connection(slow.listener.getsockname(), timeout=20) as client:
+def test_a_request_that_does_not_arrive_in_time_is_answered_so(hasty):
+    with socket.create_connection(hasty.listener.getsockname(), timeout=20) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         answer = client.makefile("rb").read().decode()  # to the end: head and body come apart
-    assert answer.startswith("HTTP/1.1 408") and "did not arrive within timeout_s=0.5" in answer
+    assert answer.startswith("HTTP/1.1 408") and "did not arrive within timeout_s=1;" in answer
 
 
 def test_prefill_is_charged_for_when_it_is_done(loaded, monkeypatch):
     """As a GPU computes: what was told it is done when it was waited for."""
-    server, waited = Server(loaded, slots=1), []
-    monkeypatch.setattr(server.engine.batch.decoder, "wait", lambda: waited.append(time.sleep(0.3)))
-    try:
+    with contextlib.closing(Server(loaded, slots=1)) as server:
+        waited = []
+        monkeypatch.setattr(server.engine.batch.decoder, "wait", lambda: waited.append(time.sleep(0.3)))
         server.client().completions.create(model=NAME, prompt="x", max_tokens=1)
-        assert waited and server.engine.usage.prefill_s >= 0.3 > server.engine.usage.decode_s
-    finally:
-        server.close()
+        assert len(waited) == 1 and server.engine.usage.prefill_s >= 0.3
 
 
-LONG = dict(model=NAME, prompt="x", max_tokens=64, temperature=0)
-"""Greedy: a sampled continuation now and then ends early, by the token that says so."""
+LONG = dict(model=NAME, messages=[{"role": "user", "content": "x"}], max_tokens=64, temperature=0)
+"""Greedy: a sampled continuation now and then ends early, by the token that says so. A stream of it begins with an
+event before the first token."""
 
 
-def test_a_client_that_leaves_midway_frees_its_slot(slow):
-    events = slow.client().completions.create(**LONG, stream=True)
-    next(iter(events))
-    assert slow.engine.load()["running"] == 1
-    events.close()
-    wait_until(lambda: slow.engine.load()["running"] == 0 and slow.engine.free == [0], 30, "the slot is not free")
-    with pytest.raises(openai.APITimeoutError):  # not streamed: the connection is closed on the answer
-        slow.client().with_options(timeout=0.1).completions.create(**LONG)
-    wait_until(lambda: slow.engine.load()["running"] == 0, 30, "it runs on")
+def test_a_client_that_leaves_midway_frees_its_slot(narrow):
+    def ends_early(sequence: Sequence, go) -> bool:
+        wait_until(lambda: sequence.cancelled, 30, "nobody heard that the client left")
+        go.set()
+        wait_until(lambda: narrow.engine.free == [0], 30, "the slot is not free")
+        return sequence.tokens < 64
+
+    with narrow.held() as go:
+        events = narrow.client().chat.completions.create(**LONG, stream=True)
+        next(iter(events))
+        sequence = narrow.running()
+        events.close()
+        assert ends_early(sequence, go)
+    body = json.dumps(LONG).encode()
+    with narrow.held() as go:
+        with socket.create_connection(narrow.listener.getsockname(), timeout=20) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+                           % (len(body), body))
+            sequence = narrow.running()
+        assert ends_early(sequence, go)
 
 
 def test_a_client_that_leaves_before_the_first_byte_of_a_stream_frees_its_slot(server, monkeypatch):
@@ -181,30 +144,57 @@ def test_a_client_that_leaves_before_the_first_byte_of_a_stream_frees_its_slot(s
     wait_until(lambda: server.engine.load() == {"running": 0, "waiting": 0}, 30, "its slots are not free")
 
 
-def test_more_than_may_wait_are_sent_away_and_late_answers_end(slow):
-    one, other = slow.client(), slow.client()  # which take their time to make
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(lambda: one.completions.create(**LONG))
-        wait_until(lambda: slow.engine.load()["running"] == 1, 30, "it does not run")
+def test_more_than_may_wait_are_sent_away(narrow):
+    with ThreadPoolExecutor(1) as pool, narrow.held() as go:
+        first = pool.submit(lambda: narrow.client().chat.completions.create(**LONG))
+        narrow.running()
         with pytest.raises(openai.RateLimitError):
-            other.completions.create(model=NAME, prompt="y")
-        with pytest.raises(openai.APIStatusError, match="no answer within timeout_s=0.5") as caught:
-            first.result(30)
+            narrow.client().completions.create(model=NAME, prompt="y")
+        go.set()
+        assert first.result(60).choices
+
+
+def test_late_answers_end(hasty):
+    with ThreadPoolExecutor(1) as pool, hasty.held() as go:
+        late = pool.submit(lambda: hasty.client().chat.completions.create(**LONG))
+        deadline = hasty.running().deadline
+        wait_until(lambda: time.monotonic() > deadline, 30, "no end")
+        go.set()
+        with pytest.raises(openai.APIStatusError, match="no answer within timeout_s=1;") as caught:
+            late.result(60)
     assert caught.value.status_code == 504
 
 
 def test_a_stream_that_the_end_of_the_server_cuts_short_does_not_look_whole(loaded):
-    server = Server(loaded, slots=1)
-    step = server.engine.batch.step
-    server.engine.batch.step = lambda: (time.sleep(0.02), step())[1]
-    try:
-        events = server.client().completions.create(**LONG, stream=True)
+    with contextlib.closing(Server(loaded, slots=1)) as server, ThreadPoolExecutor(1) as pool, server.held() as go:
+        events = server.client().chat.completions.create(**LONG, stream=True)
         next(iter(events))
-        server.engine.close()
+        server.running()
+        closing = pool.submit(server.engine.close)
+        wait_until(lambda: server.engine.closed, 30, "it does not close")
+        go.set()
+        closing.result(60)
         with pytest.raises(openai.APIError, match="the server is ending"):
             list(events)
-    finally:
-        server.close()
+
+
+def test_an_error_after_a_sequence_ended_frees_its_slot_once(loaded, monkeypatch):
+    """Both join in one step, in which the first ends and the second's text fails."""
+    class Fails:
+        stopped = False
+
+        def push(self, token: int) -> str:
+            raise RuntimeError("no text")
+
+    stream, told = serve_engine.TextStream, queue.Queue()
+    monkeypatch.setattr(serve_engine, "TextStream",
+                        lambda tokenizer, stops, before: Fails() if stops else stream(tokenizer, stops, before))
+    with contextlib.closing(Engine(loaded, slots=2, capacity=CAPACITY)) as engine:
+        engine.submit(Sequence([1], Sampling(), 0, 1, told.put), Sequence([2], Sampling(), 0, 9, told.put, ["x"]))
+        assert [told.get(timeout=60).finish for _ in range(2)] == ["length", "error"]
+        engine.submit(Sequence([3], Sampling(), 0, 1, told.put))
+        assert told.get(timeout=60).finish == "length", "and none is told twice"
+        assert sorted(engine.free) == [0, 1]
 
 
 def test_an_error_of_the_model_ends_its_requests_not_the_server(server, monkeypatch):
@@ -216,14 +206,11 @@ def test_an_error_of_the_model_ends_its_requests_not_the_server(server, monkeypa
 
 
 def test_a_token_is_asked_for_where_one_is_set(loaded):
-    server = Server(loaded, token="open sesame", slots=1)
-    try:
+    with contextlib.closing(Server(loaded, token="open sesame", slots=1)) as server:
         assert server.client("open sesame").completions.create(model=NAME, prompt="x", max_tokens=1)
         for key in ("sesame", ""):
             with pytest.raises(openai.OpenAIError):
                 server.client(key).completions.create(model=NAME, prompt="x", max_tokens=1)
-    finally:
-        server.close()
 
 
 def test_usage_prices_input_and_output_by_the_seconds_they_took(server):

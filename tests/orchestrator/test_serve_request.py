@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from tests.orchestrator.test_serve import CAPACITY, NAME, loaded, server  # noqa: F401
+from tests.orchestrator.serving import CAPACITY, NAME
 
 
 @pytest.mark.parametrize("bad, said", [
@@ -22,7 +22,7 @@ from tests.orchestrator.test_serve import CAPACITY, NAME, loaded, server  # noqa
     (dict(prompt=["a", "b"], n=6), "n=6: 12 answers, must be at most 11 here"),
     (dict(stream_options={"include_usage": True}), "stream_options: are of a stream"),
     (dict(extra_body={"model": None}), "model: must be given; use model=small")])
-def test_a_bad_request_names_the_parameter(server, bad, said):  # noqa: F811
+def test_a_bad_request_names_the_parameter(server, bad, said):
     with pytest.raises(openai.BadRequestError, match=said):
         server.client().completions.create(**dict(model=NAME, prompt="x") | bad)
 
@@ -31,19 +31,19 @@ def test_a_bad_request_names_the_parameter(server, bad, said):  # noqa: F811
     ([{"type": "image_url", "image_url": {"url": "http://x"}}], "images and the like are not supported"),
     ([{"type": "text", "text": 5}], "a part of a content must be"), (5, "a content of text"),
     ("\\ud800", "messages: holds half of a surrogate pair")])
-def test_a_message_that_is_no_text_is_refused(server, content, said):  # noqa: F811
+def test_a_message_that_is_no_text_is_refused(server, content, said):
     body = json.dumps({"model": NAME, "messages": [{"role": "user", "content": content}]}).replace("\\\\", "\\")
     answer = httpx.post(f"{server.client().base_url}chat/completions", content=body)
     assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("body", ['{"model": "\\ud800", "prompt": "x"}', '{"\\ud800": 1, "prompt": "x"}'])
-def test_what_cannot_be_said_back_is_refused_in_openais_words(server, body):  # noqa: F811
+def test_what_cannot_be_said_back_is_refused_in_openais_words(server, body):
     answer = httpx.post(f"{server.client().base_url}completions", content=body)
     assert answer.status_code in (400, 404) and "ud800" in answer.json()["error"]["message"]
 
 
-def test_other_refusals_have_their_status(server):  # noqa: F811
+def test_other_refusals_have_their_status(server):
     with pytest.raises(openai.NotFoundError, match="use model=small"):
         server.client().completions.create(model="gpt", prompt="x")
     with pytest.raises(openai.APIStatusError) as caught:
@@ -53,7 +53,7 @@ def test_other_refusals_have_their_status(server):  # noqa: F811
         server.client().embeddings.create(model=NAME, input="x")
 
 
-def test_the_model_is_listed_and_told_of_by_name(server):  # noqa: F811
+def test_the_model_is_listed_and_told_of_by_name(server):
     (listed,) = server.client().models.list()
     assert listed.id == NAME and server.client().models.retrieve(NAME) == listed
     with pytest.raises(openai.NotFoundError, match="model=gpt/4: is not served here; use model=small") as caught:
@@ -65,7 +65,7 @@ def test_the_model_is_listed_and_told_of_by_name(server):  # noqa: F811
     dict(top_logprobs=0, logprobs=False), dict(parallel_tool_calls=True), dict(tool_choice="none"),
     dict(modalities=["text"]), dict(verbosity="medium"), dict(reasoning_effort="none"), dict(prompt_cache_key="mine")],
     ids=str)
-def test_what_asks_for_nothing_is_granted(server, nothing):  # noqa: F811
+def test_what_asks_for_nothing_is_granted(server, nothing):
     ask = dict(model=NAME, messages=[{"role": "user", "content": "hello"}], max_tokens=4, temperature=0)
     assert server.client().chat.completions.create(**ask, **nothing).choices[0].message.content == (
         server.client().chat.completions.create(**ask).choices[0].message.content)
@@ -73,12 +73,12 @@ def test_what_asks_for_nothing_is_granted(server, nothing):  # noqa: F811
 
 @pytest.mark.parametrize("something", [dict(top_logprobs=2), dict(tool_choice="required"), dict(verbosity="low"),
                                        dict(modalities=["text", "audio"]), dict(reasoning_effort="high")], ids=str)
-def test_what_asks_for_something_else_is_refused(server, something):  # noqa: F811
+def test_what_asks_for_something_else_is_refused(server, something):
     with pytest.raises(openai.BadRequestError, match=f"{next(iter(something))}=.* is not supported"):
         server.client().chat.completions.create(model=NAME, messages=[{"role": "user", "content": "x"}], **something)
 
 
-def test_an_assistant_may_have_said_nothing(server):  # noqa: F811
+def test_an_assistant_may_have_said_nothing(server):
     ask, hello = dict(model=NAME, max_tokens=4, temperature=0), {"role": "user", "content": "hello"}
     texts = {server.client().chat.completions.create(**ask, messages=[hello, {"role": "assistant"} | said, hello])
              .choices[0].message.content for said in ({}, {"content": None}, {"content": ""})}
