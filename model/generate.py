@@ -250,6 +250,8 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: 
 
     More prompts than the decoder has slots wait for one. Row i is seeded by (seed, i). `counts` is filled on the way.
     """
+    if max_tokens < 1:
+        return
     batch = Batch(decoder, speculative=speculative)
     batch.counts = counts if counts is not None else batch.counts
     waiting, free, rows = list(range(len(prompts)))[::-1], list(range(len(decoder.cache.lengths)))[::-1], {}

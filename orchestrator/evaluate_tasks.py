@@ -106,11 +106,10 @@ class HarnessModel(LM):
         return before, self.encode(context + continuation)[len(before) :]
 
     def _continue(self, context: str, options: dict, *, seed: int) -> str:
-        sampling = _sampling(options)
-        stops = options.get("until") or []
-        max_tokens = min(options.get("max_gen_toks", MAX_NEW_TOKENS), self.loaded.window - 1)
+        sampling, stops, most = _asked(options)
+        max_tokens = min(most, self.loaded.window - 1)
         prompt = [self.loaded.tokenizer.eos, *self.encode(context)][-(self.loaded.window - max_tokens) :]
-        stream = TextStream(self.loaded.tokenizer, [stops] if isinstance(stops, str) else stops, prompt)
+        stream = TextStream(self.loaded.tokenizer, stops, prompt)
         decoder = Decoder(self.loaded.model, slots=1, capacity=len(prompt) + max_tokens)
         text = "".join([stream.push(token) for _, token in generate(
             decoder, [prompt], max_tokens=max_tokens, sampling=sampling, seed=seed,
@@ -118,12 +117,25 @@ class HarnessModel(LM):
         return text + stream.finish()
 
 
-def _sampling(options: dict) -> Sampling:
-    """What a task's generation_kwargs ask for: samples where `do_sample` or a temperature says so, unless `do_sample`
-    is false."""
+def _asked(options: dict) -> tuple[Sampling, list[str], int]:
+    """What a task's generation_kwargs ask for, and BadRequest where that cannot be: sampling, the texts that end an
+    answer (of which empty ones end none, as the harness has it), most tokens."""
     if unknown := sorted(set(options) - KNOWN):
         raise BadRequest(f"generation_kwargs.{unknown[0]}={options[unknown[0]]}: is not supported; a task may give "
                          f"{', '.join(sorted(KNOWN))}")
+    stops, most = options.get("until") or [], options.get("max_gen_toks", MAX_NEW_TOKENS)
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise BadRequest(f"generation_kwargs.until={options['until']}: must be a text or a list of texts; use "
+                         r'until: ["\n"]')
+    if type(most) is not int or most < 1:
+        raise BadRequest(f"generation_kwargs.max_gen_toks={most!r}: must be a whole number of at least 1; use "
+                         f"max_gen_toks: {MAX_NEW_TOKENS}")
+    return _sampling(options), [stop for stop in stops if stop], most
+
+
+def _sampling(options: dict) -> Sampling:
+    """Samples where `do_sample` or a temperature says so, unless `do_sample` is false."""
     temperature, top_p = options.get("temperature"), options.get("top_p", 1.0)
     if not options.get("do_sample", bool(temperature)):
         return Sampling()

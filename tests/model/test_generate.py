@@ -197,6 +197,10 @@ def test_rows_are_seeded_and_stop_by_themselves():
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     p = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
     assert torch.allclose(Sampling(1.0, 0.6).probabilities(p), torch.tensor([0.5, 0.2, 0, 0]) / 0.7)
+def test_no_tokens_are_found_where_none_are_asked_for():
+    assert tokens_of(build(V3), PROMPTS, 0) == [[], [], []]
+
+
     assert Sampling().probabilities(p).tolist() == [1, 0, 0, 0]
 
 

@@ -111,7 +111,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: '{{question}}'
 doc_to_target: x
-generation_kwargs: {max_gen_toks: 8, until: [], GIVEN}
+generation_kwargs: {GIVEN}
 metric_list: [{metric: exact_match}]
 """
 
@@ -135,27 +135,36 @@ def tasks(tmp_path, monkeypatch):
     ("dataset_path: json", "dataset_path: nobody/nothing", "nobody/nothing"),
     ("output_type: multiple_choice", "output_type: multiple", "multiple"),
     ("metric: acc", "metric: accuracy_of_mine", "KeyError")])
-def test_a_task_that_cannot_run_is_one_line(checkpoint, capsys, tasks, was, becomes, words):  # noqa: F811
+def test_a_task_that_cannot_run_is_one_line(checkpoint, capsys, tasks, was, becomes, words):
     _, err = evaluate(capsys, checkpoint, *tasks(CHOICE.replace(was, becomes)), code=2)
     line = err.strip().splitlines()[-1]
     assert line.startswith("error: tasks=mine: ") and words in line and "mend the task's YAML file" in line
 
 
-def test_a_mistake_of_the_model_is_not_laid_at_the_tasks_door(checkpoint, tasks, monkeypatch):  # noqa: F811
+def test_a_mistake_of_the_model_is_not_laid_at_the_tasks_door(checkpoint, tasks, monkeypatch):
     words = tasks(CHOICE)
     monkeypatch.setattr("orchestrator.evaluate_tasks.score", lambda *given, **how: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["evaluate", str(checkpoint), *words])
 
 
-def test_a_task_that_asks_for_samples_gets_them(checkpoint, capsys, tasks, monkeypatch):  # noqa: F811
+def test_a_task_that_asks_for_samples_gets_them(checkpoint, capsys, tasks, monkeypatch):
     from orchestrator import evaluate_tasks
 
     seen, generate = [], evaluate_tasks.generate
     monkeypatch.setattr(evaluate_tasks, "generate",
                         lambda *args, **named: seen.append(named["sampling"]) or generate(*args, **named))
     for given in "do_sample: true, temperature: 0.7, top_p: 0.9", "do_sample: false, temperature: 0.0":
-        evaluate(capsys, checkpoint, *tasks(SAY.replace("GIVEN", given)))
+        evaluate(capsys, checkpoint, *tasks(SAY.replace("GIVEN", f"max_gen_toks: 8, until: [], {given}")))
     assert [(one.temperature, one.top_p) for one in seen] == [(0.7, 0.9), (0.0, 1.0)]
-    _, err = evaluate(capsys, checkpoint, *tasks(SAY.replace("GIVEN", "top_k: 5")), code=2)
-    assert "generation_kwargs.top_k=5: is not supported" in err
+
+
+@pytest.mark.parametrize("given, words", [
+    ("top_k: 5", "top_k=5: is not supported"), ("temperature: 101", "temperature=101.0: must be a number between 0"),
+    ("max_gen_toks: 0", "max_gen_toks=0: must be a whole number of at least 1"),
+    ("max_gen_toks: -3", "max_gen_toks=-3"), ("max_gen_toks: '8'", "max_gen_toks='8'"),
+    ("max_gen_toks: 2.5", "max_gen_toks=2.5"),
+    ("until: 5", "until=5: must be a text or a list of texts"), ("until: [5]", "until=[5]")])
+def test_an_answer_that_cannot_be_is_one_line(checkpoint, capsys, tasks, given, words):
+    _, err = evaluate(capsys, checkpoint, *tasks(SAY.replace("GIVEN", given)), code=2)
+    assert err.strip().splitlines()[-1].startswith(f"error: generation_kwargs.{words}")
