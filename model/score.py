@@ -53,12 +53,12 @@ def score_text(model: Transformer, tokens: Sequence[int], *, before: int, window
                batch_tokens: int = BATCH_TOKENS) -> Score:
     """Every token of a text of any length once, with at least `window - stride` tokens of context where there are so
     many. `before` is the token that the text begins after: the one that ends a document."""
-    text, scores = [before, *tokens], []
+    text, scores = [before, *tokens], [Score(torch.zeros(0), torch.zeros(0, dtype=torch.bool))]
     spans = windows(len(text), window, stride)
     while group := list(itertools.islice(spans, max(1, GROUP_TOKENS // (window + 1)))):
         found = score(model, [text[start:stop] for start, stop, _ in group],
                       [first - start for start, _, first in group], batch_tokens=batch_tokens)
-        scores.append([torch.cat(tensors) for tensors in zip(*found, strict=True)])
+        scores.append(Score(*(torch.cat(tensors) for tensors in zip(*found, strict=True))))
     return Score(*(torch.cat(tensors) for tensors in zip(*scores, strict=True)))
 
 

@@ -35,6 +35,11 @@ def test_each_token_is_scored_once_with_its_windows_context(window, stride):
         assert is_best == (alone.argmax() == text[i])
 
 
+def test_a_text_without_tokens_has_no_scores():
+    found = score_text(build(V3), [], before=0, window=8, stride=4)
+    assert found.log_prob.shape == found.is_best.shape == (0,) and found.is_best.dtype == torch.bool
+
+
 def test_the_windows_of_a_long_text_are_never_all_laid_out_at_once(monkeypatch):
     held = []
 
