@@ -137,7 +137,10 @@ def _unfinished(cache: Path) -> tuple[Path, int]:
     """A new directory to write a store into, and its lock, which ends with this process however it ends."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=".", dir=cache))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it either
             fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.is_dir():  # unless it was removed before the lock was ours

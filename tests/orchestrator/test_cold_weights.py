@@ -1,6 +1,8 @@
 """A model within a limit of memory says what the whole one says; limits and formats that cannot be are refused."""
 
 import dataclasses
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -113,6 +115,22 @@ def test_what_a_killed_process_left_of_a_store_is_removed_and_what_is_being_writ
 
 
 def test_experts_that_four_bits_cannot_hold_are_refused(tmp_path):
+def test_a_store_whose_directory_goes_as_it_is_made_gets_another(path, tmp_path, monkeypatch):
+    """Another process finds it before it is locked, and takes it for one that was left."""
+    open_, gone = os.open, []
+
+    def late(folder, *given, **how):
+        if not gone:
+            gone.append(folder)
+            shutil.rmtree(folder)
+        return open_(folder, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", late)
+        assert load_within(path, max_gib=1, tokenizer="byte", cache_dir=str(tmp_path)).model
+    assert gone[0].parent == tmp_path and len(list(tmp_path.iterdir())) == 1
+
+
     config = dataclasses.replace(CONFIG, moe_inter_dim=20)
     export(tmp_path / "hf", config, Transformer(config).state_dict())
     with pytest.raises(BadRequest, match="weights=int4: .* a multiple of 8 inputs, not 20; use weights=fp8"):
