@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 # Every released MLA model norms its latents with this, whatever its other norms use (Moonlight: 1e-5).
 LATENT_NORM_EPS = 1e-6
 MASK_ELEMENTS = 1 << 20
-"""Most of a cached step's mask at a time: 20 MiB as booleans and as the fp32 that a kernel makes of them."""
+"""Most of a cached step's mask that a CPU's kernel takes at a time: 6 MiB as booleans and as the fp32 it makes of them.
+"""
+
+
+def mask_elements(device: torch.device) -> int:
+    return MASK_ELEMENTS if device.type == "cpu" else 4 * MASK_ELEMENTS
 
 
 class RMSNorm(nn.Module):
@@ -137,7 +142,7 @@ class LatentAttention(nn.Module):
         """
         config, (heads, nope) = self.config, q_nope.shape[2:]
 
-        def attend(q: Tensor, mask: Tensor) -> Tensor:
+        def attend(q: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
             mask = mask[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
             out = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], kept[:, None], kept[:, None],
                                                  attn_mask=mask[:, None], scale=self.scale)
@@ -145,7 +150,7 @@ class LatentAttention(nn.Module):
 
         up_k, up_v = self.wkv_b.weight.view(heads, nope + config.v_head_dim, -1).split([nope, config.v_head_dim], dim=1)
         q = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, up_k), q_rope], dim=-1)
-        out = _in_blocks(attend, q, mask, heads)[..., : config.kv_lora_rank]
+        out = _in_blocks(attend, q, mask, kept, rows=heads)[..., : config.kv_lora_rank]
         return self.wo(torch.einsum("bshc,hvc->bshv", out, up_v).flatten(2))
 
 
@@ -180,12 +185,12 @@ class GroupedQueryAttention(nn.Module):
             return self.wo(_attend(q, k, v, config.head_dim**-0.5))
         k, v = (t.transpose(1, 2) for t in cache.append(k, v))
 
-        def attend(q: Tensor, mask: Tensor) -> Tensor:
+        def attend(q: Tensor, mask: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None],
                                                  scale=config.head_dim**-0.5, enable_gqa=q.shape[2] != k.shape[1])
             return out.transpose(1, 2)
 
-        return self.wo(_in_blocks(attend, q, cache.mask, 1).flatten(2))
+        return self.wo(_in_blocks(attend, q, cache.mask, k, v, rows=1).flatten(2))
 
     def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         rotary = _rotary_dim(self.config)
@@ -220,14 +225,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out[..., :size].transpose(1, 2).flatten(2)
 
 
-def _in_blocks(attend: Callable[[Tensor, Tensor], Tensor], q: Tensor, mask: Tensor, rows: int) -> Tensor:
-    """attend(q, mask) of queries [B, S, H, *] and what each sees [B, S, L], block by block, so that a long prompt's
-    mask, of which the kernel takes `rows` rows a query and makes numbers, stays small."""
-    most = MASK_ELEMENTS if q.device.type == "cpu" else 4 * MASK_ELEMENTS
-    size = max(1, most // (rows * mask.shape[0] * mask.shape[2]))
-    if q.shape[1] <= size:
-        return attend(q, mask)
-    return torch.cat([attend(*block) for block in zip(q.split(size, dim=1), mask.split(size, dim=1), strict=True)], 1)
+def _in_blocks(attend: Callable[..., Tensor], q: Tensor, mask: Tensor, *kept: Tensor, rows: int) -> Tensor:
+    """attend(q, mask, *kept) of queries [B, S, H, *], what each sees [B, S, L] and what is kept of the B sequences,
+    block by block, so that the mask, of which the kernel takes `rows` rows a query and makes numbers, stays small
+    however long the prompts and however many the sequences."""
+    queries = max(1, mask_elements(q.device) // (rows * mask.shape[2]))
+    if mask.shape[0] * mask.shape[1] <= queries:
+        return attend(q, mask, *kept)
+    sequences, out = min(queries, mask.shape[0]), torch.empty_like(q)
+    for first in range(0, mask.shape[0], sequences):
+        some = slice(first, first + sequences)
+        for start in range(0, mask.shape[1], queries // sequences):
+            block = some, slice(start, start + queries // sequences)
+            out[block] = attend(q[block], mask[block], *(t[some] for t in kept))
+    return out
 
 
 def _rotary_dim(config: ModelConfig) -> int:
