@@ -142,16 +142,39 @@ def kv_bytes(config: ModelConfig, *, bytes_per_element: float = 2) -> float:
     return config.n_layers * elements * bytes_per_element
 
 
-def forward_bytes(config: ModelConfig, tokens: int, *, bytes_per_element: float = 4) -> int:
+def forward_bytes(config: ModelConfig, tokens: int, *, bytes_per_element: float = 4, in_turn: bool = False) -> int:
     """Most that a forward of so many tokens holds at once beside weights, keys and values, masks and logits: the
-    residual stream and the widest part of a block, where an expert may be every token's."""
-    dim, heads, rows = config.dim, config.n_heads, config.n_activated_experts
-    absorbed = heads * (2 * config.qk_head_dim + 3 * (config.kv_lora_rank + config.qk_rope_head_dim))
-    attention = (absorbed if config.attention is Attention.mla else
-                 3 * (heads + 2 * config.n_kv_heads) * config.head_dim) + heads * v_head_dim(config)
-    dense = 4 * config.inter_dim
-    experts = rows * 4 * dim + 4 * config.moe_inter_dim + 2 * config.n_routed_experts if config.n_routed_experts else 0
-    return int(tokens * bytes_per_element * (6 * dim + max(attention, dense, experts)))
+    residual stream three times, an MTP module's inputs, rotary angles, and the widest part of a block. in_turn: an
+    expert computes after the other, of which one may be every token's."""
+    dim, wide = config.dim, 4 / bytes_per_element  # what is computed in fp32 whatever the rest is
+    rotary = config.qk_rope_head_dim if config.attention is Attention.mla else config.head_dim
+    around = 3 * dim + (5 * dim if config.n_mtp_layers else 0) + wide * rotary
+    dense = 0 if config.is_moe(0) else 3 * config.inter_dim + dim
+    experts = _experts_width(config, wide, in_turn) if config.n_routed_experts else 0
+    return int(tokens * bytes_per_element * (around + max(4 * dim, _attention_width(config, wide), dense, experts)))
+
+
+def _attention_width(config: ModelConfig, wide: float) -> float:
+    """Elements of a token in an attention layer at its widest: GQA's where it norms and rotates, in fp32; MLA's over
+    latents or, without a cache, over keys and values padded to one size."""
+    heads, qk, v = config.n_heads, config.qk_head_dim, v_head_dim(config)
+    if config.attention is not Attention.mla:
+        return (2 * heads + 2 * wide * heads + 4 * config.n_kv_heads) * config.head_dim
+    absorbed = 2 * qk + 3 * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return heads * (v + max(absorbed, 5 * qk + config.qk_nope_head_dim + v))
+
+
+def _experts_width(config: ModelConfig, wide: float, in_turn: bool) -> float:
+    """Elements of a token in a MoE layer at its widest: at the router, the shared experts, the routed ones, whose rows
+    are `top_k` times the tokens, or where these are brought back."""
+    dim, rows, inter = config.dim, config.n_activated_experts, config.moe_inter_dim
+    shared = config.n_shared_experts * 3 * inter + dim
+    kept = dim if config.n_shared_experts else 0
+    one = 2 * dim + 3 * inter
+    routed = kept + (2 * rows * dim + one if in_turn else rows * one)
+    combined = kept + 3 * rows * dim + dim
+    places = 12 * wide * rows  # indices and weights of the rows
+    return max(wide * (dim + 4 * config.n_routed_experts), places + max(rows * dim + shared, routed, combined))
 
 
 def v_head_dim(config: ModelConfig) -> int:

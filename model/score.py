@@ -18,7 +18,11 @@ BATCH_TOKENS = 8192
 GROUP_TOKENS = 1 << 16
 """Of a text's windows that are laid out at a time: they overlap, and may be many times the text."""
 HEAD_ELEMENTS = 1 << 22
-"""Most logits at a time, in three copies, on a CPU; four times as many on a GPU."""
+"""Most logits at a time, in three copies, on a CPU."""
+
+
+def head_elements(device: torch.device) -> int:
+    return HEAD_ELEMENTS if device.type == "cpu" else 4 * HEAD_ELEMENTS
 
 
 class Score(NamedTuple):
@@ -43,7 +47,7 @@ def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[in
         for states, i in zip(hidden, batch, strict=True):
             targets = torch.tensor(rows[i][firsts[i] :], device=states.device)
             states = states[firsts[i] - 1 : len(rows[i]) - 1]
-            step = max(1, HEAD_ELEMENTS * (1 if states.device.type == "cpu" else 4) // model.config.vocab_size)
+            step = max(1, head_elements(states.device) // model.config.vocab_size)
             parts = [_score(model, *part) for part in zip(states.split(step), targets.split(step), strict=True)]
             found[i] = Score(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     return found

@@ -61,7 +61,8 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
         except ValueError as error:
             raise BadRequest(f"weights={form}: {error}") from error
         # Two experts are unpacked at a time where one is read ahead, and a forward has its own memory.
-        working = forward_bytes(weights.config, at_once, cache, dtype) + 2 * _unpacked(shapes, dtype)
+        working = forward_bytes(weights.config, cache_tokens, at_once, dtype, device, in_turn=True)
+        working += 2 * _unpacked(shapes, dtype)
         least = rest + cache + working + 2 * each
         if max_gib * GIB < least:
             raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "

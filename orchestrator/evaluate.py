@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
         from orchestrator.evaluate_tasks import evaluate_tasks, table
 
         limit = int(number(named, "limit", 1, 1)) if "limit" in named else None
-        loaded = _load(path, memory, tokenizer, weights.trained_len + 1)
+        loaded = _load(path, memory, tokenizer, weights.trained_len + 1, cache_tokens=weights.config.max_seq_len + 1)
         results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=limit)
         print(table(results))
         _write(named, {"path": loaded.path, "tasks": results["results"]})
@@ -95,14 +95,15 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _load(path: str, memory: dict[str, float | str] | None, tokenizer: str, window: int):
+def _load(path: str, memory: dict[str, float | str] | None, tokenizer: str, window: int, *, cache_tokens: int = 0):
     """In fp32; a limited memory has room for a smaller batch of windows."""
     import torch
 
     from orchestrator.inference import BATCH_TOKENS, load
 
     at_once = BATCH_TOKENS if memory is None else LIMITED_BATCH_TOKENS
-    loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=max(window, at_once))
+    loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=max(window, at_once),
+                  cache_tokens=cache_tokens)
     return replace(loaded, batch_tokens=at_once)
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from model import count, hf
-from model.attention import MASK_ELEMENTS
-from model.config import ModelConfig
-from model.generate import CHUNK_TOKENS
-from model.score import BATCH_TOKENS, HEAD_ELEMENTS
+from model.attention import mask_elements
+from model.config import Attention, ModelConfig
+from model.generate import CHUNK_TOKENS, chunk_tokens
+from model.score import BATCH_TOKENS, head_elements
 from model.transformer import Transformer
 from orchestrator.config import from_dict
 from orchestrator.errors import BadRequest
@@ -147,7 +147,7 @@ def _check_room(weights: Weights, dtype: torch.dtype, device: torch.device | str
     """Refuse what would end in the kernel's killer."""
     needed = sum(shape.numel() for shape in hf.tensor_shapes(weights.config).values()) * dtype.itemsize
     cache = cache_bytes(weights.config, cache_tokens, dtype)
-    cache += forward_bytes(weights.config, at_once, cache, dtype)
+    cache += forward_bytes(weights.config, cache_tokens, at_once, dtype, device)
     free = free_bytes(device)
     if free is None or needed + cache <= free:
         return
@@ -168,13 +168,23 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     return int(tokens * count.kv_bytes(config, bytes_per_element=dtype.itemsize) * layers / config.n_layers)
 
 
-def forward_bytes(config: ModelConfig, at_once: int, cache: int, dtype: torch.dtype) -> int:
-    """Most that a forward takes beside weights, keys and values: of a prompt's chunk or, where more, of `at_once`
-    tokens; with the mask of its attention, one layer's keys and values gathered, a chunk's logits."""
-    tokens = max(at_once, CHUNK_TOKENS)
-    logits = 3 * min(HEAD_ELEMENTS, tokens * config.vocab_size)
-    return (count.forward_bytes(config, tokens, bytes_per_element=dtype.itemsize) + 10 * MASK_ELEMENTS + 4 * logits
-            + cache // config.n_layers)
+def forward_bytes(config: ModelConfig, cache_tokens: int, at_once: int, dtype: torch.dtype,
+                  device: torch.device | str, *, in_turn: bool = False) -> int:
+    """Most that a forward takes beside weights and the keys and values of `cache_tokens`: of a prompt's chunk, with
+    its mask and one layer's keys and values gathered, or of `at_once` tokens that are scored, which keep none and have
+    their room; and logits. in_turn: experts compute one after the other."""
+    device, longest = torch.device(device), min(cache_tokens, config.max_seq_len)
+    chunk = min(chunk_tokens(device), max(cache_tokens, CHUNK_TOKENS))
+
+    def body(tokens: int) -> int:
+        return count.forward_bytes(config, tokens, bytes_per_element=dtype.itemsize, in_turn=in_turn)
+
+    cache = cache_bytes(config, cache_tokens, dtype)
+    rows = config.n_heads if config.attention is Attention.mla else 1
+    # Booleans twice and fp32; a GPU's kernel may copy that once more to align it.
+    mask = chunk * longest + 10 * max(mask_elements(device), rows * longest)
+    logits = 12 * min(head_elements(device), max(chunk, at_once) * config.vocab_size)
+    return max(body(chunk) + mask + cache // config.n_layers, body(at_once) - cache) + logits
 
 
 def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from safetensors import safe_open
+from torch.profiler import ProfilerActivity, profile
 
 from model.cold_experts import Ahead, ColdExperts, HotExperts, Store, write_store
 from model.config import ModelConfig
-from model.moe import GroupedExperts, Router
+from model.count import forward_bytes
+from model.moe import GroupedExperts, MoE, Router
 from model.packed import FORMATS, _torchao, pack, packed_bytes, unpack
+from tests.torch_memory import most_allocated
 
 E, D, INNER = 6, 128, 64
 
@@ -45,6 +48,21 @@ def test_experts_on_disk_compute_what_experts_in_memory_do_within_their_limit(ex
     hits = visits - E if kept >= E else 0  # of two that are kept, each has made room when its turn comes again
     assert (cold.hot.hits, cold.hot.misses) == (hits, visits - hits)
     assert len(cold.hot.kept) == min(kept, E)
+
+
+def test_experts_on_disk_hold_what_is_said(experts, tmp_path):
+    """One expert at a time, which may be every token's: all tokens here choose the same."""
+    config = ModelConfig(dim=D, moe_inter_dim=INNER, n_routed_experts=E, n_activated_experts=4, n_shared_experts=0)
+    layer = MoE(config).eval().requires_grad_(False)
+    layer.router.gate.weight.zero_()
+    files, x = stores(experts, tmp_path), torch.ones(1, 512, D)
+    layer.experts = ColdExperts(0, files, HotExperts(0))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        layer(x)
+    expert = sum(store.expert_bytes for store in files)
+    around = 3 * 512 * D * 4  # the residual stream, which is not held here
+    said = forward_bytes(config, 512, in_turn=True) - around
+    assert 0.75 * said < most_allocated(recorded) - expert < said < forward_bytes(config, 512) - around
 
 
 def test_the_least_recently_used_expert_makes_room(experts, tmp_path):

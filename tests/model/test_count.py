@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.profiler import ProfilerActivity, profile
 
 from model.config import ModelConfig
 from model.count import (
@@ -13,6 +14,7 @@ from model.count import (
     attention_flops,
     dense_equal_active,
     dense_equal_total,
+    forward_bytes,
     forward_flops,
     head_flops,
     kv_bytes,
@@ -23,8 +25,13 @@ from model.count import (
     parameters,
     training_flops,
 )
+from model.generate import Decoder
+from model.score import score
 from model.transformer import Transformer
 from orchestrator.config import from_dict
+from tests.model.test_generate import QWEN3_MOE, V3, build
+from tests.model.test_hf import LLAMA, MIXTRAL
+from tests.torch_memory import most_allocated
 
 SHAPES = Path(__file__).parents[2] / "conf" / "model"
 SHIPPED = sorted(path.stem for path in SHAPES.glob("*.yaml"))
@@ -112,6 +119,31 @@ def test_kv_bytes_are_those_of_isca_table_1():
     assert {name: kv_bytes(shape(name)) for name in published} == published
     assert kv_bytes(shape("deepseek_v2")) == 69_120
     assert kv_bytes(shape("deepseek_v3"), bytes_per_element=1) == 70_272 / 2
+
+
+HEADS = dict(n_heads=8, n_kv_heads=2, head_dim=32)
+SIZES = [dataclasses.replace(V3, dim=256, n_heads=8, inter_dim=512, moe_inter_dim=128, kv_lora_rank=32),
+         dataclasses.replace(V3, name="wide heads", dim=64, n_heads=16, qk_nope_head_dim=32, v_head_dim=32),
+         dataclasses.replace(V3, name="shared experts", dim=64, moe_inter_dim=256, n_shared_experts=4),
+         dataclasses.replace(MIXTRAL, **HEADS, dim=256, moe_inter_dim=896),
+         dataclasses.replace(LLAMA, **HEADS, dim=256, inter_dim=896),
+         dataclasses.replace(QWEN3_MOE, **HEADS, dim=64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", SIZES, ids=lambda config: config.name)
+def test_a_forward_holds_what_is_said(config, dtype, monkeypatch):
+    """A text that is scored, and a prompt with its mask, that MTP modules read too."""
+    monkeypatch.setattr("model.attention.MASK_ELEMENTS", 1 << 14)
+    model, row = build(config).to(dtype), [i % 50 for i in range(256)]
+    decoder, held = Decoder(model, slots=1, capacity=256), []
+    for read in (lambda: score(model, [row], [255]),
+                 lambda: decoder.read([0], [row], drafts=config.n_mtp_layers > 0)):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            read()
+        held.append(most_allocated(recorded))
+    said = forward_bytes(config, 256, bytes_per_element=dtype.itemsize)
+    assert 0.7 * said < max(held) < said + 256**2 + (10 << 14)
 
 
 def test_training_flops_are_those_of_isca_table_2():

@@ -119,7 +119,7 @@ add([8], 40)
 before = peak()
 add(range(8), 1500)
 cache = cache_bytes(config, 9 * 1601, torch.float32)  # its pages are taken when they are written
-print(peak() - before - cache, forward_bytes(config, 0, cache, torch.float32))
+print(peak() - before - cache, forward_bytes(config, 9 * 1601, 0, torch.float32, "cpu"))
 """
 
 

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from orchestrator import evaluate, serve
 from orchestrator import generate as generate_verb
 from orchestrator.cold_weights import GIB, experts_of, load_within
 from orchestrator.errors import BadRequest
-from orchestrator.inference import forward_bytes, load_for_inference
+from orchestrator.inference import cache_bytes, forward_bytes, load_for_inference
 from tests.model.test_hf import TINY
 
 CONFIG = dataclasses.replace(TINY, vocab_size=260, n_mtp_layers=0)
@@ -65,7 +66,7 @@ def _least(path, tmp_path) -> float:
     model = Transformer(CONFIG)
     each = sum(p[0].numel() * 4 for n, p in model.named_parameters() if n.startswith("layers.1.moe.experts"))
     rest = sum(p.numel() * 4 for n, p in model.named_parameters() if ".moe.experts." not in n)
-    return (rest + 4 * each + forward_bytes(CONFIG, 0, 0, torch.float32) + 4096) / GIB
+    return (rest + 4 * each + forward_bytes(CONFIG, 0, 0, torch.float32, "cpu", in_turn=True) + 4096) / GIB
 
 
 def test_a_store_that_was_not_finished_is_never_taken_for_one(path, tmp_path, monkeypatch):
@@ -144,6 +145,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(path, monke
     monkeypatch.setattr("orchestrator.inference.free_bytes", lambda device: GIB)
     with pytest.raises(BadRequest, match="what a forward holds, but 1.0 are free here; .* fewer or shorter sequences"):
         load_for_inference(path, tokenizer="byte", cache_tokens=10**8)
+
+
+def test_what_a_gpu_reads_at_once_must_fit_into_it(path, monkeypatch):
+    """Sixteen times a CPU's chunk of a prompt."""
+    asked, tokens = dict(tokenizer="byte", cache_tokens=20_000), CONFIG.vocab_size * CONFIG.dim
+    room = 4 * sum(p.numel() for p in Transformer(CONFIG).parameters()) + cache_bytes(CONFIG, 20_000, torch.float32)
+    room += forward_bytes(CONFIG, 20_000, 0, torch.float32, "cpu") + 4 * tokens
+    monkeypatch.setattr("orchestrator.inference.free_bytes", lambda device: room)
+    assert load_for_inference(path, **asked).model
+    with pytest.raises(BadRequest, match="are free here"):
+        load_for_inference(path, device="cuda", **asked)
+
+
+def test_tasks_have_room_for_the_keys_and_values_of_an_answer(path, monkeypatch):
+    loaded, asked = load_for_inference(path, tokenizer="byte"), []
+    monkeypatch.setitem(sys.modules, "orchestrator.evaluate_tasks", SimpleNamespace(
+        evaluate_tasks=lambda *given, **how: {"results": {}}, table=str))
+    monkeypatch.setattr("orchestrator.inference.load", lambda *given, **how: asked.append(how) or loaded)
+    evaluate.run([path, "tokenizer=byte", "tasks=mine", "task_dir=.", "memory.max_gib=1"])
+    assert asked[0]["cache_tokens"] == CONFIG.max_seq_len + 1
+    kept = cache_bytes(CONFIG, 65, torch.float32)
+    assert kept > 0 and forward_bytes(CONFIG, 65, 10_000, torch.float32, "cpu") + kept == forward_bytes(
+        CONFIG, 0, 10_000, torch.float32, "cpu"), "what is scored has that room"
 
 
 def test_a_limit_above_what_is_free_is_refused_unless_the_model_takes_less(path, tmp_path, monkeypatch):
