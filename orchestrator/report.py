@@ -13,7 +13,7 @@ from orchestrator.report_plots import Series, format_number, line_chart, load_he
 from orchestrator.report_run import Run, Share, expert_load, headline_figures, interval_note, labelled, read_run, shares
 from orchestrator.report_style import details, document, figure, table
 from orchestrator.train import storage
-from orchestrator.train.finish import format_usd
+from orchestrator.train.finish import format_usd, since
 
 MAX_EVENTS = 200
 
@@ -224,13 +224,13 @@ def _dense(run: Run, *, many: bool) -> str:
               format_number(twin["device_hours"]), escape(format_usd(twin["usd"]))]
              for key, name in names.items() for twin in [summary["dense"][key]]]
     return figure("Beside dense training" + (f": {run.label}" if many else ""),
-                  "the same tokens; dense models computed at this run's own MFU, productive time only. Dense "
-                  "models usually reach a higher MFU, so their figures are upper bounds",
+                  f"the same tokens; dense models computed at this run's own MFU{since(summary)}, productive time "
+                  "only. Dense models usually reach a higher MFU, so their figures are upper bounds",
                   table(["", "parameters", "FLOPs", "device-hours", "cost"], rows), wide=True)
 
 
 def _predicted(run: Run) -> str:
-    predicted, measured = run.summary["predicted"], run.summary["measured"] | run.summary
+    predicted, measured = run.summary["predicted"], run.summary | run.summary["measured"]
     rows = []
     for key, value in predicted.items():
         if isinstance(value, int | float):
@@ -241,7 +241,10 @@ def _predicted(run: Run) -> str:
     if not rows:
         return ""
     how = escape(str(predicted.get("how", "plan")))
-    return figure("Predicted and measured", f"forecast before the first step ({how}), and what the run did",
+    number = measured.get("median_of_steps")
+    of = (f"; times and tokens_per_s are medians of {number:,} kept steps{since(run.summary)}, of one "
+          "batch size and behind a first one; steps_usd is all goodput") if number else ""
+    return figure("Predicted and measured", f"forecast before the first step ({how}), and what the run did{of}",
                   table(["", "predicted", "measured", "error"], rows), wide=True)
 
 

@@ -6,7 +6,7 @@ from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import format_number
 from orchestrator.train import storage
-from orchestrator.train.finish import SUMMARY, format_usd, read_summary
+from orchestrator.train.finish import SUMMARY, format_usd, read_summary, since
 from orchestrator.train.metrics import EVENTS, METRICS, read_lines
 from orchestrator.train.run_dir import CONFIG
 
@@ -75,7 +75,8 @@ def headline_figures(summary: dict) -> list[Figure]:
     peak_note = "" if peak is None else (f"of {devices} x {peak / 1e12:.3g} TFLOP/s, "
                                          f"{summary['measured'].get('peak_source')}")
     twin = dense.get("equal_total", {})
-    mean_of = f"the last {LAST_STEPS} steps" if summary["status"] == "unfinished" else "kept steps"
+    mean_of = f"the last {LAST_STEPS} steps" if summary["status"] == "unfinished" else (
+        f"kept steps{since(summary)}")
     return [
         Figure("Validation loss", _fixed(loss["validation"], 4), f"nats/token; train {_fixed(loss['train'], 4)}"),
         Figure("Bits per byte", _fixed(bits["validation"], 3), ", ".join(beside) or "on held-out text"),
@@ -87,7 +88,8 @@ def headline_figures(summary: dict) -> list[Figure]:
         Figure("Per million tokens", format_usd(summary["usd_per_million_tokens"]),
                f"{format_number(summary['tokens'])} tokens in {summary['steps']:,} steps"),
         Figure("Dense of equal total", format_usd(twin.get("usd")),
-               f"same tokens at this run's own MFU; {format_number(twin.get('device_hours'))} device-hours"),
+               f"same tokens at this run's own MFU{since(summary)}; "
+               f"{format_number(twin.get('device_hours'))} device-hours"),
     ]
 
 

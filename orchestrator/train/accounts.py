@@ -4,7 +4,7 @@ Every rank keeps accounts, so that the loop needs no branches; rank 0's are the 
 """
 
 import math
-import statistics
+from collections import deque
 from dataclasses import asdict
 from statistics import fmean
 
@@ -27,7 +27,7 @@ from orchestrator.train.cadence import KEPT, Cadence
 from orchestrator.train.control import Recovery, steady
 from orchestrator.train.data import Corpus
 from orchestrator.train.expected import expected, keep_plan
-from orchestrator.train.finish import earlier_end, summarise
+from orchestrator.train.finish import MEASURED_STEPS, earlier_end, medians, summarise
 from orchestrator.train.machine import machine_of
 
 PREDICTED = ("step_time_s", "forward_backward_s", "optimizer_s", "tokens_per_s", "memory_peak_gib", "steps_usd")
@@ -62,9 +62,9 @@ class Accounts:
             self.predicted, self.learnt = expected(config, self.machine)
         self.ended_by_budget = False
         self.step_seconds: list[float] = []
-        self.parts: list[dict[str, float]] = []
+        self.timed: deque[dict] = deque(maxlen=MEASURED_STEPS)
         self.save_seconds = self.write_seconds = self.validation_seconds = 0.0
-        self.kept_tokens, self.kept_seconds = 0, 0.0
+        self.kept_tokens, self.kept_seconds, self.since_step = 0, 0.0, progress.step
         self.tokens_before = progress.tokens
         self.final: dict | None = None
 
@@ -118,7 +118,6 @@ class Accounts:
         self.ledger.charge("data", data_s)
         self.ledger.charge("goodput" if sums.applied else "lost_work", seconds - data_s)
         self.step_seconds = [*self.step_seconds[1 - KEPT :], seconds]
-        self.parts = [*self.parts[1 - KEPT :], parts_s | {"cpu": sums.cpu_s}]
         self.cadence.step(seconds, saving=saving)
         if sums.applied:
             self.kept_tokens, self.kept_seconds = self.kept_tokens + tokens, self.kept_seconds + seconds
@@ -142,6 +141,7 @@ class Accounts:
             "flops/model_total": model_flops(config.model, progress.tokens, config.train.seq_len),
             "perf/mfu": mfu(flops / seconds, devices=self.devices, peak_flops_per_s=self.peak),
         }
+        self.timed.append({key: row[key] for key in row if key.startswith(("time/", "tokens/per_s", "train/skipped"))})
         self.row = row | self._loads(sums.tokens_per_expert) | self._costs()
         return self.row
 
@@ -213,8 +213,8 @@ class Accounts:
             "loss_spikes": progress.loss_spikes, "rollbacks": progress.rollbacks,
             "bits_per_byte": {"validation": progress.extra.get("bits_per_byte"), **self.corpus.baselines},
             "tokens_per_s": self.kept_tokens / seconds if seconds else None,
-            "step_time_s": sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None,
-            "predicted": self.predicted, "parts_s": _medians(self.parts), "memory_peak_gib": self._peak_gib(),
+            "since_step": self.since_step, "medians": medians(list(self.timed)),
+            "predicted": self.predicted, "memory_peak_gib": self._peak_gib(),
             "machine": asdict(self.machine) if self.machine is not None else None,
             "peak_flops_per_s": self.peak, "device": self.mesh.device.type,
             "model_flops_total": model_flops(self.config.model, progress.tokens, self.config.train.seq_len),
@@ -291,9 +291,3 @@ class Accounts:
         for name, twin in dense.items():
             row[f"cost/dense_{name}_device_hours"], row[f"cost/dense_{name}_usd"] = twin["device_hours"], twin["usd"]
         return row
-
-
-def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Of the last steps: what happens seldom is left out."""
-    names = {name for found in parts for name in found}
-    return {name: statistics.median(found.get(name, 0.0) for found in parts) for name in sorted(names)}

@@ -6,6 +6,7 @@ Every key is always there; what is not known is null. A run that failed is summe
 import contextlib
 import json
 import math
+from statistics import median
 
 from model import count
 from orchestrator.config import Config
@@ -16,6 +17,8 @@ from orchestrator.train import storage
 from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_lines
 
 SUMMARY = "summary.json"
+MEASURED_STEPS = 1000
+"""At a run's end, that medians are of."""
 BILL = ("device_hours", "gpu_hours", "usd_total", "usd_per_million_tokens", "goodput", "buckets_s", "attempts",
         "placed_at", "released_at")
 """What an attempt adds to, whatever comes of it."""
@@ -94,6 +97,7 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
                                    usd_per_h=price, devices=devices)
     bits = result.get("bits_per_byte") or {}
     device = result.get("device") or config.hardware.device
+    bill = _bill(ledger, tokens, released_at=released_at, gpu=device == "cuda")
     return _finite({
         "status": result.get("status", "failed"),
         "steps": result.get("steps") or 0,
@@ -102,11 +106,12 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
         "bits_per_byte": {key: bits.get(key) for key in ("validation", "bigram", "gzip")},
         "tokens_per_s": tokens_per_s,
         "mfu": mfu,
-        **_bill(ledger, tokens, released_at=released_at, gpu=device == "cuda"),
+        **bill,
         "dense": {"at": "this run's own MFU, productive time only", **dense},
         "predicted": result.get("predicted") or {},
         "measured": _measured(config, result, devices=devices, flops=flops) | {
-            "charged_s": ledger.charged_s(released_at), "wall_s": released_at - placed_at},
+            "charged_s": ledger.charged_s(released_at), "wall_s": released_at - placed_at,
+            "steps_usd": None if bill["usd_total"] is None else bill["usd_total"] * (bill["goodput"] or 0.0)},
         "model": {"name": config.model.name, "parameters": count.parameters(config.model).total,
                   "active_parameters": dense["equal_active"]["parameters"]},
         "layout": {"pp": config.layout.pp, "dp": config.layout.dp, "ep": config.layout.ep,
@@ -142,8 +147,8 @@ def _measured(config: Config, result: dict, *, devices: int, flops: float) -> di
     """flops: the model's, of one token."""
     tokens_per_s, peak = result.get("tokens_per_s"), result.get("peak_flops_per_s")
     return {
-        "step_time_s": result.get("step_time_s"),
-        **{f"{name}_s": seconds for name, seconds in (result.get("parts_s") or {}).items()},
+        **(result.get("medians") or medians([])),
+        "since_step": result.get("since_step"),
         "machine": result.get("machine"),
         "memory_peak_gib": result.get("memory_peak_gib"),
         "skipped_steps": result.get("skipped_steps"),
@@ -170,7 +175,7 @@ def headline(summary: dict) -> list[str]:
         lines.append(f"quality   {bits['validation']:.3f} bits per byte" + (f" ({', '.join(beside)})" * bool(beside)))
     if summary["tokens_per_s"] is not None:
         mfu = "" if summary["mfu"] is None else f", MFU {summary['mfu']:.1%} of {_peak(summary)}"
-        lines.append(f"speed     {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
+        lines.append(f"speed     {summary['tokens_per_s']:,.0f} tokens/s{since(summary)}{mfu}")
     goodput = "" if summary["goodput"] is None else f", goodput {summary['goodput']:.0%}"
     unit = "GPU-hours" if "gpu_hours" in summary else "device-hours"
     lines.append(f"cost      {format_usd(summary['usd_total'])}, {summary['device_hours']:.4g} {unit}{goodput}")
@@ -181,12 +186,18 @@ def headline(summary: dict) -> list[str]:
     for name, twin in (("total", summary["dense"]["equal_total"]), ("active", summary["dense"]["equal_active"])):
         if twin["device_hours"] is not None:
             lines.append(f"dense     {format_usd(twin['usd'])}, {twin['device_hours']:.4g} {unit} for equal {name} "
-                         "parameters, same tokens, this MFU")
+                         f"parameters, same tokens, this MFU{since(summary)}")
     saved = summary["checkpoint"]
     if saved["error"] is not None:
         lines.append(f"NOT SAVED {saved['error']}; " + (f"the newest checkpoint is of step {saved['step']}"
                                                         if saved["step"] is not None else "there is no checkpoint"))
     return lines
+
+
+def since(summary: dict) -> str:
+    """Which steps speed and MFU are of, where it is not all: those since the run last began or recovered."""
+    step = summary["measured"].get("since_step")
+    return f" since step {step:,}" if step else ""
 
 
 def format_usd(usd: float | None) -> str:
@@ -244,11 +255,25 @@ def _result_from_rows(rows: list[dict], *, earlier_s: float, held_s: float, rele
 
 
 def _rates(rows: list[dict]) -> dict:
-    """Of all steps that rows speak of; tokens of those that were kept."""
+    """Of all kept steps that rows speak of."""
     rates = [row["tokens/per_s"] for row in rows if row.get("tokens/per_s") and not row.get("train/skipped")]
-    seconds = [row["time/step_s"] for row in rows if row.get("time/step_s")]
     return {"tokens_per_s": len(rates) / math.fsum(1 / rate for rate in rates) if rates else None,
-            "step_time_s": math.fsum(seconds) / len(seconds) if seconds else None}
+            "since_step": 0, "medians": medians(rows)}
+
+
+def medians(rows: list[dict]) -> dict:
+    """What a step takes and its parts, and tokens a second at that, over the last kept steps of as many tokens as the
+    very last, but for the first row, which warms up, where there are others. rows: of metrics.jsonl."""
+    kept = [(round(row["tokens/per_s"] * row["time/step_s"]), row) for row in rows[-MEASURED_STEPS:]
+            if row.get("tokens/per_s") and row.get("time/step_s") and not row.get("train/skipped")]
+    counted = [row for size, row in kept if size == kept[-1][0]]
+    counted = counted[counted[0] is rows[0] and len(counted) > 1 :] if counted else []
+    names = sorted(set.intersection(*(set(row) for row in counted))) if counted else []
+    found = {name.removeprefix("time/"): median(row[name] for row in counted)
+             for name in names if name.startswith("time/")}
+    step_s = found.pop("step_s", None)
+    return {"step_time_s": step_s, "tokens_per_s": kept[-1][0] / step_s if step_s else None,
+            "median_of_steps": len(counted), **found}
 
 
 def _finite(value):

@@ -142,6 +142,17 @@ def test_the_page_shows_the_headline_figures_and_every_plot(write_run):
     assert outline.titles > 100, "hovering shows numbers"
 
 
+def test_what_was_measured_is_of_one_window_that_the_table_names(write_run):
+    run = write_run()
+    summary = json.loads((pathlib.Path(run) / "summary.json").read_text())
+    summary["predicted"] |= {"tokens_per_s": 10_240.0, "steps_usd": 0.004}
+    summary["measured"] |= {"tokens_per_s": 9525.0, "steps_usd": 0.005, "median_of_steps": 80, "since_step": 119}
+    (pathlib.Path(run) / "summary.json").write_text(json.dumps(summary))
+    page = open(write_report([run])).read()
+    assert "medians of 80 kept steps since step 119" in page and ">9,525<" in page and ">0.005<" in page
+    assert "tokens/s, mean of kept steps since step 119" in page and "own MFU since step 119" in page
+
+
 def test_every_drawing_is_well_formed_xml(write_run):
     page = open(write_report([write_run(steps=1500, experts=8)])).read()
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.S):

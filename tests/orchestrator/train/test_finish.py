@@ -7,7 +7,7 @@ from model import count
 from orchestrator.config import Config
 from orchestrator.plan.cost import BUCKETS, Ledger
 from orchestrator.train import finish as finish_module
-from orchestrator.train.finish import finish_run, format_usd, headline, read_summary
+from orchestrator.train.finish import finish_run, format_usd, headline, medians, read_summary
 
 DEVICES, PEAK, PLACED = 4, 5e10, 1e9
 
@@ -28,7 +28,7 @@ def result_of(config, *, price=0.5, **more):
         ledger.charge(bucket, seconds)
     return {"status": "completed", "steps": 50, "tokens": 102_400, "loss_train": 2.5, "loss_validation": 2.6,
             "bits_per_byte": {"validation": 3.1, "bigram": 3.6, "gzip": 2.7}, "tokens_per_s": 1700.0,
-            "step_time_s": 1.2, "peak_flops_per_s": PEAK, "ledger": ledger.to_dict(PLACED + 100),
+            "medians": {"step_time_s": 1.2}, "peak_flops_per_s": PEAK, "ledger": ledger.to_dict(PLACED + 100),
             "wandb_id": "abc", **more}
 
 
@@ -126,9 +126,41 @@ def test_a_failed_run_is_summed_up_from_the_rows_it_left(tmp_path):
 def test_a_run_that_was_complete_keeps_its_rate_when_it_is_started_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 50, "tokens/per_s": 80.0, "time/step_s": 2.0}) + "\n")
     config = config_for(tmp_path)
-    summary = finish(config, result_of(config) | {"tokens_per_s": None, "step_time_s": None})
+    summary = finish(config, result_of(config) | {"tokens_per_s": None, "medians": None})
     assert summary["tokens_per_s"] == 80.0 and summary["measured"]["step_time_s"] == 2.0
     assert summary["mfu"] > 0 and summary["dense"]["equal_total"]["usd"] > 0
+
+
+def test_a_step_is_measured_by_medians_over_one_window():
+    """Not by its warm-up, steps that other load disturbed, that were not kept or that had a smaller batch."""
+    rows = [{"step": step, "time/step_s": 2.0, "tokens/per_s": 50.0, "time/forward_backward_s": 1.8,
+             "time/optimizer_s": 0.1} for step in range(9)]
+    rows[0] |= {"time/step_s": 60.0, "tokens/per_s": 100 / 60}
+    rows[1] |= {"tokens/per_s": 25.0, "time/step_s": 1.0}
+    rows[2] |= {"train/skipped": 1, "time/step_s": 9.0}
+    for row in rows[6:]:
+        row |= {"time/step_s": 20.0, "tokens/per_s": 5.0, "time/forward_backward_s": 19.0}
+    rows[7]["time/validation_s"] = 3.0
+    assert medians(rows[:3]) == {"step_time_s": 1.0, "tokens_per_s": 25.0, "median_of_steps": 1,
+                                 "forward_backward_s": 1.8, "optimizer_s": 0.1}
+    rows.insert(3, rows[3])
+    assert medians(rows) == {"step_time_s": 2.0, "tokens_per_s": 50.0, "median_of_steps": 7,
+                             "forward_backward_s": 1.8, "optimizer_s": 0.1}
+    assert medians(rows[:1])["step_time_s"] == 60.0 and medians([])["step_time_s"] is None
+
+
+def test_what_all_steps_cost_is_measured_too(tmp_path):
+    measured = finish(config_for(tmp_path), result_of(config_for(tmp_path)))["measured"]
+    assert measured["steps_usd"] == pytest.approx(DEVICES * 60 / 3600 * 0.5)
+    unpriced = finish(config_for(tmp_path, usd_per_h=None), result_of(config_for(tmp_path), price=None))
+    assert unpriced["measured"]["steps_usd"] is None
+
+
+def test_speed_and_mfu_of_the_last_attempt_say_so(tmp_path):
+    resumed = finish(config_for(tmp_path), result_of(config_for(tmp_path), since_step=30))
+    assert sum("since step 30" in line for line in headline(resumed)) == 3
+    whole = finish(config_for(tmp_path), result_of(config_for(tmp_path), since_step=0))
+    assert "since" not in "\n".join(headline(whole))
 
 
 def test_a_failed_run_costs_no_less_than_its_last_row_showed(tmp_path):
