@@ -1,37 +1,56 @@
 """From a plan's words to what is asked of the planner; mistakes are told by key, value, rule and remedy."""
 
 from dataclasses import fields, replace
-from math import inf
+from math import inf, prod
+
+import yaml
 
 from model.config import ModelConfig
 from orchestrator.compose import compose_config
-from orchestrator.config import ComputeDtype, Config, HardwareConfig
+from orchestrator.config import ComputeDtype, Config, HardwareConfig, conf_dir
 from orchestrator.errors import BadRequest
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import on_cores, routing_of
-from orchestrator.plan.hardware import at_market
+from orchestrator.plan.hardware import at_market, catalogue
 from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, check_stages_per_rank, require
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import default_batch
-from orchestrator.plan.search import DEGREES, Request
+from orchestrator.plan.search import DEGREES, MAX_TP, Request, divides_heads
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration
 from orchestrator.train.expected import check_device, counted, read_calibration
+from orchestrator.train.run_dir import CONFIG, read_config
+from orchestrator.train.storage import join
 
 PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "recompute")
 
+PLANNED = ("train.batch_size", "train.seq_len")
+"""Keys that a plan sets itself."""
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
 """What a bill counts, by the words of a plan; validation and the batch's ramp are keys of train."""
 
 
 def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
-    """The config, and the words that were given, by key."""
-    return compose_config(overrides), {text.split("=", 1)[0]: text for text in overrides}
+    """The config, and the words that were given, by key: those of a plan's own choice also by an experiment."""
+    config, given = compose_config(overrides), {text.split("=", 1)[0]: text for text in overrides}
+    word = given.get("experiment", "")
+    own = {key: word for key in _keys_of(word.partition("=")[2]) if key in PLANNED or key.startswith("precision")}
+    return config, own | given
+
+
+def _keys_of(experiment: str) -> set[str]:
+    """Groups and keys that it sets."""
+    file = conf_dir() / "experiment" / f"{experiment}.yaml"
+    values = yaml.safe_load(file.read_text()) if file.exists() else {}
+    groups = {name.removeprefix("override /") for each in values.pop("defaults", []) for name in each}
+    return groups | {f"{section}.{key}" for section, keys in values.items() for key in keys}
 
 
 def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:
     """What the words ask for. sized: the number of GPUs was asked for, rather than being what a question looks for."""
+    if "calibrate" in options and config.hardware.name == "auto":
+        config, given = _on_its_hardware(options["calibrate"], config, given)
     check_hardware(config.hardware)
     for key in ("train.batch_size", "train.seq_len"):
         value = getattr(config.train, key.split(".")[1])
@@ -93,11 +112,21 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     return asked
 
 
+def _on_its_hardware(run: str, config: Config, given: dict[str, str]) -> tuple[Config, dict[str, str]]:
+    """Where no device was asked for: that of the calibrating run, with what was set of it."""
+    read_calibration(run, "calibrate", routing=False)
+    found = read_config(join(run, CONFIG)).hardware
+    changed = {key.split(".")[1]: getattr(config.hardware, key.split(".")[1]) for key in given if "hardware." in key}
+    named = {"hardware": f"hardware={found.name}"} if found.name in catalogue() else {}
+    return replace(config, hardware=replace(found, **changed)), given | named
+
+
 def _dtype(options: dict[str, str], config: Config, given: dict[str, str]) -> str:
     words = [word for key, word in given.items() if key.split(".")[0] == "precision"]
     if words and "dtype" in options:
         raise BadRequest(f"{words[0]}: dtype={options['dtype']} says it as well; leave one of them out")
-    if words and config.precision.compute_dtype is ComputeDtype.fp32 and not config.precision.fp8:
+    cuda, precision = config.hardware.device == "cuda", config.precision
+    if words and cuda and precision.compute_dtype is ComputeDtype.fp32 and not precision.fp8:
         raise BadRequest(f"{words[0]}: a plan is of products in bf16 or fp8; use precision=bf16")
     dtype = options.get("dtype", "fp8" if words and config.precision.fp8 else "bf16")
     if dtype not in ("bf16", "fp8", "any"):
@@ -120,8 +149,8 @@ def _run_words(options: dict[str, str], config: Config, given: dict[str, str], h
                devices: int) -> tuple[str, ...]:
     """Those that `train` takes as they stand: hardware, cluster, a batch ramp. gpus= may have made the cluster another
     one, and market= the price."""
-    words = [given[key] for key in given if key.split(".")[0] not in ("model", "layout", "precision")
-             and key not in PLANNED]
+    chosen = ("model", "layout", *["precision"] * (hardware.device == "cuda"))
+    words = list(dict.fromkeys(given[key] for key in given if key.split(".")[0] not in chosen and key not in PLANNED))
     words += [word for key, word in given.items() if key == "layout.overlap"]
     nodes, ranks = config.cluster.nodes, config.cluster.ranks_per_node
     if (nodes or ranks) and nodes * ranks != devices:
@@ -131,10 +160,6 @@ def _run_words(options: dict[str, str], config: Config, given: dict[str, str], h
         price = "null" if hardware.usd_per_h is None else hardware.usd_per_h
         words += [f"hardware.usd_per_h={price}", f"hardware.market={hardware.market}"]
     return tuple(words)
-
-
-PLANNED = ("train.batch_size", "train.seq_len")
-"""Keys that a plan sets itself."""
 
 
 def _routing(asked: str | None, model: ModelConfig, calibration: Calibration) -> Routing:
@@ -178,17 +203,27 @@ def _check_degrees(asked: Request, *, sized: bool) -> None:
     if most == 1 and pinned.get("schedule", UNSCHEDULED) != UNSCHEDULED:
         raise BadRequest(f"layout.schedule={pinned['schedule']}: is one of pipelines, and layout.pp=1 is none; leave "
                          "one of them to the plan, or use more GPUs")
-    product = pinned.get("pp", 1) * pinned.get("dp", 1)
+    tp, node = pinned.get("tp", 1), asked.hardware.scale_up_devices
+    if not divides_heads(asked.model, tp) or tp > min(MAX_TP, node):
+        raise BadRequest(f"tp={tp}: must divide the model's {asked.model.n_heads} heads and be at most "
+                         f"{min(MAX_TP, node)}, ranks of one node; leave it to the plan")
+    degrees = {key: pinned[key] for key in ("pp", "dp", *DEGREES) if key in pinned}
+    product = prod(degrees.values())
     if sized and asked.devices % product:
-        which = next(key for key in ("pp", "dp") if key in pinned)
-        raise BadRequest(f"layout.{which}={pinned[which]}: layout.pp x layout.dp = {product} must divide the "
-                         f"{asked.devices:,} GPUs; change one of the three, or leave a degree to the plan")
+        words, which = " x ".join(map(option_of, degrees)), next(key for key in degrees if degrees[key] > 1)
+        raise BadRequest(f"{option_of(which)}={degrees[which]}: {f'{words} = {product} ' * (len(degrees) > 1)}must "
+                         f"divide the {asked.devices:,} GPUs; change one of them, or leave a degree to the plan")
     ep = pinned.get("ep", 1)
     if ep > 1 and (not experts or experts % ep):
         raise BadRequest(f"layout.ep={ep}: must divide the model's {experts} routed experts; leave it to the plan")
     if sized and (asked.devices // pinned.get("pp", 1)) % ep:
         raise BadRequest(f"layout.ep={ep}: must divide the {asked.devices // pinned.get('pp', 1):,} GPUs of a stage; "
                          "leave it to the plan")
+
+
+def option_of(key: str) -> str:
+    """What a part of a layout is asked for as."""
+    return key if key in (*DEGREES, "zero") else f"layout.{key}"
 
 
 def number(key: str, text: str, *, least: float = 1, whole: bool = False, example: str = "64") -> float:

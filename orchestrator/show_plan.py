@@ -16,7 +16,7 @@ from orchestrator.plan_explain import print_explained
 from orchestrator.plan_page import page
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
 from orchestrator.plan_questions import settle
-from orchestrator.plan_request import TERMS, compose_plan, read_request
+from orchestrator.plan_request import TERMS, compose_plan, option_of, read_request
 from orchestrator.plan_table import print_plan, reasons
 from orchestrator.words import plain
 
@@ -109,7 +109,7 @@ def no_layout(request: Request) -> NotFit:
         return NotFit(f"gpus={devices}: no layout of model={request.model.name} fits on {on}, and on more of them none "
                       f"can be planned: {error}")
     if request.pinned and (least is None or least.devices == devices):
-        remedy = f"leave one of {', '.join(f'layout.{key}' for key, _ in request.pinned)} to the plan"
+        remedy = f"leave one of {', '.join(option_of(key) for key, _ in request.pinned)} to the plan"
     elif least is None:
         remedy = f"nor does it on any number up to {MOST_DEVICES:,} of {request.hardware.name}; use larger devices"
     else:

@@ -17,11 +17,13 @@ from orchestrator.plan.dense import equal_loss, measured_multiplier
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.planner import price
 from orchestrator.plan.published import published
-from orchestrator.plan.runs import VALIDATED
+from orchestrator.plan.runs import validated
 from orchestrator.plan.search import Candidate, Request, search
 from orchestrator.plan.workload import Workload, illegal
 
 DENSE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
+RANGES = {"pue": (1, 1e15), "server_factor": (1, 1e15), "power_share": (0, 1)}
+"""Least and most of terms; of the others from 0 on."""
 ITSELF = "this model is dense"
 TWINS = {"equal_active": count.dense_equal_active, "equal_total": count.dense_equal_total}
 
@@ -54,11 +56,8 @@ def bill_of(request: Request, best: Candidate, terms: Terms) -> dict:
 
 
 def terms_for(request: Request, work: Workload) -> Terms:
-    """Those asked for. A validation takes as many sequences as the printed command for `train` says, if it was not
-    asked for how many."""
-    if any(word.startswith(f"{VALIDATED}=") for word in request.run_words):
-        return request.terms
-    return replace(request.terms, validate_sequences=work.dp * work.microbatches)
+    """Those asked for, with a validation as the printed command for `train` has it."""
+    return replace(request.terms, validate_sequences=validated(request.terms.validate_sequences, work))
 
 
 def _step_at(work: Workload, step_s: float) -> Callable[[int], float]:
@@ -167,8 +166,10 @@ def terms_of(values: dict[str, str], base: Terms) -> Terms:
             value = float(text)
         except ValueError:
             value = -1.0
-        if not 0 <= value < 1e15:
-            raise ValueError(f"{key}={text}: must be a number of at least 0; use {key}={asdict(Terms())[key]:g}")
+        least, most = RANGES.get(key, (0, 1e15))
+        if not least <= value <= most:
+            rule = f"from {least} to {most}" if key in RANGES and most < 1e15 else f"of at least {least}"
+            raise ValueError(f"{key}={text}: must be a number {rule}; use {key}={asdict(Terms())[key]:g}")
         changed[key] = value
     return replace(base, **changed)
 

@@ -36,6 +36,7 @@ def price(candidate: Candidate, request: Request) -> dict:
         "gpu_hours_per_trillion_tokens": hours * work.devices / request.tokens * 1e12,
         "usd_total": None if usd is None else hours * work.devices * usd,
         "train": None if reason else overrides_of(work, steps=steps, others=request.run_words,
+                                                  validate=terms.validate_sequences,
                                                   per_machine=request.per_machine),
         "train_not": reason,
     }

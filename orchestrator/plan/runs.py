@@ -58,10 +58,16 @@ def steps_for(tokens: float, train: TrainConfig) -> int:
     return ramp + math.ceil((sequences - seen) / train.batch_size)
 
 
-def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str, ...] = (),
+def validated(asked: int, work: Workload) -> int:
+    """Sequences of a validation as the layout takes them: so many, or the next more."""
+    quantum = work.dp * work.microbatches
+    return max(1, math.ceil(asked / quantum)) * quantum
+
+
+def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str, ...] = (), validate: int = 0,
                  per_machine: int = 0) -> list[str]:
     """The same run as `sparing train` takes it. others: words of the plan's own command that hold for the run too.
-    per_machine: ranks of a machine; 0: unknown."""
+    validate: sequences of a validation by the config. per_machine: ranks of a machine; 0: unknown."""
     keys = {"pp": work.pp, "dp": work.dp, "ep": work.ep, "schedule": work.schedule, "microbatches": work.microbatches,
             "recompute": work.recompute.name}
     if work.pp > 1 and Schedule[work.schedule] in LOOPED_SCHEDULES:
@@ -69,13 +75,12 @@ def overrides_of(work: Workload, *, steps: int | None = None, others: tuple[str,
     if work.ep > 1 and not work.stack.copies:
         keys["ep_per_node"] = ep_per_node(work, per_machine)
     train = {"batch_size": work.batch_size, "seq_len": work.seq_len} | ({} if steps is None else {"steps": steps})
-    quantum = work.dp * work.microbatches
-    asked = dict(word.split("=", 1) for word in others).get(VALIDATED, "")
-    if not asked.isdecimal() or int(asked) % quantum:
+    if validated(validate, work) != validate:
         others = tuple(word for word in others if not word.startswith(f"{VALIDATED}="))
-        train["validate_sequences"] = quantum
-    return [*_model_words(work.model), *(f"layout.{key}={value}" for key, value in keys.items()),
-            f"precision={work.dtype}", *(f"train.{key}={value}" for key, value in train.items()), *others]
+        train["validate_sequences"] = validated(validate, work)
+    precision = [f"precision={work.dtype}"] * (work.hardware.device == "cuda")  # a CPU's is in the others, or auto
+    return [*_model_words(work.model), *(f"layout.{key}={value}" for key, value in keys.items()), *precision,
+            *(f"train.{key}={value}" for key, value in train.items()), *others]
 
 
 def ep_per_node(work: Workload, per_machine: int) -> int:

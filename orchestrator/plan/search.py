@@ -175,7 +175,7 @@ def layouts(request: Request) -> Iterator[Workload]:
         dtypes = ("bf16", "fp8") if request.hardware.fp8_tflops else ("bf16",)
     for pp in (pp for pp in divisors(devices) if pp <= min(model.n_layers, max(MAX_PP, pinned.get("pp", 1)))):
         for tp in (tp for tp in divisors(devices // pp) if tp <= min(MAX_TP, request.hardware.scale_up_devices)
-                   and _divides_heads(model, tp)):
+                   and divides_heads(model, tp)):
             for cp in (cp for cp in divisors(devices // (pp * tp)) if not _not_cut(request.seq_len, cp)):
                 dp = devices // (pp * tp * cp)
                 for ep in (ep for ep in divisors(dp * cp * tp) if experts % ep == 0):
@@ -194,7 +194,7 @@ def _microbatches(batch_size: int, dp: int, asked: int | None) -> list[int]:
     return [number for number in numbers if batch_size % (dp * number) == 0]
 
 
-def _divides_heads(model: ModelConfig, tp: int) -> bool:
+def divides_heads(model: ModelConfig, tp: int) -> bool:
     return model.n_heads % tp == 0 and (model.attention is Attention.mla or model.n_kv_heads % tp == 0)
 
 

@@ -12,12 +12,13 @@ from orchestrator.config import conf_dir
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
+from orchestrator.plan.money import terms_for
 from orchestrator.plan.planner import price
 from orchestrator.plan.questions import (
     fits,
     offer,
 )
-from orchestrator.plan.runs import overrides_of
+from orchestrator.plan.runs import not_run, overrides_of
 from orchestrator.plan.search import Request, search
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_questions import settle
@@ -145,6 +146,39 @@ def test_a_batch_ramp_that_a_layout_cannot_begin_is_told_and_not_printed():
     assert any(wrong in (row["train_not"] or "") for row in rows)
 
 
+@pytest.mark.parametrize("words, batch, printed", [
+    (["experiment=tiny"], (16, 256), set()),
+    (["experiment=tiny", "train.seq_len=128"], (16, 128), set()),
+    (["experiment=mtp"], (4, 512), set()),
+    (["model=tiny", "train.batch_size=16", "train.seq_len=256"], (16, 256), set()),
+    (["model=tiny", "train.batch_size=16", "train.validate_sequences=50"], (16, 1024), {"train.validate_sequences=52"}),
+])
+def test_an_experiments_batch_is_asked_for_and_its_validation_kept(words, batch, printed):
+    asked = read_request({"gpus": "4", "tokens": "1e7"}, *compose_plan([*words, H100, "layout.dp=4"]))
+    assert (asked.batch_size, asked.seq_len) == batch and asked.batch_asked
+    best = price(next(each for each in search(asked).candidates if not not_run(each.work)), asked)
+    assert {word for word in best["train"] if word.startswith("train.validate_sequences")} == printed
+    commands_of(asked)
+
+
+def test_an_experiments_precision_is_asked_for(monkeypatch, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "low.yaml").write_text("defaults: [override /model: tiny, override /precision: fp8]\n")
+    monkeypatch.setattr("orchestrator.plan_request.conf_dir", lambda: tmp_path)
+    fp8 = dataclasses.replace(compose_config(["precision=fp8", H100]))
+    monkeypatch.setattr("orchestrator.plan_request.compose_config", lambda words: fp8)
+    asked = read_request({"gpus": "4", "tokens": "1e7"}, *compose_plan(["experiment=low"]))
+    assert asked.dtype == "fp8"
+
+
+def test_a_bill_has_the_validation_that_train_is_told(tmp_path):
+    """The config's own, where the layout takes so many; it does not follow the layout."""
+    asked = read_request({"gpus": "8", "tokens": "1e9"}, *compose_plan(SMALL))
+    for dp, microbatches, wanted in ((8, 1, 64), (8, 4, 64), (4, 3, 72), (8, 16, 128)):
+        work = dataclasses.replace(search(asked).candidates[0].work, dp=dp, microbatches=microbatches, pp=8 // dp)
+        assert terms_for(asked, work).validate_sequences == wanted
+
+
 def test_every_shipped_model_is_printed_by_its_name_alone():
     for file in (conf_dir() / "model").glob("*.yaml"):
         model = compose_config([f"model={file.stem}"]).model
@@ -186,7 +220,14 @@ def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with
     (["hardware=gb200", "gpus=8", "budget_usd=100"], BadRequest, "hardware.usd_per_h: is not known for hardware=gb200"),
     (["hardware=gb200", "gpus=8", "budget_usd=100"], BadRequest, "market=on_demand: a100, a100_40, b200, h100, "),
     (["hardware=gb200", "gpus=8,16", "tokens=1e9", "objective=dollars"], BadRequest, "set hardware.usd_per_h"),
-    (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=3"], BadRequest, "layout.pp=3: layout.pp x layout.dp = 3"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=3"], BadRequest, "layout.pp=3: must divide the 8 GPUs"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "layout.pp=2", "layout.dp=3"], BadRequest, "layout.pp x layout.dp = 6 "),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "tp=3"], BadRequest, "tp=3: must divide the model's 16 heads and be "),
+    (["hardware=h100", "gpus=24", "tokens=1e9", "tp=16"], BadRequest, "tp=16: .* at most 8, ranks of one node"),
+    (["hardware=h100", "gpus=6", "tokens=1e9", "tp=4"], BadRequest, "tp=4: must divide the 6 GPUs"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "cp=3"], BadRequest, "cp=3: must divide the 8 GPUs"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "pue=0.5"], BadRequest, "pue=0.5: must be a number of at least 1; use"),
+    (["hardware=h100", "gpus=8", "tokens=1e9", "power_share=7"], BadRequest, "power_share=7: .* from 0 to 1; use"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "layout.ep=3"], BadRequest, "layout.ep=3: must divide the model's 64"),
     (["hardware=h100,h20x", "gpus=8", "tokens=1e9"], BadRequest, "hardware=h20x: no such device; did you mean h20"),
     (["hardware=h10", "gpus=8", "tokens=1e9"], BadRequest, "did you mean h100"),

@@ -10,6 +10,7 @@ from orchestrator.config import to_dict
 from orchestrator.errors import BadRequest
 from orchestrator.plan.forecast import Machine, forecast
 from orchestrator.plan_diff import plan_diff
+from orchestrator.plan_format import first_runnable
 from orchestrator.show_plan import planned
 from orchestrator.train.expected import expected, keep_plan, read_calibration
 
@@ -53,6 +54,11 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
         planned({"gpus": "4", "tokens": "1e6"}, words)
     with pytest.raises(BadRequest, match=f"calibrate={tmp_path}: was measured on a CPU and says nothing of hardw"):
         planned({"gpus": "4", "tokens": "1e6", "calibrate": str(tmp_path)}, ["model=tiny", "hardware=h100"])
+    unnamed = [word for word in words if not word.startswith("hardware=")]
+    assert planned(options, unnamed)[1]["hardware"] == planned(options, words)[1]["hardware"]
+    own = planned(options, [*unnamed, "hardware.usd_per_h=2"])[1]
+    assert own["hardware"]["usd_per_h"] == 2 and own["hardware"]["source"] == "given"
+    assert {"hardware=cpu", "hardware.usd_per_h=2"} <= set(first_runnable(own["candidates"])["train"])
     with pytest.raises(BadRequest, match="stack=nemo_25: calibrate=.* is a run of this program"):
         planned(options | {"stack": "nemo_25"}, words)
     gpu = Machine("cuda", 1e15, 4)
