@@ -35,9 +35,8 @@ def memory_gib(work: Workload) -> dict[str, float]:
 
 
 def rank_memory_gib(work: Workload) -> list[dict[str, float]]:
-    """Of every pipeline rank."""
-    found = group_memory_gib(work, activation_peaks(work))
-    return [found[next(i for i, group in enumerate(_groups(work)) if rank in group.ranks)] for rank in range(work.pp)]
+    """Of every pipeline rank, each by what it holds itself."""
+    return group_memory_gib(work, activation_peaks(work, alone=True), alone=True)
 
 
 def too_large(work: Workload, peaks: list[tuple[float, float, float]] | None = None) -> str | None:
@@ -53,10 +52,11 @@ def too_large(work: Workload, peaks: list[tuple[float, float, float]] | None = N
     return FULL.format(total=need["total"], have=have, most=need[component], component=component)
 
 
-def group_memory_gib(work: Workload, peaks: list[tuple[float, float, float]]) -> list[dict[str, float]]:
-    """Of every group of ranks that hold alike."""
+def group_memory_gib(work: Workload, peaks: list[tuple[float, float, float]], *,
+                     alone: bool = False) -> list[dict[str, float]]:
+    """Of every group of ranks that have as many parameters, with the peak of the fullest; alone: of every rank."""
     found = []
-    for group, (held, logits, absent) in zip(_groups(work), peaks, strict=True):
+    for group, (held, logits, absent) in zip(_groups(work, alone), peaks, strict=True):
         parts = _state(work, group.dense, group.routed)
         multiplied = (group.dense - group.looked_up - group.heads) / work.tp + group.routed / (work.ep * work.etp)
         parts["weights"] += work.keeping.cast * multiplied + work.keeping.head_cast * group.heads / work.tp
@@ -68,10 +68,11 @@ def group_memory_gib(work: Workload, peaks: list[tuple[float, float, float]]) ->
     return found
 
 
-def activation_peaks(work: Workload) -> list[tuple[float, float, float]]:
-    """Per group of ranks, bytes of activations, of logits and of gradients that are not there yet, at the action where
-    most is held. It depends on the layout and on recompute, and where gradients are made late on the ZeRO stage."""
-    groups = _groups(work)
+def activation_peaks(work: Workload, *, alone: bool = False) -> list[tuple[float, float, float]]:
+    """Per group of ranks (alone: per rank), bytes of activations, of logits and of gradients that are not there yet, at
+    the action where most is held. It depends on the layout and on recompute, and where gradients are made late on the
+    ZeRO stage."""
+    groups = _groups(work, alone)
     kinds = {kind for group in groups for case in group.cases for kind in case.running}
     block = {moe: block_bytes(work, moe) for moe in kinds}
     backward = {moe: backward_bytes(work, moe) for moe in kinds}
@@ -150,9 +151,9 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Group:
-    """Ranks with as many parameters: their number before tensor and expert parallelism, and the fullest cases."""
+    """Ranks with as many parameters, or one alone: their number before tensor and expert parallelism, and the fullest
+    cases."""
 
-    ranks: tuple[int, ...]
     dense: float
     routed: float
     looked_up: float
@@ -161,15 +162,15 @@ class _Group:
     cases: tuple[_Case, ...]
 
 
-def _groups(work: Workload) -> list[_Group]:
+def _groups(work: Workload, alone: bool) -> list[_Group]:
     schedule = work.schedule if work.pp > 1 else "1f1b"
     return _groups_of(work.model, work.seq_len, work.pp, schedule, work.stages_per_rank,
-                      work.even_stages, _enough(schedule, work.microbatches, work.pp), work.keeping.eager)
+                      work.even_stages, _enough(schedule, work.microbatches, work.pp), work.keeping.eager, alone)
 
 
 @lru_cache(maxsize=512)
 def _groups_of(model: ModelConfig, seq_len: int, pp: int, schedule: str, stages_per_rank: int, even: bool,
-               microbatches: int, eager: bool) -> list[_Group]:
+               microbatches: int, eager: bool, alone: bool) -> list[_Group]:
     work = Workload(model, HardwareConfig(), seq_len, 1, pp, 1, 1, schedule, microbatches, stages_per_rank,
                     even_stages=even, keeping=replace(PLANNED, eager=eager))
     ranges, groups = stage_layers(work), {}
@@ -179,8 +180,7 @@ def _groups_of(model: ModelConfig, seq_len: int, pp: int, schedule: str, stages_
         blocks = {stage: _blocks(work, stage, ranges) for stage in stages}
         last = {stage: is_last(work, stage, len(ranges)) for stage in stages}
         key = *_sum(sizes.values()), *_sum(tables(work, stage, ranges) for stage in stages)
-        ranks, found = groups.setdefault(key, ([], set()))
-        ranks.append(rank)
+        found = groups.setdefault((key, rank if alone else None), set())
 
         def number(counts: tuple[tuple[int, int], ...], kind: bool, blocks=blocks) -> int:
             return sum(times * blocks[stage].count(kind) for stage, times in counts)
@@ -196,8 +196,8 @@ def _groups_of(model: ModelConfig, seq_len: int, pp: int, schedule: str, stages_
             kinds = tuple(sorted(set(blocks.get(running, ()))))
             found.add(_Case(number(counts, False), number(counts, True), heads, last.get(running, False), kinds,
                             number(halfway, False), number(halfway, True), split_heads, outputs, *absent))
-    return [_Group(tuple(ranks), *key, tuple(case for case in cases if not any(_more(other, case) for other in cases)))
-            for key, (ranks, cases) in groups.items()]
+    return [_Group(*key, tuple(case for case in cases if not any(_more(other, case) for other in cases)))
+            for (key, _), cases in groups.items()]
 
 
 def _sum(sizes: Iterable[tuple[float, float]]) -> tuple[float, float]:

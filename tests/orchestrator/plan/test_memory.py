@@ -14,7 +14,7 @@ from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan import memory
-from orchestrator.plan.activations import block_bytes
+from orchestrator.plan.activations import backward_bytes, block_bytes
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.keeping import MEGATRON, own
 from orchestrator.plan.layout import layout_of
@@ -154,9 +154,22 @@ def test_v3s_own_layout_fits_its_devices_by_what_its_report_recomputes(v3):
 def test_rounds_that_are_left_out_would_show_no_larger_peak(monkeypatch, schedule, keeping):
     model = compose_config(["model=moonlight_16b"]).model
     work = Workload(model, catalogue()["h100"], 4096, 640, 4, 8, 4, schedule, 20, keeping=keeping)
-    told = memory_gib(work)
+    told, ranks = memory_gib(work), rank_memory_gib(work)
     monkeypatch.setattr(memory, "_enough", lambda schedule, microbatches, pp: microbatches)
-    assert told == memory_gib(work)
+    assert told == memory_gib(work) and ranks == rank_memory_gib(work)
+    assert told["total"] == max(parts["total"] for parts in ranks)
+
+
+@pytest.mark.parametrize("schedule, in_flight", [("1f1b", lambda rank: 16 - rank), ("gpipe", lambda rank: 32)])
+def test_a_rank_holds_the_microbatches_that_it_is_ahead_of_the_last(schedule, in_flight):
+    """Llama 3.1 405B over 16 ranks; the inner ones have as many parameters. The last one's peak is its loss."""
+    model = compose_config(["model=llama_3_1_405b"]).model
+    work = Workload(model, catalogue()["h100"], 8192, 1024, 16, 32, 1, schedule, 32, tp=8)
+    ranges, block = pipeline_of(work)[0], block_bytes(work, False) / GIB
+    for rank, parts in enumerate(rank_memory_gib(work)):
+        running = backward_bytes(work, False) / GIB if rank < 15 else 0.0
+        held = in_flight(rank) * len(ranges[rank]) * block
+        assert parts["activations"] - running == pytest.approx(held), rank
 
 
 def test_zero_stages_shard_one_component_after_the_other(v3):
