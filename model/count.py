@@ -58,6 +58,15 @@ def layer_parameters(config: ModelConfig, layer: int) -> Parameters:
                       shared_experts=config.n_shared_experts * expert)
 
 
+def latent_parameters(config: ModelConfig) -> int:
+    """Of one layer's attention those that no head has to itself: MLA's projections down to its latents and the rotary
+    key, and the latents' norms."""
+    if config.attention is not Attention.mla:
+        return 0
+    query = (config.dim + 1) * config.q_lora_rank
+    return query + config.dim * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
+
+
 def mtp_parameters(config: ModelConfig) -> Parameters:
     """All MTP modules: a projection, a block and three norms each (V3 section 2.2)."""
     parts = Parameters()
@@ -215,12 +224,9 @@ def _attention_parameters(config: ModelConfig) -> int:
     """Of one layer; V3: 187,107,328."""
     dim, heads = config.dim, config.n_heads
     if config.attention is Attention.mla:
-        q_out, kv_rank = heads * config.qk_head_dim, config.kv_lora_rank
-        q_rank = config.q_lora_rank
-        query = dim * q_rank + q_rank + q_rank * q_out if q_rank else dim * q_out
-        key_value = dim * (kv_rank + config.qk_rope_head_dim) + kv_rank
-        key_value += kv_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        return query + key_value + heads * config.v_head_dim * dim
+        queries = (config.q_lora_rank or dim) * heads * config.qk_head_dim
+        key_values = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        return latent_parameters(config) + queries + key_values + heads * config.v_head_dim * dim
     q_out, kv_out = heads * config.head_dim, config.n_kv_heads * config.head_dim
     projections = dim * (2 * q_out + 2 * kv_out) + config.qkv_bias * (q_out + 2 * kv_out)
     norms = {QKNorm.none: 0, QKNorm.head: 2 * config.head_dim, QKNorm.full: q_out + kv_out}

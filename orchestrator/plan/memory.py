@@ -23,7 +23,7 @@ from orchestrator.plan.activations import (
 from orchestrator.plan.keeping import PLANNED
 from orchestrator.plan.layout import stages_of
 from orchestrator.plan.schedule import actions, dualpipe
-from orchestrator.plan.workload import Workload, is_last, largest_block, stage_layers, stage_parameters, tables
+from orchestrator.plan.workload import Workload, is_last, largest_block, shares, stage_layers, tables, whole_parameters
 
 GIB = 2**30
 FULL = "needs {total:.0f} GiB of {have:.0f} usable, {most:.0f} of them {component}"
@@ -57,11 +57,12 @@ def group_memory_gib(work: Workload, peaks: list[tuple[float, float, float]], *,
     """Of every group of ranks that have as many parameters, with the peak of the fullest; alone: of every rank."""
     found = []
     for group, (held, logits, absent) in zip(_groups(work, alone), peaks, strict=True):
-        parts = _state(work, group.dense, group.routed)
-        multiplied = (group.dense - group.looked_up - group.heads) / work.tp + group.routed / (work.ep * work.etp)
+        dense, routed = shares(work, *group.parameters)
+        parts = state_bytes(work, dense, routed)
+        multiplied = dense - (group.looked_up + group.heads) / work.tp + routed
         parts["weights"] += work.keeping.cast * multiplied + work.keeping.head_cast * group.heads / work.tp
         parts["gradients"] -= absent
-        buffers = _buffer_bytes(work, moe=group.routed > 0, reducing=not absent)
+        buffers = _buffer_bytes(work, moe=routed > 0, reducing=not absent)
         parts |= {"activations": held, "logits": logits, "buffers": buffers}
         gib = {name: size / GIB for name, size in parts.items()} | {"framework": work.keeping.framework_gib}
         found.append(gib | {"total": sum(gib.values())})
@@ -83,8 +84,7 @@ def activation_peaks(work: Workload, *, alone: bool = False) -> list[tuple[float
     for group in groups:
         best = 0.0, 0.0, 0.0, 0.0
         for case in group.cases:
-            missing = case.dense_absent, case.routed_absent
-            absent = _state(work, *missing)["gradients"] if any(missing) else 0.0
+            absent = state_bytes(work, *shares(work, *case.absent))["gradients"] if any(case.absent) else 0.0
             bodies = case.dense * block.get(False, 0.0) + case.moe * block.get(True, 0.0)
             bodies += case.split_dense * split.get(False, 0.0) + case.split_moe * split.get(True, 0.0)
             bodies += case.outputs * output
@@ -106,11 +106,6 @@ def stages_on(work: Workload, rank: int) -> list[int]:
     if work.schedule == "dualpipe":
         return [rank, 2 * work.pp - 1 - rank]
     return stages_of(rank, work.pp, Schedule[work.schedule], work.stages_per_rank)
-
-
-def _state(work: Workload, dense: float, routed: float) -> dict[str, float]:
-    """`state_bytes` of numbers of parameters before tensor and expert parallelism."""
-    return state_bytes(work, dense / work.tp, routed / (work.ep * work.etp))
 
 
 def state_bytes(work: Workload, dense: float, experts: float) -> dict[str, float]:
@@ -143,21 +138,18 @@ class _Case:
     split_heads: int = 0
     outputs: int = 0
     """Outputs of stages that are kept beside their blocks' own."""
-    dense_absent: float = 0.0
-    """Parameters, before tensor and expert parallelism, that have no gradient yet; 0 where gradients are always
-    there."""
-    routed_absent: float = 0.0
+    absent: tuple[float, float, float] = (0, 0, 0)
+    """Parameters, as `shares` takes them, that have no gradient yet; 0 where gradients are always there."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Ranks with as many parameters, or one alone: their number before tensor and expert parallelism, and the fullest
-    cases."""
+    """Ranks with as many parameters, or one alone, and the fullest cases."""
 
-    dense: float
-    routed: float
+    parameters: tuple[float, float, float]
+    """As `shares` takes them."""
     looked_up: float
-    """Of `dense`, as `tables` has them."""
+    """Of the first, as `tables` has them."""
     heads: float
     cases: tuple[_Case, ...]
 
@@ -176,10 +168,10 @@ def _groups_of(model: ModelConfig, seq_len: int, pp: int, schedule: str, stages_
     ranges, groups = stage_layers(work), {}
     for rank, cases in enumerate(in_flight(work)):
         stages = stages_on(work, rank)
-        sizes = {stage: stage_parameters(work, stage, ranges) for stage in stages}
+        sizes = {stage: whole_parameters(work, stage, ranges) for stage in stages}
         blocks = {stage: _blocks(work, stage, ranges) for stage in stages}
         last = {stage: is_last(work, stage, len(ranges)) for stage in stages}
-        key = *_sum(sizes.values()), *_sum(tables(work, stage, ranges) for stage in stages)
+        key = _sum(sizes.values()), *_sum(tables(work, stage, ranges) for stage in stages)
         found = groups.setdefault((key, rank if alone else None), set())
 
         def number(counts: tuple[tuple[int, int], ...], kind: bool, blocks=blocks) -> int:
@@ -190,19 +182,18 @@ def _groups_of(model: ModelConfig, seq_len: int, pp: int, schedule: str, stages_
                 if running is None:
                     continue
                 halfway, started = (), stages
-            absent = _sum(size for stage, size in sizes.items() if stage not in started)
+            absent = _sum([(0, 0, 0), *(size for stage, size in sizes.items() if stage not in started)])
             heads, split_heads = (sum(times * last[stage] for stage, times in which) for which in (counts, halfway))
             outputs = sum(times for stage, times in counts if not last[stage]) if eager else 0
             kinds = tuple(sorted(set(blocks.get(running, ()))))
             found.add(_Case(number(counts, False), number(counts, True), heads, last.get(running, False), kinds,
-                            number(halfway, False), number(halfway, True), split_heads, outputs, *absent))
+                            number(halfway, False), number(halfway, True), split_heads, outputs, absent))
     return [_Group(*key, tuple(case for case in cases if not any(_more(other, case) for other in cases)))
             for (key, _), cases in groups.items()]
 
 
-def _sum(sizes: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    dense, routed = zip((0.0, 0.0), *sizes, strict=True)
-    return sum(dense), sum(routed)
+def _sum(sizes: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(map(sum, zip(*sizes, strict=True)))
 
 
 def _blocks(work: Workload, stage: int, ranges: list[range]) -> list[bool]:
@@ -216,11 +207,10 @@ def _blocks(work: Workload, stage: int, ranges: list[range]) -> list[bool]:
 def _more(other: _Case, case: _Case) -> bool:
     """Whether `other` is another case that needs at least as much, whatever the sizes."""
     more = ("dense", "moe", "heads", "split_dense", "split_moe", "outputs")
-    less = ("dense_absent", "routed_absent")
     return (other != case and other.last == case.last and other.split_heads == case.split_heads
             and set(case.running) <= set(other.running)
             and all(getattr(other, name) >= getattr(case, name) for name in more)
-            and all(getattr(other, name) <= getattr(case, name) for name in less))
+            and all(a <= b for a, b in zip(other.absent, case.absent, strict=True)))
 
 
 def in_flight(work: Workload) -> list[list[tuple]]:

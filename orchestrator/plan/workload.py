@@ -270,21 +270,33 @@ def rank_parameters(work: Workload, ranges: list[range], row: list) -> tuple[flo
 
 
 def stage_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[float, float]:
-    """The same of one stage. Its last one has the head and the MTP modules, and copies of the embedding for these
-    where the first stage is on another rank, or the program copies it all the same."""
+    """The same of one stage."""
+    return shares(work, *whole_parameters(work, stage, ranges))
+
+
+def shares(work: Workload, split: float, same: float, routed: float) -> tuple[float, float]:
+    """A rank's of parameters that tensor-parallel ranks share, that each of them has, and of the routed experts."""
+    return split / work.tp + same, routed / (work.ep * work.etp)
+
+
+def whole_parameters(work: Workload, stage: int, ranges: list[range]) -> tuple[float, float, float]:
+    """Of one stage before they are shared, as `shares` takes them. Its last one has the head and the MTP modules, and
+    copies of the embedding for these where the first stage is on another rank, or the program copies it all the same.
+    """
     model, first, last = work.model, is_first(work, stage), is_last(work, stage, len(ranges))
-    shared = first or _ends_meet(work)
-    sizes = _sizes(model)
+    sizes, table = _sizes(model), (model.vocab_size * model.dim, 0, 0)
     moe = sum(model.is_moe(layer) for layer in ranges[stage])
-    dense = moe * sizes.moe + (len(ranges[stage]) - moe) * sizes.dense
-    routed, table = moe * sizes.routed, model.vocab_size * model.dim
+    found = [(moe, sizes.moe), (len(ranges[stage]) - moe, sizes.dense)]
     if first:
-        dense += table
+        found.append((1, table))
     if last:
         own = not (first and model.tie_embeddings)
-        dense += sizes.mtp + model.dim + (table if own else 0) + (0 if shared else model.n_mtp_layers * table)
-        routed += sizes.mtp_routed
-    return dense / work.tp, routed / (work.ep * work.etp)
+        copied = 0 if first or _ends_meet(work) else model.n_mtp_layers
+        found += [(own + copied, table), (1, (0, model.dim, 0)), (1, sizes.mtp)]
+    split = same = routed = 0
+    for number, (cut, kept, experts) in found:
+        split, same, routed = split + number * cut, same + number * kept, routed + number * experts
+    return split, same, routed
 
 
 def tables(work: Workload, stage: int, ranges: list[range]) -> tuple[float, float]:
@@ -301,25 +313,26 @@ def tables(work: Workload, stage: int, ranges: list[range]) -> tuple[float, floa
 def largest_block(work: Workload) -> float:
     """Parameters of the largest block on one rank, without experts that no other rank has."""
     sizes = _sizes(work.model)
-    routed = sizes.routed / (work.ep * work.etp) if work.expert_replicas > 1 else 0.0
-    return max(sizes.moe / work.tp + routed, sizes.dense / work.tp)
+    found = [shares(work, *size) for size in (sizes.moe, sizes.dense)]
+    return max(dense + (routed if work.expert_replicas > 1 else 0.0) for dense, routed in found)
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters of a dense block, of an MoE block without and of its routed experts, of all MTP modules likewise."""
+    """Parameters of a dense block, of an MoE block and of all MTP modules, as `shares` takes them."""
 
-    dense: int
-    moe: int
-    routed: int
-    mtp: int
-    mtp_routed: int
+    dense: tuple[int, int, int]
+    moe: tuple[int, int, int]
+    mtp: tuple[int, int, int]
 
 
 @lru_cache(maxsize=64)
 def _sizes(model: ModelConfig) -> _Sizes:
-    blocks = {model.is_moe(layer): count.layer_parameters(model, layer) for layer in range(model.n_layers)}
-    mtp = count.mtp_parameters(model)
-    dense, moe = (blocks.get(kind, count.Parameters()) for kind in (False, True))
-    return _Sizes(dense.total, moe.total - moe.routed_experts, moe.routed_experts, mtp.total - mtp.routed_experts,
-                  mtp.routed_experts)
+    """Norms, routers and MLA's way down to its latents are the same on all tensor-parallel ranks (Megatron-Core)."""
+    def sizes(parts: count.Parameters, num_blocks: int) -> tuple[int, int, int]:
+        same = parts.norms + parts.router + num_blocks * count.latent_parameters(model)
+        return parts.total - same - parts.routed_experts, same, parts.routed_experts
+
+    found = {model.is_moe(layer): sizes(count.layer_parameters(model, layer), 1) for layer in range(model.n_layers)}
+    none = 0, 0, 0
+    return _Sizes(found.get(False, none), found.get(True, none), sizes(count.mtp_parameters(model), model.n_mtp_layers))

@@ -210,6 +210,37 @@ def test_a_megatron_tests_peak_on_the_last_rank_is_met(v3):
     assert rank_memory_gib(work)[-1]["total"] + 0.11 == pytest.approx(3.875, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["tiny", "deepseek_v2_lite"])
+def test_tensor_ranks_each_have_all_of_latents_routers_and_norms(name, v3):
+    """Megatron-Core: MLA's projections down are duplicated, and so are routers and norms."""
+    with torch.device("meta"):
+        network = Transformer(compose_config([f"model={name}"]).model)
+    tensors = dict(network.named_parameters()) | {key: value for key, value in network.named_buffers()
+                                                  if key.endswith("expert_bias")}
+    same = routed = 0
+    for key, tensor in tensors.items():
+        same += tensor.numel() * any(part in key for part in ("wq_a", "wkv_a", "norm", "router"))
+        routed += tensor.numel() * (".experts." in key)
+    split = sum(tensor.numel() for tensor in tensors.values()) - same - routed
+    work = Workload(network.config, v3.hardware, 256, 16, 1, 2, 4, "1f1b", 2, tp=2)
+    ranges, table, _ = pipeline_of(work)
+    for tp in (1, 2):
+        dense, experts = rank_parameters(replace(work, tp=tp), ranges, table[0])
+        assert (dense, experts) == (split / tp + same, routed / 4)
+    one, two = (memory_gib(replace(work, tp=tp, keeping=MEGATRON))["weights"] * GIB / 2 for tp in (1, 2))
+    assert one - two == pytest.approx(split / 2)
+
+
+def test_a_v3_rank_keeps_its_share_of_heads_and_all_of_the_latents(v3):
+    """Four blocks under pp=16, tp=8, by hand: a block's 17 million of latents and router are not cut in eight."""
+    work = replace(v3, tp=8, schedule="1f1b")
+    ranges, table, _ = pipeline_of(work)
+    latents, norms = 7168 * (1536 + 512 + 64) + 1536 + 512, 2 * 7168
+    cut = 128 * (1536 * 192 + 512 * 256 + 128 * 7168) + 3 * 7168 * 2048
+    dense, _ = rank_parameters(work, ranges, table[1])
+    assert len(ranges[1]) == 4 and dense == 4 * (latents + norms + 256 * 7169 + cut / 8)
+
+
 def test_a_tied_embedding_on_one_rank_is_held_once(v3):
     model = compose_config(["model=tiny"]).model
     work = replace(v3, model=replace(model, tie_embeddings=True), pp=1, dp=1, ep=1, schedule="1f1b")
