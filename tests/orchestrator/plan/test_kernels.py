@@ -58,14 +58,16 @@ def test_imbalance_comes_from_a_runs_own_counts_and_makes_the_fullest_rank_slowe
 
 
 def test_the_host_holds_up_small_layers_unless_a_graph_launches_them(moe):
-    small = replace(moe, seq_len=64, hardware=catalogue()["b200"],
-                        stack=stack_named("megatron_bridge_2511"))
+    stack = replace(stack_named("megatron_bridge_2511"), overhead=1.0)
+    small = replace(moe, seq_len=64, hardware=catalogue()["b200"], stack=stack)
     graph = replace(small, stack=replace(small.stack, graphs=1.0))
     assert layer_time(graph, True).forward < 0.7 * layer_time(small, True).forward
     hopper = replace(small, hardware=H100)  # whose recipes have none
     assert layer_time(hopper, True) == layer_time(replace(hopper, stack=replace(small.stack, graphs=1.0)), True)
     large = replace(small, seq_len=4096, batch_size=512)
     assert layer_time(replace(large, stack=graph.stack), True) == layer_time(large, True)
+    slow, graphed = (replace(large, stack=replace(each, overhead=2.0)) for each in (stack, graph.stack))
+    assert layer_time(graphed, True) == layer_time(large, True) != layer_time(slow, True), "what is above 1 waits"
 
 
 def test_experts_launched_one_by_one_cost_the_host_by_their_number_and_more_where_quantised(moe):
