@@ -258,8 +258,6 @@ def _buffer_bytes(work: Workload, *, moe: bool, reducing: bool) -> float:
     tokens, passed = (work.microbatch_tokens * stream(work) * each for each in (keep.element, keep.residual))
     rows = 2 * tokens * model.n_activated_experts * work.imbalance if moe and work.ep > 1 else 0.0
     sends = 2 * passed if work.pp > 1 else 0.0
-    if work.replicas == 1:
-        return rows + sends
     gathered = 2 * keep.weight if work.zero >= 3 else 0.0
     reduced = keep.gradient if reducing and (work.zero >= 2 or keep.eager) else 0.0
     return rows + sends + (largest_block(work) * (gathered + reduced) if gathered + reduced else 0.0)

@@ -237,7 +237,8 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
         if zero == 1 and whole:
             break
         tried += 1
-        reason = illegal(each) or (None if work.replicas > 1 or zero == 1 else "no replicas to shard over")
+        reason = illegal(each) or (None if zero == 1 or max(work.replicas, work.expert_replicas) > 1
+                                    else "no replicas to shard over")
         if not request.asks(each, "recompute", "zero"):
             reason = "another recompute was asked for"
         if reason is None:

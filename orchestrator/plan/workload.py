@@ -311,10 +311,10 @@ def tables(work: Workload, stage: int, ranges: list[range]) -> tuple[float, floa
 
 
 def largest_block(work: Workload) -> float:
-    """Parameters of the largest block on one rank, without experts that no other rank has."""
+    """Parameters of the largest block on one rank, without those that no other rank has."""
     sizes = _sizes(work.model)
     found = [shares(work, *size) for size in (sizes.moe, sizes.dense)]
-    return max(dense + (routed if work.expert_replicas > 1 else 0.0) for dense, routed in found)
+    return max(dense * (work.replicas > 1) + routed * (work.expert_replicas > 1) for dense, routed in found)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from orchestrator.plan.comm import context_s, reduce_s, tensor_s
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.exchange import scale_up_bytes_per_s
 from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.memory import memory_gib
 from orchestrator.plan.workload import Workload, pipeline_of, rank_parameters
 
 
@@ -104,6 +105,8 @@ def test_tensor_ranks_that_hold_the_same_experts_reduce_them(work):
     one = Workload(model, work.hardware, 4096, 8, 1, 1, 1, "1f1b", 1, tp=8)
     assert (one.replicas, one.expert_replicas) == (1, 8) and reduced_s(one) > 0
     assert reduced_s(replace(one, ep=8)) == 0.0
+    whole, cut = (memory_gib(replace(one, ep=ep, zero=3))["buffers"] for ep in (1, 8))
+    assert whole > cut, "experts that are gathered"
 
 
 def test_without_a_switch_a_rank_has_one_link_to_each_other():
