@@ -3,12 +3,19 @@
 import os
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 
 from orchestrator.compose import compose_config
 from orchestrator.launch import fill
+
+
+def sleep_until_lost(folder: Path, ray_lives: bool) -> str:
+    """A stand-in for a while that is long enough for a killed Ray to be gone."""
+    return "/bin/sleep 0.1" if ray_lives else (
+        f"while kill -0 $(cat {folder}/ray.pid) 2> /dev/null; do /bin/sleep 0.05; done")
 
 
 @pytest.mark.parametrize("code, ray_lives, ours, again", [
@@ -21,7 +28,7 @@ def test_the_batch_file_tells_a_run_that_failed_from_a_ray_that_did(code, ray_li
     (tmp_path / "runs").mkdir()
     lose = "" if ray_lives else f"kill $(cat {tmp_path}/ray.pid)"
     fakes = {"ray": f"echo $$ > {tmp_path}/ray.pid; exec /bin/sleep 60", "hostname": "echo here",
-             "sleep": "/bin/sleep 0.1",
+             "sleep": sleep_until_lost(tmp_path, ray_lives),
              "python": f"until [ -s {tmp_path}/ray.pid ]; do :; done; {lose}\nexit {code}",
              "scontrol": f"echo $* >> {tmp_path}/asked; echo JobState=RUNNING"}
     for name, script in fakes.items():
@@ -42,7 +49,7 @@ def test_a_skypilot_job_starts_a_transient_fault_again_so_often_and_nothing_else
                                cwd=tmp_path).manifest)
     assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [34]}
     lose = "" if ray_lives else f"kill $(cat {tmp_path}/ray.pid)"
-    fakes = {"ray": f"echo $$ > {tmp_path}/ray.pid; exec /bin/sleep 60", "sleep": "/bin/sleep 0.1",
+    fakes = {"ray": f"echo $$ > {tmp_path}/ray.pid; exec /bin/sleep 60", "sleep": sleep_until_lost(tmp_path, ray_lives),
              "python": f"until [ -s {tmp_path}/ray.pid ]; do :; done; {lose}\necho >> {tmp_path}/starts\n"
                        f"set -- {shlex.join(map(str, codes))}\nshift $(($(wc -l < {tmp_path}/starts) - 1)); exit $1"}
     folder = tmp_path / "sparing-env" / "bin"

@@ -61,12 +61,12 @@ def small_disk(tmp_path):
     place = tmp_path / "small_disk"
     place.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=True, timeout=10,
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=True, timeout=60,
                        capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"mounting a tmpfs is not permitted here: {error}")
     yield place
-    subprocess.run(["umount", "-l", place], check=True, timeout=10)
+    subprocess.run(["umount", "-l", place], check=True, timeout=60)
 
 
 @pytest.fixture

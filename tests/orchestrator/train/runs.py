@@ -29,7 +29,7 @@ def make_config(text: Path, run_dir: Path, layout: str = "one", **changes) -> Co
     config.run.dir, config.checkpoint.dir = str(run_dir), str(run_dir / "checkpoints")
     config.hardware.name, config.hardware.usd_per_h = "cpu", 3.6
     config.hardware.fp32_tflops = 0.1  # measuring it would take a good part of so short a run
-    config.cluster.step_timeout_s = 30
+    config.cluster.step_timeout_s = 120
     for key, value in changes.items():
         section, _, name = key.partition("__")
         setattr(getattr(config, section), name, value) if name else setattr(config, section, value)

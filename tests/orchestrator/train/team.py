@@ -32,7 +32,7 @@ def pieces_of(tensors, rank, world):
 class Team:
     """The savers of an attempt."""
 
-    def __init__(self, directory, world=4, *, keep=0, fence="attempt-1", timeout_s=20, experts=EXPERTS, store=None):
+    def __init__(self, directory, world=4, *, keep=0, fence="attempt-1", timeout_s=120, experts=EXPERTS, store=None):
         store = (store or dist.HashStore()) if world > 1 else None
         self.savers = [Saver(directory, rank=rank, world_size=world, store=store, keep=keep, fence=fence,
                              timeout_s=timeout_s, experts=experts) for rank in range(world)]

@@ -1,5 +1,6 @@
 """The rank program on real gloo ranks: resume, stop, budget, money. Tiny model, a few files of text."""
 
+import itertools
 import json
 import math
 import signal
@@ -11,7 +12,7 @@ import pytest
 from orchestrator.config import Config
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.train import resume
+from orchestrator.train import accounts, resume
 from orchestrator.train.accounts import Accounts
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
@@ -197,7 +198,9 @@ def test_a_full_disk_costs_the_checkpoint_but_not_the_run(text, tmp_path, small_
     assert not [path for path in small_disk.rglob("*") if path.name == "manifest.json"]
 
 
-def test_the_budget_ends_the_run_with_a_checkpoint_before_it_is_passed(text, tmp_path):
+def test_the_budget_ends_the_run_with_a_checkpoint_before_it_is_passed(text, tmp_path, monkeypatch):
+    clock = itertools.count(time.time(), 0.05)
+    monkeypatch.setattr(accounts, "steady", lambda: next(clock))
     config = make_config(text, tmp_path, train__steps=100_000, budget__max_usd=0.015)
     result = train(RankInfo(), config)
     assert result["status"] == "budget" and 0 < result["steps"] < 100_000

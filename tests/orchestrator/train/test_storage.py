@@ -61,7 +61,7 @@ def test_a_listing_is_never_stale(root):
     assert storage.list_dir(storage.join(root, "new")) == []
     writer = threading.Thread(target=storage.write_bytes, args=(storage.join(root, "new", "x"), b""))
     writer.start()
-    writer.join(20)
+    writer.join(60)
     assert storage.list_dir(storage.join(root, "new")) == ["x"]
 
 
@@ -99,7 +99,7 @@ def test_of_many_exclusive_creators_exactly_one_wins(kind, request, tmp_path):
     path, won, barrier = storage.join(root, "x", "claim"), [], threading.Barrier(4)
 
     def create(number):
-        barrier.wait(20)
+        barrier.wait(60)
         try:
             storage.create_exclusive(path, b"writer %d" % number)
             won.append(number)
@@ -110,7 +110,7 @@ def test_of_many_exclusive_creators_exactly_one_wins(kind, request, tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert len(won) == 1 and storage.read_bytes(path) == b"writer %d" % won[0]
     assert storage.list_dir(storage.join(root, "x")) == ["claim"]
 
@@ -201,7 +201,7 @@ def test_a_full_disk_names_path_and_bytes(small_disk):
 
 
 def test_a_read_only_place_is_refused(small_disk):
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=10)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=60)
     with pytest.raises(storage.StorageDenied, match="Read-only"):
         storage.write_bytes(f"{small_disk}/x", b"1")
 
