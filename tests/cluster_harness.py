@@ -89,7 +89,7 @@ class Node:
     def init(self) -> int:
         """The first process's id, as seen from here."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return int(wait_until(lambda: children.read_text().split(), 10, f"{self.name} has no first process")[0])
+        return int(wait_until(lambda: children.read_text().split(), 60, f"{self.name} has no first process")[0])
 
     @property
     def root(self) -> Path:

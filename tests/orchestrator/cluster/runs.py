@@ -98,8 +98,8 @@ def has_saved(run_dir: Path) -> bool:
     return bool(events(run_dir, "checkpoint_saved"))
 
 
-def wait_until_gone(pids: list[int], timeout_s: float = PATIENCE_S) -> None:
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), timeout_s,
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), PATIENCE_S,
                "ranks outlive their driver")
 
 

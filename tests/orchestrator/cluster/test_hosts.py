@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster_harness import ROOT, hosts, wait_until, why_no_hosts
 from tests.harness import write_corpus
-from tests.orchestrator.cluster.runs import FOUR, losses, start_here
+from tests.orchestrator.cluster.runs import FOUR, PATIENCE_S, losses, start_here
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts()))]
 QUICK = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "1000",
@@ -70,12 +70,12 @@ def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, r
     with subprocess.Popen(**elastic, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0) as job:
         try:
             decided(tmp_path, "attempt_started", job)
-            wait_until(lambda: len(losses(tmp_path / "hosts")) > 3, 120, "no steps")
+            wait_until(lambda: len(losses(tmp_path / "hosts")) > 3, PATIENCE_S, "no steps")
             cluster.nodes[2].kill()
             assert decided(tmp_path, "decision", job, 1)["ranks"] == 2
             for number in (2, 3):  # the one actor to spare, then one placed while the node is away
                 decided(tmp_path, "recovered", job, number - 1)
-                wait_until(lambda at=6 * number: len(losses(tmp_path / "hosts")) > at, 60, "no progress")
+                wait_until(lambda at=6 * number: len(losses(tmp_path / "hosts")) > at, PATIENCE_S, "no progress")
                 kill_rank(cluster, tmp_path, 1)
                 told = decided(tmp_path, "decision", job, number)
                 assert (told["action"], told["ranks"], told["lost"]) == ("replace", 2, [1])
@@ -87,7 +87,7 @@ def test_a_run_shrinks_when_nodes_are_lost_and_grows_when_they_return(cluster, r
             assert decided(tmp_path, "decision", job, 5)["ranks"] == 2
             decided(tmp_path, "recovered", job, 5)
             cluster.head.signal(cluster.head.processes("orchestrator train")[-1], signal.SIGTERM)
-            out, _ = job.communicate(timeout=60)
+            out, _ = job.communicate(timeout=PATIENCE_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
@@ -103,7 +103,7 @@ def kill_rank(cluster, tmp_path: Path, rank: int) -> None:
     """Once the status is that of the present ranks."""
     begun = max(json.loads(line)["time"] for line in (tmp_path / "hosts" / "events.jsonl").read_text().splitlines())
     status = wait_until(lambda: (found := json.loads((tmp_path / "hosts" / "status.json").read_text()))["time"] > begun
-                        and found, 30, "no new status")
+                        and found, PATIENCE_S, "no new status")
     home = status["ranks"][rank]
     cluster.named(home["host"]).signal(home["pid"], signal.SIGKILL)
 
@@ -117,4 +117,4 @@ def decided(tmp_path: Path, kind: str, job: subprocess.Popen, number: int = 1) -
         rows = [row for row in rows if row["kind"] == kind]
         return rows[number - 1] if len(rows) >= number else None
 
-    return wait_until(found, 150, f"no {kind} {number}")
+    return wait_until(found, PATIENCE_S, f"no {kind} {number}")

@@ -13,12 +13,14 @@ pytestmark = pytest.mark.ray
 @pytest.fixture
 def cluster():
     running = Cluster()
-    for cpus in (1, 2, 2):
-        running.add_node(num_cpus=cpus)
-    ray.init(address=running.address, log_to_driver=False)
-    yield running
-    ray.shutdown()
-    running.shutdown()
+    try:
+        for cpus in (1, 2, 2):
+            running.add_node(num_cpus=cpus)
+        ray.init(address=running.address, log_to_driver=False)
+        yield running
+    finally:
+        ray.shutdown()
+        running.shutdown()
 
 
 def test_places_apart_stay_on_nodes_of_their_own_and_one_without_a_node_holds_up_no_other(cluster):
