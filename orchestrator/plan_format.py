@@ -1,9 +1,15 @@
 """How a plan's figures are written: dollars and days, one console, which of the layouts `train` runs."""
 
+import os
+import re
+import sys
+
+from orchestrator.train.finish import format_usd
+
 
 def dollars(usd: float | None) -> str:
-    """Whole dollars, cents below $100; an unknown cost is said to be unknown."""
-    return "unknown" if usd is None else f"${usd:,.0f}" if usd >= 100 else f"${usd:.2f}"
+    """Whole dollars, cents below $100, three digits below $1; an unknown cost is said to be unknown."""
+    return format_usd(usd) if usd is None or usd < 100 else f"${usd:,.0f}"
 
 
 def usd_range(values: list[float | None], *, between: str = " - ") -> str:
@@ -21,10 +27,34 @@ def first_runnable(rows: list[dict]) -> dict | None:
     return next((row for row in rows if row["train"]), None)
 
 
+def train_note(data: dict) -> str:
+    """What the printed command takes by its own expected bill, which limits it misses, and why it is not the fastest.
+    """
+    runs, best, asked = first_runnable(data["candidates"]), data["candidates"][0], data.get("question", {})
+    note = f"{runs['step_time_s']:.2f} s a step"
+    if bill := runs.get("expected"):
+        note += f", {days(bill['days'])} days and {dollars(bill['usd'])} by the expected bill"
+        missed = [f"{key}={asked[key]:.12g}" for key, side in (("deadline_days", "days"), ("budget_usd", "usd"))
+                  if key in asked and (bill[side] or 0.0) > asked[key]]
+        note += f", which MISSES {missed[0]}" if missed else ""
+    return note + ("" if runs is best else f"; not the fastest layout: {best['train_not']}")
+
+
 def console(*, width: int = 150, markup: bool = True):
-    """At least so many columns, and so many where no terminal says how wide it is."""
+    """As wide as the terminal or COLUMNS say, and so many columns where neither does."""
     from rich.console import Console
 
-    made = Console(highlight=False, soft_wrap=True, markup=markup)
-    made.width = max(width, made.width) if made.is_terminal else width
+    made = Console(highlight=False, soft_wrap=True, markup=markup, file=_Trimmed())
+    if not (made.is_terminal or os.environ.get("COLUMNS", "").isdecimal()):
+        made.width = width
     return made
+
+
+class _Trimmed:
+    """Standard output, without blanks at the ends of lines."""
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> int:
+        return sys.stdout.write(re.sub(r" +((?:\x1b\[[0-9;]*m)*)$", r"\1", text, flags=re.MULTILINE))

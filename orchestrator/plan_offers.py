@@ -5,21 +5,26 @@ from datetime import date
 
 from orchestrator.config import HardwareConfig
 from orchestrator.plan.hardware import age_days
+from orchestrator.plan.planner import V3_BATCH
 from orchestrator.plan.questions import Offer, assumed, comparable, front
 from orchestrator.plan_format import console, days, dollars
 from orchestrator.plan_table import grid, layout_words, price_words
+from orchestrator.report_plots import format_number
 
+FOLLOWS = (f"The batch (tokens a step) follows the GPUs, 8 sequences each up to {V3_BATCH:,}: rows are different "
+           "trainings. Give train.batch_size to compare one.")
 BASIS = "Days, GPU-hours and USD of the expected bill: start-up, validation, checkpoints and failures included."
 
 
 def offer_words(each: Offer) -> str:
-    return f"{each.request.devices} x {each.request.hardware.name}: {days(each.days)} days, {dollars(each.usd)}"
+    return f"{each.request.devices:,} x {each.request.hardware.name}: {days(each.days)} days, {dollars(each.usd)}"
 
 
 def question_of(offers: list[Offer], best: Offer, **asked) -> dict:
     """`question` of plan.json. asked: what was asked for; None is left out."""
     pareto = front(offers)
-    rows = [{"hardware": each.request.hardware.name, "devices": each.request.devices, "days": each.days,
+    rows = [{"hardware": each.request.hardware.name, "devices": each.request.devices,
+             "batch_size": each.request.batch_size, "days": each.days,
              "usd_total": each.usd, "price": price_of(each.request.hardware), "layout": each.best["layout"],
              "on_front": each in pareto, "chosen": each is best}
             if each.best else {"hardware": each.request.hardware.name, "devices": each.request.devices,
@@ -46,19 +51,34 @@ class Told:
             print(f"  {offer_words(each) if each.best else each.reason}", file=sys.stderr)
 
     def show(self, offers: list[Offer], best: Offer | None) -> None:
-        """The table of these, with the price of each kind of GPU; one that lacks something stands with its reason."""
-        out, table = console(markup=False), grid("<hardware", "GPUs", "days", "GPU-hours", "USD", "<layout", "<")
+        """The table of these by number of GPUs, with the price of each kind; below it what cannot be planned."""
+        out = console(markup=False)
+        table = grid("<hardware", "GPUs", "batch", "days", "GPU-hours", "USD", "<layout", "<")
         pareto, compared = front(offers), comparable(offers)
-        for each in offers:
+        names = list(dict.fromkeys(each.request.hardware.name for each in offers))
+        offers = sorted(offers, key=lambda each: (names.index(each.request.hardware.name), each.request.devices))
+        for each in (each for each in offers if each.plan):
             name, devices = each.request.hardware.name, f"{each.request.devices:,}"
+            batch = format_number(each.request.batch_size * each.request.seq_len)
             if each.best is None:
-                table.add_row(name, devices, "", "", "", each.reason.split("; ")[0], "")
+                table.add_row(name, devices, batch, "", "", "", each.reason, "")
                 continue
             marks = ["on the front of dollars against days"] * (each in pareto)
             marks += ["price assumed, so not compared in dollars"] * (each.usd is not None and each not in compared)
-            table.add_row(name, devices, days(each.days), f"{each.expected['gpu_hours']:,.0f}", dollars(each.usd),
-                          layout_words(each.best["layout"]), ", ".join(marks + ["chosen"] * (each is best)))
-        out.print(table)
+            table.add_row(name, devices, batch, days(each.days), f"{each.expected['gpu_hours']:,.0f}",
+                          dollars(each.usd), layout_words(each.best["layout"]),
+                          ", ".join(marks + ["chosen"] * (each is best)))
+        if table.row_count:
+            out.print(table)
         lines = price_lines([(each.request.hardware.name, price_of(each.request.hardware))
                              for each in offers if each.best])
-        out.print("\n".join([f"{BASIS} All predicted. A GPU-hour:", *lines, ""] if lines else [""]))
+        follows = len({each.request.batch_size for each in offers}) > 1
+        out.print("\n".join([*lacking_lines(offers), *[FOLLOWS] * follows,
+                             *([f"{BASIS} All predicted. A GPU-hour:", *lines] if lines else []), ""]))
+
+
+def lacking_lines(offers: list[Offer]) -> list[str]:
+    """What cannot be planned and why, once for all numbers of GPUs."""
+    found = {(each.request.hardware.name, each.reason.split("; ")[0].split(" for hardware=")[0]): None
+             for each in offers if not each.plan}
+    return [f"not planned: {name}: {reason}" for name, reason in found]

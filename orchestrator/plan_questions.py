@@ -30,6 +30,7 @@ from orchestrator.plan.search import Request
 from orchestrator.plan_format import dollars
 from orchestrator.plan_offers import Told, offer_words, question_of
 from orchestrator.plan_request import compose_plan, number, read_request
+from orchestrator.report_plots import format_number
 
 NOT_HELD = "no cluster holds it"
 OPTIONS = ("objective", "deadline_days", "budget_usd")
@@ -98,8 +99,7 @@ class _Limit:
 
 def _compared(options: dict[str, str], overrides: list[str], words: dict, objective: str) -> Answer:
     """An offer for every combination of the values."""
-    values = {key: [text for text in (word or "").strip("[]").split(",") if text] or [None]
-              for key, word in words.items()}
+    values = {key: _listed(word or "") or [None] for key, word in words.items()}
     if words["hardware"]:
         values["hardware"] = _names(words["hardware"])
     told, offers = Told(), {}
@@ -130,8 +130,8 @@ def _tokens_for(options: dict[str, str], overrides: list[str], budget: float) ->
     if not tokens:
         raise NotFit(f"budget_usd={budget:g}: does not pay for start-up and one step on {one.request.devices:,} x "
                      f"{one.request.hardware.name}; use more money, fewer GPUs or a smaller train.batch_size")
-    print(f"{dollars(budget)} buy {tokens:.4g} tokens on {one.request.devices:,} x {one.request.hardware.name}, by the "
-          "expected bill\n")
+    print(f"{dollars(budget)} buy {format_number(tokens)} tokens on {one.request.devices:,} x "
+          f"{one.request.hardware.name}, by the expected bill\n")
     return Answer(options | {"tokens": repr(tokens)}, overrides, {"budget_usd": budget, "tokens": tokens})
 
 
@@ -210,10 +210,15 @@ def _names(asked: str) -> list[str]:
     """Hardware entries of a list, or all with a data sheet of a GPU."""
     if asked == "all":
         return [name for name, entry in catalogue().items() if entry.device == "cuda"]
-    names = [text for text in asked.strip("[]").split(",") if text]
+    names = _listed(asked)
     for name in names:
         hardware_named(name)
     return names
+
+
+def _listed(text: str) -> list[str]:
+    """Values that commas separate, each once."""
+    return list(dict.fromkeys(each for each in text.strip("[]").split(",") if each))
 
 
 def _request(options: dict[str, str], overrides: list[str], *, sized: bool = True) -> Request:

@@ -7,7 +7,7 @@ from orchestrator.plan.hardware import GIVEN, age_days
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.search import Plan
 from orchestrator.plan_format import console as console_of
-from orchestrator.plan_format import days, dollars, first_runnable, usd_range
+from orchestrator.plan_format import days, dollars, first_runnable, train_note, usd_range
 from orchestrator.report_plots import format_number
 
 SHOWN = 8
@@ -15,6 +15,9 @@ USUAL = {"tp": 1, "cp": 1, "zero": 1, "recompute": "none", "dtype": "bf16"}
 BUDGETS_SHOWN = ("GPT-4", "Llama 3.1 405B", "DeepSeek-V3")
 BAR = 36
 OLD_DAYS = 365
+BESIDE_BAR = 68
+SEEN_GIB = 0.05
+"""What one digit shows."""
 SEEN_S = 0.005
 """A difference of steps that two digits show."""
 
@@ -27,17 +30,19 @@ def print_plan(plan: Plan, data: dict) -> None:
                   f"{format_number(request.tokens)} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a "
                   f"step, {request.dtype}, stack {request.stack.name}{escape(_routed(request))}. "
                   "[bold]All figures are predicted.[/bold]")
-    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} kept, with days and USD of the "
-                  "steady bill; the rest is refused at the end\n")
+    rows, runs = data["candidates"][:SHOWN], first_runnable(data["candidates"])
+    rows += [runs] * (runs is not None and runs not in rows)
+    console.print(f"{plan.considered:,} layouts considered, {len(plan.candidates):,} kept and {len(rows)} of them "
+                  "here, with days and USD of the steady bill; the rest is refused at the end\n")
     if plan.candidates:
         table = grid("<layout", "step s", "idle", "GiB", "MFU", "days", "USD", "<why it is here")
-        for row in data["candidates"][:SHOWN]:
+        for row in rows:
             table.add_row(layout_words(row["layout"]),
                           f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
                           f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", days(row["days"]),
                           dollars(row["usd_total"]), row["why"])
         console.print(table)
-        _print_step(console, data)
+        _print_step(console, data, mtp=request.model.n_mtp_layers > 0)
         _print_bills(console, data["bill"])
         _print_dense(console, data)
         _print_train(console, data)
@@ -93,28 +98,32 @@ def mfu_words(mfu: float, data: dict) -> str:
     return f"{mfu:.1%} MFU" + " of the bf16 peak" * (data["best"]["layout"].get("dtype", "bf16") != "bf16")
 
 
-def mfu_line(data: dict) -> str:
-    """What MFU means here, and the best layout's by the other conventions in print."""
+def mfu_line(data: dict, *, mtp: bool) -> str:
+    """What MFU means here, and the best layout's by the other conventions in print: of peaks that its products use, and
+    without MTP modules where there are some."""
+    low = data["best"]["layout"].get("dtype", "bf16") != "bf16"
     others = "; ".join(f"{value:.1%} of the {name}" for name, value in data["mfu_conventions"].items()
-                       if value is not None)
+                       if value is not None and (low or name.startswith("bf16"))
+                       and (mtp or low or "whole" in name))
     peak = "bf16 peak" if data["hardware"]["device"] == "cuda" else "the calibrating run's GEMM for a peak"
-    return f"MFU       {peak}, causal attention, MTP modules counted, recompute not; without MTP modules: {others}"
+    counted, without = (", MTP modules counted", "without MTP modules: ") if mtp else ("", "")
+    return f"MFU       {peak}, causal attention{counted}, recompute not; {without}{others}"
 
 
-def _print_step(console, data: dict) -> None:
-    best, have = data["best"], data["hardware"]["memory_gib"]
+def _print_step(console, data: dict, *, mtp: bool) -> None:
+    best, have, usable = data["best"], data["hardware"]["memory_gib"], data["assumptions"]["usable_memory"]
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in best["parts_s"].items())
     whose = "; pipeline and bubble are the busiest rank's, idle above is all ranks' share"
     console.print(f"\nstep      {parts} s{whose * (best['layout']['pp'] > 1)}")
-    console.print(mfu_line(data), markup=False)
-    used = 0.0
-    for name, size in best["memory_gib"].items():
-        start = 0.0 if name == "total" else used
-        used = size if name == "total" else used + size
-        begin, end = (min(BAR, round(edge / have * BAR)) for edge in (start, used))
-        bar = " " * begin + "\u2588" * (end - begin) + "\u2591" * (BAR - end) * (name == "total")
-        note = f"  of {have:.0f} GiB, fullest rank" if name == "total" else ""
-        console.print(f"{'memory' if start == 0 and name != 'total' else '':10}{name:12}{size:7.1f}  {bar}{note}")
+    console.print(mfu_line(data, mtp=mtp), markup=False)
+    used, width = 0.0, max(8, min(BAR, console.width - BESIDE_BAR))
+    for number, (name, size) in enumerate(best["memory_gib"].items()):
+        long = min(width, max(size >= SEEN_GIB, round(size / have * width)))
+        begin = 0 if name == "total" else min(width - long, round(used / have * width))
+        used += size
+        bar = " " * begin + "\u2588" * long + "\u2591" * (width - long) * (name == "total")
+        note = f"  of {have:.0f} GiB, {have * usable:.0f} usable, fullest rank" if name == "total" else ""
+        console.print(f"{'' if number else 'memory':10}{name:12}{size:7.1f}  {bar}{note}")
 
 
 def _print_bills(console, bill: dict) -> None:
@@ -192,12 +201,10 @@ def between_words(loss: dict) -> str:
 
 def _print_train(console, data: dict) -> None:
     runs = first_runnable(data["candidates"])
-    best = data["candidates"][0]
     if runs is None:
-        console.print(f"\ntrain     cannot run what fits: {best['train_not']}")
+        console.print(f"\ntrain     cannot run what fits: {data['candidates'][0]['train_not']}")
     else:
-        aside = "" if runs is best else f"  ({runs['step_time_s']:.2f} s a step; of the fastest: {best['train_not']})"
-        console.print(f"\ntrain     {shlex.join(runs['train'])}{aside}", markup=False)
+        console.print(f"\ntrain     {train_note(data)}\nsparing train {shlex.join(runs['train'])}\n", markup=False)
 
 
 def _telling(plan: Plan) -> list[str]:
@@ -218,10 +225,12 @@ def layout_words(layout: dict) -> str:
 
 
 def grid(*headers: str):
-    """A table without lines; a header that starts with < is left-aligned; only the last column may wrap."""
+    """A table without lines; a header that starts with < is left-aligned and may wrap where a terminal is narrow, the
+    last column before others."""
     from rich.table import Table
 
     table = Table(*(header.lstrip("<") for header in headers), box=None, pad_edge=False)
     for column, header in zip(table.columns, headers, strict=True):
-        column.no_wrap, column.justify = header != headers[-1], "left" if header.startswith("<") else "right"
+        column.justify = "left" if header.startswith("<") else "right"
+        column.no_wrap, column.overflow = column.justify == "right", "fold"
     return table

@@ -7,12 +7,13 @@ from pathlib import Path
 from orchestrator.arguments import check_writable, positional, taken
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.dense import measured_multiplier
-from orchestrator.plan.money import money, terms_for
+from orchestrator.plan.money import bill_of, money, terms_for
 from orchestrator.plan.planner import to_dict
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
 from orchestrator.plan.search import DEGREES, Plan, Request, layouts, search
 from orchestrator.plan.workload import MOST_MICROBATCHES
 from orchestrator.plan_explain import print_explained
+from orchestrator.plan_format import first_runnable
 from orchestrator.plan_page import page
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
 from orchestrator.plan_questions import settle
@@ -85,6 +86,10 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
             best = found.candidates[0]
             data |= money(request, best, terms_for(request, best.work), compared)
             data["scaling"] = scaled(best, request)
+            if runs := first_runnable(data["candidates"]):
+                own = found.candidates[data["candidates"].index(runs)]
+                bill = bill_of(request, own, terms_for(request, own.work))["expected"]
+                runs["expected"] = {"days": bill["days"], "usd": bill["usd"]}
             if compared and data["dense"]["equal_loss"]["measured"] is None:
                 data["dense"]["equal_loss"]["measured_not"] = (
                     f"{options['multiplier_from']} has no multiplier: the losses of mixture and dense twin never met")

@@ -153,10 +153,15 @@ def smallest(request: Request) -> Request | None:
 
 
 def for_deadline(request: Request, days: float, tell: Callable[[Offer], None]) -> list[Offer]:
-    """Offers on more and more GPUs; the last one, if any, is the smallest found that is done in time. `tell` is called
-    with each, those above it too."""
+    """Offers on more and more GPUs; the last one, if any, is the smallest found that is done in time, and where none
+    can be the one that may come nearest. `tell` is called with each, those above it too."""
+    fitting: list[tuple[float, int]] = []
+
     def tried(each: Request) -> Offer | None:
-        if not fits(each) or least_bill(each)["days"] > days:
+        if not fits(each):
+            return None
+        fitting.append((least_bill(each)["days"], each.devices))
+        if fitting[-1][0] > days:
             return None
         found = offer(each)
         tell(found)
@@ -173,6 +178,9 @@ def for_deadline(request: Request, days: float, tell: Callable[[Offer], None]) -
             break
         low = each.devices
     offers = sorted(filter(None, offers), key=lambda each: each.request.devices)
+    if not offers and fitting:
+        offers = [offer(resized(request, min(fitting)[1]))]
+        tell(offers[0])
     enough = next((number for number, each in enumerate(offers) if in_time(each)), len(offers))
     return offers[: enough + 1]
 

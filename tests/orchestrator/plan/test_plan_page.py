@@ -25,9 +25,10 @@ from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, is_first, pipeline_of
 from orchestrator.plan_diff import by_cause, difference, print_diff
 from orchestrator.plan_explain import explained, precisions, reduce_words
+from orchestrator.plan_format import train_note
 from orchestrator.plan_page import page
 from orchestrator.plan_plots import timeline_chart
-from orchestrator.plan_table import price_words, print_plan, reasons
+from orchestrator.plan_table import mfu_line, price_words, print_plan, reasons
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +191,54 @@ def test_the_table_shows_bars_bills_and_dense_lines(small, capsys):
         assert words in text
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_plan_fits_a_narrow_terminal(small, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_plan(*small)
+    lines = capsys.readouterr().out.splitlines()
+    tables = [lines[next(i for i, line in enumerate(lines) if line.startswith(head)) :]
+              for head in ("layout", "bill ", "beside it", "published", "memory")]
+    for rows in tables:
+        assert all(len(row) <= columns for row in rows[: rows.index("") if "" in rows else None] if "energy" not in row)
+    monkeypatch.delenv("COLUMNS")
+    print_plan(*small)
+    wide = capsys.readouterr().out.splitlines()
+    assert all(line == line.rstrip() for line in lines + wide) and max(map(len, wide)) > 120
+
+
+def test_parts_of_memory_that_are_equal_have_equal_bars(small, capsys):
+    plan, data = small
+    sizes = data["best"]["memory_gib"] | {"masters": 1.2, "moments": 1.2, "gradients": 3.3, "logits": 0.0}
+    print_plan(plan, data | {"best": data["best"] | {"memory_gib": sizes}})
+    bars = {line[10:22].strip(): line.count("\u2588") for line in capsys.readouterr().out.splitlines()
+            if line.startswith((" " * 10, "memory"))}
+    assert bars["masters"] == bars["moments"] == 1 and bars["gradients"] == 2 and bars["logits"] == 0
+
+
+def test_the_command_for_train_can_be_pasted_and_says_what_it_misses(small, capsys):
+    plan, data = small
+    rows = [row | {"train": None, "train_not": "train has no such thing"} for row in data["candidates"]]
+    rows[-1] |= {"train": ["model=x", "layout.pp=2"], "expected": {"days": 26.34, "usd": 51234.0}}
+    print_plan(plan, data | {"candidates": rows, "question": {"deadline_days": 25.6}})
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("sparing train model=x layout.pp=2")
+    assert lines[at - 1].startswith("train  ") and lines[at + 1] == ""
+    for words in ("26.3 days and $51,234 by the expected bill", "MISSES deadline_days=25.6", "train has no such thing"):
+        assert words in lines[at - 1]
+    assert "MISSES budget_usd=50000" in train_note({"candidates": rows, "question": {"budget_usd": 5e4}})
+    assert "MISSES" not in train_note({"candidates": rows, "question": {"budget_usd": 6e4}})
+
+
 def test_the_mfu_names_its_convention_and_the_best_layouts_by_the_others(small, capsys):
     plan, data = small
     print_plan(plan, data)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("MFU  "))
     whole, half = (data["mfu_conventions"][f"bf16 peak, {which} attention"] for which in ("whole", "causal"))
     assert half == pytest.approx(data["best"]["mfu"]) and whole > half and "recompute not" in line
-    assert f"{whole:.1%} of the bf16 peak, whole attention" in line
-    assert f"{half / 2:.1%} of the fp8 peak, causal" in line
+    assert f"{whole:.1%} of the bf16 peak, whole attention" in line and "fp8" not in line and "MTP" not in line
+    low = data | {"best": data["best"] | {"layout": data["best"]["layout"] | {"dtype": "fp8"}}}
+    assert f"{half / 2:.1%} of the fp8 peak, causal" in mfu_line(low, mtp=True)
+    assert "without MTP modules: " in mfu_line(low, mtp=True)
 
 
 def test_a_ranks_bubble_and_all_ranks_idle_time_have_two_names(small, capsys):

@@ -21,6 +21,7 @@ from orchestrator.plan.questions import (
     tokens_for,
 )
 from orchestrator.plan.search import Request, search
+from orchestrator.plan_offers import Told
 from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.show_plan import planned
@@ -186,6 +187,25 @@ def test_several_values_become_one_plan_and_a_table(capsys):
     assert answer.options["gpus"] in ("4", "8") and len(answer.question["offers"]) == 2
     assert "on the front of dollars against days" in " ".join(capsys.readouterr().out.split())
     assert settle({"gpus": "8", "tokens": "1e9"}, SMALL).question is None
+
+
+def test_offers_stand_by_their_number_with_their_batch_and_what_lacks_is_told_once(request_, capsys):
+    free = dataclasses.replace(request_, batch_asked=False)
+    lacking = dataclasses.replace(free, hardware=catalogue()["rtx_3090"])
+    found = [offer(resized(each, devices)) for each in (free, lacking) for devices in (32, 8, 16)]
+    Told().show(found, found[1])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:4]] == [
+        ["h100", "8", "131.1K"], ["h100", "16", "262.1K"], ["h100", "32", "524.3K"]]
+    assert lines[4] == "not planned: rtx_3090: hardware.bf16_tflops: is not known"
+    assert "different trainings" in lines[5] and not any("rtx_3090" in line for line in lines[5:])
+    Told().show(found[:1], found[0])
+    assert "different trainings" not in capsys.readouterr().out
+
+
+def test_a_value_that_is_named_twice_is_one_row():
+    rows = settle({"gpus": "8,8", "tokens": "1e9"}, [word.replace(H100, "hardware=h100,h100") for word in SMALL])
+    assert len(rows.question["offers"]) == 1
 
 
 SEVERAL = ["model=deepseek_v2_lite", "train.seq_len=2048", "train.batch_size=64", "hardware=h100,a100,rtx_3090"]
