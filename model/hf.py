@@ -12,12 +12,14 @@ interleaved pairs as they are.
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def export(path: str | Path, config: ModelConfig, tensors: Mapping[str, Tensor],
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"path={path}: must be a new or empty directory; name another one")
+        raise ValueError(f"{path}: must be a new or empty directory; name another one")
     metadata = config_to_hf(config, dtype=dtype)
     shards = _plan_shards(config, dtype, max_shard_bytes)
     path.mkdir(parents=True, exist_ok=True)
@@ -54,10 +56,20 @@ def export(path: str | Path, config: ModelConfig, tensors: Mapping[str, Tensor],
             assert key == name
             shard |= _as_stored(key, tensor, dtype)
         total += sum(tensor.nbytes for tensor in shard.values())
-        save_file(shard, path / file, metadata={"format": "pt"})
+        _save(shard, path / file)
         weight_map |= dict.fromkeys(shard, file)
     _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(path / "config.json", metadata)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """What the disk refuses is the system's error, as of any file; the library has its number in its words alone."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
 
 
 def load(path: str | Path) -> tuple[ModelConfig, "Assembled"]:

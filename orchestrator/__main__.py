@@ -1,15 +1,18 @@
 """The command: `sparing VERB ...`, equally `python -m orchestrator VERB ...`. Parse, check, call, tell, exit.
 
 Exit codes: 0 done, 1 failed, 2 bad request, 3 environment not fit, 17 not trustworthy, 33 transient, 34 preempted, 93
-fault after fault without progress, 130 interrupted by Ctrl-C with nothing to save.
+fault after fault without progress, 130 interrupted by Ctrl-C with nothing to save, 141 what is printed has lost its
+reader (`| head`).
 SPARING_TRACEBACK=1 shows where an error came from. What takes time to import is imported where `main` hears Ctrl-C.
 """
 
 import importlib
+import logging
 import os
+import signal
 import sys
 
-from orchestrator.errors import INTERRUPTED, BadRequest, NotFit, SparingError
+from orchestrator.errors import INTERRUPTED, UNREAD, BadRequest, NotFit, SparingError
 
 USAGE = """\
 Sparing trains mixture-of-experts language models and accounts for what that costs.
@@ -87,18 +90,81 @@ EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    """argv: by default the process's own, whose signals are then heard, too."""
+    if argv is None:
+        argv = sys.argv[1:]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupted)
+        logging.raiseExceptions = False  # a log that cannot be printed is no reason to print more
+    try:
+        code = _told(argv)
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        return _system_told(error, argv)
+
+
+def _told(argv: list[str]) -> int:
     try:
         return _run(argv)
     except SparingError as error:
-        if os.environ.get("SPARING_TRACEBACK"):
-            import traceback
-
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # as rich leaves
+            return UNREAD
+        raise
+
+
+def _system_told(error: OSError, argv: list[str]) -> int:
+    """A path of the user's, or what is printed, that the system refused; any other error goes on."""
+    from orchestrator.arguments import blamed
+    from orchestrator.train.storage import FULL, refusal
+
+    unread = isinstance(error, BrokenPipeError) and _is_unread()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what it holds would end the process in another error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if unread:
+        return UNREAD
+    if found := blamed(error, argv[1:]):
+        _print_error(found[0] + str(refusal(error, found[1])))
+    elif error.filename is None and error.errno in FULL:
+        _print_error("stdout: no space left; send it to another place")
+    else:
+        raise error
+    return NotFit.exit_code
+
+
+def _is_unread() -> bool:
+    import select
+
+    watched = select.poll()
+    for stream in (1, 2):
+        watched.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
+
+
+def _print_error(words: str) -> None:
+    if os.environ.get("SPARING_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {words}", file=sys.stderr)
+
+
+def _interrupted(number, frame) -> None:
+    """Ctrl-C. In an import nothing can be lost yet, and what libraries make of a KeyboardInterrupt there is anything
+    from another error to a crash: the process ends at once."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _run(argv: list[str]) -> int:
@@ -201,18 +267,19 @@ def _report(arguments: list[str]) -> int:
 def _export(arguments: list[str]) -> int:
     import shlex
 
-    import torch
-
-    from orchestrator.arguments import options, positional
-    from orchestrator.train.export import TOKENIZER, export_checkpoint
+    from orchestrator.arguments import choice, options, positional
+    from orchestrator.train.folder import check_new
 
     named, rest = options("export", arguments, ("dtype",), HELP["export"])
     source, out = positional("export", rest, 2, HELP["export"])
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-    dtype = named.get("dtype", "fp32")
-    if dtype not in dtypes:
-        raise BadRequest(f"dtype={dtype}: must be one of {', '.join(dtypes)}; use dtype=fp32")
-    path = export_checkpoint(source, out, dtype=dtypes[dtype])
+    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
+    dtype = dtypes[choice(named, "dtype", tuple(dtypes))]
+    check_new(out)
+    import torch
+
+    from orchestrator.train.export import TOKENIZER, export_checkpoint
+
+    path = export_checkpoint(source, out, dtype=getattr(torch, dtype))
     print(f"wrote {out} from {_shown(path)}\n"
           f"next  AutoModelForCausalLM.from_pretrained({out!r}), or {_command()} import {shlex.quote(out)} CHECKPOINT")
     if not os.path.isfile(os.path.join(out, TOKENIZER)):
@@ -225,12 +292,16 @@ def _import(arguments: list[str]) -> int:
     from functools import partial
 
     from orchestrator.arguments import positional
+    from orchestrator.train.folder import check_new
+
+    source, out = positional("import", arguments, 2, HELP["import"])
+    check_new(out)
     from orchestrator.train.export import TOKENIZER, import_hf
     from orchestrator.train.progress import Progress
 
-    source, out = positional("import", arguments, 2, HELP["import"])
+    unit = "M parameters, with any MTP module"
     with Progress() as progress:
-        path = import_hf(source, out, on_progress=partial(progress.amount, "importing", "M parameters"))
+        path = import_hf(source, out, on_progress=partial(progress.amount, "importing", unit))
     beside = os.path.join(out, TOKENIZER)
     words = [f"model={os.path.join(source, 'config.json')}", f"resume={out}"]
     words += [f"data.tokenizer={beside}"] * os.path.isfile(beside)

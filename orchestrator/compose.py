@@ -6,17 +6,19 @@ and remedy. Nothing here can run code from a config: there is no `_target_`, and
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable
 from enum import Enum
+from functools import reduce
 from pathlib import Path
 
 from orchestrator.config import Config, conf_dir, from_dict, register, to_dict
 from orchestrator.errors import BadRequest, SparingError
-from orchestrator.words import expanded
+from orchestrator.words import expanded, word
 
 HYDRA_VERSION_BASE = "1.3"
 RESOLVER = re.compile(r"\$\{[^{}]*:")
@@ -111,7 +113,7 @@ def check_overrides(overrides: list[str]) -> None:
     parser = OverridesParser.create()
     for text in overrides:
         shown = text.split("=", 1)[0] if _is_secret(text.split("=", 1)[0]) else text
-        if "=" not in text and not text.startswith("~"):
+        if not text.startswith("~") and not re.match(r"[^=]+=", text):
             raise BadRequest(f"{shown}: is no override; write KEY=VALUE, as in train.steps=100")
         try:
             override = parser.parse_override(text)
@@ -168,7 +170,7 @@ def _check_key(override, shown: str) -> None:
         raise BadRequest(f"{key}='': is empty; give a value, or leave {key} out")
     wanted = _mismatch(override.value(), hint)
     if wanted:
-        raise BadRequest(f"{shown}: must be {wanted}; use {key}={_example(hint)}")
+        raise BadRequest(f"{shown}: must be {wanted}; use {key}={_example(key, hint)}")
 
 
 def _is_secret(key: str) -> bool:
@@ -204,7 +206,12 @@ def _mismatch(value: object, hint: object) -> str | None:
     return "text (put quotes around it)" if isinstance(value, list | dict) else None
 
 
-def _example(hint: object) -> str:
+def _example(key: str, hint: object) -> str:
+    """The key's default, or else a value of its kind."""
+    *sections, leaf = key.split(".")
+    default = getattr(reduce(getattr, sections, Config()), leaf)
+    if default not in (None, "") and not isinstance(default, dict | list):
+        return word(default)
     if isinstance(hint, types.UnionType):
         hint = next(item for item in hint.__args__ if item is not types.NoneType)
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -290,6 +297,8 @@ def _first_lines(error: Exception) -> str:
 def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
     """Hydra's own command line (--cfg, --info, --multirun, completion): `run` is called once per job."""
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     for flag in filter(FOREIGN.match, arguments):
         raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours "
@@ -310,9 +319,12 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
             codes.append(error.exit_code)
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's printer
     before, sys.argv = sys.argv, ["sparing train", *_opened(arguments)]
     try:
         hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(conf_dir()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadRequest(_first_lines(error)) from error
     except SystemExit as stop:
         return 2 if stop.code else 0
     finally:

@@ -2,6 +2,8 @@
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C where there is nothing to save, as shells have it."""
+UNREAD = 141
+"""Exit code where the reader of what is printed has gone (`| head`), as shells have it of what SIGPIPE ends."""
 
 
 class SparingError(Exception):

@@ -6,7 +6,15 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from orchestrator.arguments import check_writable, memory_limit, number, options, positional
+from orchestrator.arguments import (
+    check_writable,
+    memory_limit,
+    number,
+    options,
+    positional,
+    tokenizer_named,
+    write_file,
+)
 from orchestrator.errors import BadRequest
 
 HELP = """\
@@ -69,25 +77,26 @@ def run(arguments: list[str]) -> int:
     if "tasks" in named and "task_dir" not in named:
         raise BadRequest(f"tasks={named['tasks']}: needs the folder with their YAML files; add task_dir=DIR")
     check_writable(named, "out")
+    given = {key: int(number(named, key, 1, 1)) for key in ("limit", "window", "stride") if key in named}
+    memory, tokenizer = memory_limit(named), tokenizer_named(named)
+    if "text" in named:
+        from orchestrator.train.texts import find_files
+
+        find_files(named["text"], "text")
     from orchestrator.inference import look
 
-    memory, tokenizer = memory_limit(named), named.get("tokenizer", "")
     weights, _ = look(path, tokenizer=tokenizer)
     if "tasks" in named:
         from orchestrator.evaluate_tasks import evaluate_tasks, table
 
-        limit = int(number(named, "limit", 1, 1)) if "limit" in named else None
         loaded = _load(path, memory, tokenizer, weights.trained_len + 1, cache_tokens=weights.config.max_seq_len + 1)
-        results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=limit)
+        results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=given.get("limit"))
         print(table(results))
         _write(named, {"path": loaded.path, "tasks": results["results"]})
         return 0
-    from orchestrator.train.texts import find_files
-
     most = weights.config.max_seq_len
     window = int(number(named, "window", min(weights.trained_len, most), 1, most))
     stride = int(number(named, "stride", max(1, window // 2), 1, window))
-    find_files(named["text"], "text")  # so that what is not there is told before weights are read
     loaded = _load(path, memory, tokenizer, window)
     results = evaluate_text(loaded, named["text"], window=window, stride=stride, text_key=named.get("text_key", "text"))
     _write(named, {"path": loaded.path, "window": window, "stride": stride,
@@ -114,14 +123,16 @@ def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: 
 
     files, results, stray = find_files(patterns, "text"), [], set()
     width = max(4, *(len(Path(file).name) for file in files))
-    print(f"{'text':{width}}  documents       bytes      tokens  bits/byte  perplexity  top-1   "
-          f"(window {window}, stride {stride})")
+    head = (f"{'text':{width}}  documents       bytes      tokens  bits/byte  perplexity  top-1   "
+            f"(window {window}, stride {stride})")
     for file in files:
         result = TextResult(Path(file).name, 0, 0, 0, 0.0, 0)
         for text in documents(file, text_key, "text_key=", stray=stray):
             if text:
                 result = _add(result, _score_document(loaded, text, window, stride))
         if result.tokens:
+            if not results:
+                print(head)
             results.append(result)
             _print(result, width)
     if not results:
@@ -158,5 +169,4 @@ def _print(result: TextResult, width: int) -> None:
 
 def _write(named: dict[str, str], result: dict) -> None:
     if "out" in named:
-        Path(named["out"]).write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {named['out']}")
+        write_file(named, "out", json.dumps(result, indent=1) + "\n")

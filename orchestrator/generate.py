@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.arguments import choice, memory_limit, number, options, positional
+from orchestrator.arguments import choice, memory_limit, number, options, positional, tokenizer_named
 from orchestrator.errors import BadRequest
 
 HELP = """\
@@ -89,11 +89,7 @@ def run(arguments: list[str]) -> int:
         print(notice, file=sys.stderr, flush=True)
     cache_tokens = (longest + 1) * min(SLOTS, len(prompts))
     loaded = load(path, request.memory, tokenizer=request.tokenizer, cache_tokens=cache_tokens)
-    try:
-        first = complete(loaded, prompts, request, speculative=request.speculative == "true", show=_printer(request))
-    except BrokenPipeError:  # `| head` has read enough; what is buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    first = complete(loaded, prompts, request, speculative=request.speculative == "true", show=_printer(request))
     if request.speculative == "compare":
         compare(loaded, prompts, request)
     else:
@@ -108,12 +104,13 @@ def read_request(named: dict[str, str]) -> Request:
     top_p = number(named, "top_p", 1, 1e-6, 1, whole=False)
     if top_p < 1 and temperature == 0:
         raise BadRequest(f"top_p={named['top_p']}: chooses nothing where decoding is greedy; add temperature=1")
-    memory = memory_limit(named)
+    memory, tokenizer = memory_limit(named), tokenizer_named(named)
+    max_tokens, seed = int(number(named, "max_tokens", 200, 1)), int(number(named, "seed", 0, 0, 2**40))
+    speculative = choice(named, "speculative", ("false", "true", "compare"))
     prompts, lines = _read_prompts(named)
-    return Request(prompts, lines, int(number(named, "max_tokens", 200, 1)), temperature, top_p,
-                   int(number(named, "seed", 0, 0, 2**40)), _read_stops(named.get("stop", "")),
-                   choice(named, "speculative", ("false", "true", "compare")), named.get("tokenizer", ""),
-                   memory)
+    _refuse_empty(prompts)
+    return Request(prompts, lines, max_tokens, temperature, top_p, seed, _read_stops(named.get("stop", "")),
+                   speculative, tokenizer, memory)
 
 
 def encode_prompts(tokenizer, window: int, request: Request) -> list[list[int]]:
@@ -122,16 +119,25 @@ def encode_prompts(tokenizer, window: int, request: Request) -> list[list[int]]:
         prompts = [tokenizer.encode(text).tolist() for text in request.prompts]
     except UnicodeEncodeError:
         raise BadRequest("prompt: is no UTF-8 text; give it in that encoding") from None
+    _refuse_empty(prompts)
     for index, prompt in enumerate(prompts, 1):
-        where = f"{len(prompts)} prompts, number {index}" if len(prompts) > 1 else "prompt"
-        if not prompt:
-            raise BadRequest(f"{where}: is empty; give at least one character")
         if len(prompt) + request.max_tokens > window:
             room = window - len(prompt)
             remedy = f"use max_tokens={room} or less" if room > 0 else f"cut the prompt to {window - 1} or fewer"
-            raise BadRequest(f"{where}: {len(prompt)} tokens and max_tokens={request.max_tokens} must not exceed "
-                             f"model.max_seq_len={window}; {remedy}")
+            raise BadRequest(f"{_which(prompts, index)}: {len(prompt)} tokens and max_tokens="
+                             f"{request.max_tokens} must not exceed model.max_seq_len={window}; {remedy}")
     return prompts
+
+
+def _refuse_empty(prompts: list) -> None:
+    """Of texts or of their tokens."""
+    for index, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise BadRequest(f"{_which(prompts, index)}: is empty; give at least one character")
+
+
+def _which(prompts: list, index: int) -> str:
+    return f"{len(prompts)} prompts, number {index}" if len(prompts) > 1 else "prompt"
 
 
 def complete(loaded, prompts: list[list[int]], request: Request, *, speculative: bool,

@@ -2,9 +2,8 @@
 
 import json
 from html import escape
-from pathlib import Path
 
-from orchestrator.arguments import check_writable
+from orchestrator.arguments import check_writable, write_file
 from orchestrator.compose import combinations, compose_config
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.questions import assumed
@@ -55,14 +54,11 @@ def plan_sweep(arguments: list[str]) -> None:
     console.print(printed)
     prices = price_lines([(each["hardware"]["name"], each["bill"]["price"]) for each in results if each.get("best")])
     console.print("\n".join([NOTE, *(["A GPU-hour:", *prices] if prices else [])]))
-    if fixed.get("out"):
+    if "out" in fixed:
         kept = [{"words": words, **result} for words, result in zip(jobs, results, strict=True)]
-        Path(fixed["out"]).write_text(json.dumps(kept, indent=1) + "\n")
-    if fixed.get("html"):
-        Path(fixed["html"]).write_text(sweep_page(head, rows, results, prices), encoding="utf-8")
-    for key in ("out", "html"):
-        if fixed.get(key):
-            print(f"wrote     {fixed[key]}")
+        write_file(fixed, "out", json.dumps(kept, indent=1) + "\n")
+    if "html" in fixed:
+        write_file(fixed, "html", sweep_page(head, rows, results, prices))
     if not any(result.get("best") for result in results):
         raise NotFit(f"none of the {len(results)} combinations can be planned; the last column of each says why")
 

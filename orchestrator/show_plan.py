@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.arguments import check_writable, positional, taken
+from orchestrator.arguments import check_writable, positional, taken, write_file
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import bill_of, money, terms_for
@@ -60,18 +60,15 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     found, data = planned(options, answer.overrides)
     if answer.question:
         data["question"] = answer.question
-    if options.get("out"):
-        Path(options["out"]).write_text(json.dumps(data, indent=2) + "\n")
-    if options.get("html") and found.candidates:
-        Path(options["html"]).write_text(page(found, data), encoding="utf-8")
     print_plan(found, data)
+    if found.candidates and options.get("explain") == "true":
+        print_explained(found, data)
+    if "out" in options:
+        write_file(options, "out", json.dumps(data, indent=2) + "\n")
     if not found.candidates:
         raise no_layout(found.request)
-    if options.get("explain") == "true":
-        print_explained(found, data)
-    for key in ("out", "html"):
-        if options.get(key):
-            print(f"wrote     {options[key]}")
+    if "html" in options:
+        write_file(options, "html", page(found, data))
 
 
 def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:

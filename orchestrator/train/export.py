@@ -14,9 +14,10 @@ from torch import Tensor
 from model import hf
 from model.config import ModelConfig
 from orchestrator.config import Config, from_dict, to_dict
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotFit
 from orchestrator.train import storage
 from orchestrator.train.checkpoint import Saver
+from orchestrator.train.folder import check_new, filled
 from orchestrator.train.lineage import TOKENIZER, newest_under, tokenizer_of
 from orchestrator.train.shards import Loader, Piece
 from orchestrator.train.tokenizer import bytes_as_files
@@ -37,15 +38,16 @@ def export_checkpoint(checkpoint: str, out: str, *, dtype: torch.dtype = torch.f
         raise BadRequest(f"{checkpoint}: no whole checkpoint there; name a run directory or a checkpoint in it")
     if storage.local_path(out) is None:
         raise BadRequest(f"{out}: must be a local directory; export there, then copy it")
-    with contextlib.closing(Loader(path)) as loader, _plain_errors():
-        config = from_dict(ModelConfig, loader.state["config"]["model"])
-        hf.export(storage.local_path(out), config, StateDict(loader, config), dtype=dtype)
-        tokenizer = tokenizer_of(path, loader.state)
-    if tokenizer == "byte":
-        for name, text in bytes_as_files().items():
-            storage.write_bytes(storage.join(out, name), text.encode())
-    elif tokenizer:
-        _copy_tokenizer(tokenizer, out)
+    with filled(out):
+        with contextlib.closing(Loader(path)) as loader, _plain_errors():
+            config = from_dict(ModelConfig, loader.state["config"]["model"])
+            hf.export(storage.local_path(out), config, StateDict(loader, config), dtype=dtype)
+            tokenizer = tokenizer_of(path, loader.state)
+        if tokenizer == "byte":
+            for name, text in bytes_as_files().items():
+                storage.write_bytes(storage.join(out, name), text.encode())
+        elif tokenizer:
+            _copy_tokenizer(tokenizer, out)
     return path
 
 
@@ -57,8 +59,7 @@ def import_hf(directory: str, out: str, *, on_progress: Callable[[int, int], Non
     """
     if not os.path.isdir(directory):
         raise BadRequest(f"{directory}: is no directory; name one with config.json and model.safetensors")
-    if storage.list_dir(out):
-        raise BadRequest(f"{out}: is not empty; name a new directory")
+    check_new(out)
     with _plain_errors():
         config, tensors = hf.load(directory)
     refused: list[Exception] = []
@@ -70,15 +71,14 @@ def import_hf(directory: str, out: str, *, on_progress: Callable[[int, int], Non
             refused.append(error)
             raise
 
-    saver = Saver(out, rank=0, world_size=1, store=None, keep=0, fence="import", timeout_s=IMPORT_S)
-    saver.save(0, [], {"weights_only": True, "config": to_dict(Config(model=config)), "progress": {}},
-               background=False, more=files())
-    result = saver.wait()
-    if not result.ok:
-        storage.remove_tree(out)  # which was empty
-        with _plain_errors():
-            raise refused[0] if refused else BadRequest(f"{out}: {result.error}")
-    _copy_tokenizer(os.path.join(directory, TOKENIZER), out)
+    with filled(out), _plain_errors():
+        saver = Saver(out, rank=0, world_size=1, store=None, keep=0, fence="import", timeout_s=IMPORT_S)
+        saver.save(0, [], {"weights_only": True, "config": to_dict(Config(model=config)), "progress": {}},
+                   background=False, more=files())
+        result = saver.wait()
+        if not result.ok:
+            raise refused[0] if refused else NotFit(f"{out}: {result.error}")
+        _copy_tokenizer(os.path.join(directory, TOKENIZER), out)
     return result.path
 
 
@@ -163,10 +163,8 @@ def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What the conversion refuses is a request that cannot be; so is a file that is not there or may not be used."""
+    """What the conversion refuses is a request that cannot be."""
     try:
         yield
     except ValueError as error:
         raise BadRequest(str(error)) from error
-    except OSError as error:
-        raise BadRequest(f"{error.filename}: {error.strerror}; name a path that is there and may be used") from error

@@ -27,6 +27,7 @@ from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, Transient
 
 RETRY_S = 300.0
 CHUNK_BYTES = 16 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _TRANSIENT_ERRNOS = {errno.EBUSY, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _VERSIONS = ("ETag", "etag", "Content-MD5", "md5Hash", "LastModified", "last_modified", "updated", "created", "mtime")
@@ -50,8 +51,7 @@ class ShortRead(NotTrustworthy):
 
 
 def local_path(path: str) -> str | None:
-    """The operating system's path, or None when `path` is not on a local file system. No shell expands the ~ of
-    `run.dir=~/runs`."""
+    """The system's path, or None where `path` is no local one. No shell expands the ~ of `run.dir=~/runs`."""
     for scheme in ("file://", "local://"):
         if path.startswith(scheme):
             return path.removeprefix(scheme)
@@ -170,8 +170,7 @@ def write_chunks(path: str, chunks: Iterable, *, num_bytes: int, retry_s: float 
     """As write_bytes, from buffers in turn (`num_bytes` in all), never holding more than one. Object stores get a
     spooled local copy, so that an exception in `chunks` leaves nothing behind."""
     if (local := local_path(path)) is not None:
-        _write_local(local, chunks, os.replace, num_bytes=num_bytes)
-        return
+        return _write_local(local, chunks, os.replace, num_bytes=num_bytes)
     with tempfile.TemporaryDirectory(prefix="sparing-upload-") as folder:
         spooled = os.path.join(folder, "spooled")
         _write_local(spooled, chunks, os.replace, num_bytes=num_bytes)
@@ -190,8 +189,7 @@ def download(path: str, local_file: str, *, retry_s: float = RETRY_S) -> None:
     """Copy `path` to a local file, whole or not at all."""
     expected = size(path, retry_s=retry_s)
     if local_path(path) is not None:
-        _write_local(local_file, read_chunks(path), os.replace, num_bytes=expected)
-        return
+        return _write_local(local_file, read_chunks(path), os.replace, num_bytes=expected)
     partial = f"{local_file}.part"
     _remote(path, lambda fs, key: fs.get_file(key, partial), retry_s)
     if (got := os.path.getsize(partial)) != expected:
@@ -206,8 +204,7 @@ def create_exclusive(path: str, data: bytes, *, retry_s: float = RETRY_S) -> Non
     then refused; only by its own bytes does the writer know that it had won.
     """
     if (local := local_path(path)) is not None:
-        _write_local(local, [data], os.link, num_bytes=len(data))
-        return
+        return _write_local(local, [data], os.link, num_bytes=len(data))
     try:
         _put(path, lambda fs, key: fs.pipe_file(key, data, mode="create"), retry_s)
     except FileExistsError:
@@ -319,6 +316,16 @@ def _client_errors(*names: str) -> tuple[type, ...]:
     return (*(getattr(botocore, name) for name in names if botocore), *([aiohttp.ClientError] if aiohttp else []))
 
 
+def refusal(error: OSError, path: str, num_bytes: int | None = None) -> NotFit:
+    """What the system's error about `path` says to a user."""
+    if error.errno in FULL:
+        need, free = "" if num_bytes is None else f" for {num_bytes} bytes", free_bytes(path)
+        return StorageFull(f"{path}: no space left{need} ({free} bytes free); make room, or choose another directory")
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return StorageDenied(f"{path}: {_words(error)}; choose another place, or fix its permissions or credentials")
+    return NotFit(f"{path}: {_words(error)}")
+
+
 @contextlib.contextmanager
 def _typed_errors(path: str, num_bytes: int | None = None) -> Iterator[None]:
     try:
@@ -326,14 +333,7 @@ def _typed_errors(path: str, num_bytes: int | None = None) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError):
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            need = f" for {num_bytes} bytes" if num_bytes is not None else ""
-            raise StorageFull(f"{path}: no space left{need} ({free_bytes(path)} bytes free); "
-                              "make room, or choose another directory") from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise StorageDenied(f"{path}: {_words(error)}; choose a place this user may use, or fix its "
-                                "permissions or credentials") from error
-        raise NotFit(f"{path}: {_words(error)}") from error
+        raise refusal(error, path, num_bytes) from error
 
 
 def _words(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.arguments import taken
+from orchestrator.arguments import number, taken
 from orchestrator.errors import BadRequest
 
 KNOWN = ("tokens", "gpus", "seeds")
@@ -19,3 +19,11 @@ def test_known_keys_are_taken_and_overrides_of_the_config_passed_on():
 def test_what_is_nearly_a_key_is_refused_with_the_nearest(word, said):
     with pytest.raises(BadRequest, match=said):
         taken([word], KNOWN)
+
+
+def test_a_whole_number_may_be_written_as_any_number():
+    for text, value in (("12", 12), ("1.2e1", 12), ("12.0", 12)):
+        assert number({"n": text}, "n", 1, 1) == value
+    for text in ("1.5", "nan", "inf", "1e400", "0", "x"):
+        with pytest.raises(BadRequest, match=f"n={text}: must be a whole number of at least 1; use n=1"):
+            number({"n": text}, "n", 1, 1)

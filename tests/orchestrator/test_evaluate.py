@@ -47,12 +47,16 @@ def test_text_that_is_not_utf8_is_scored_and_said_so(checkpoint, tmp_path, capsy
     (["text=README.md", "window=97"], "window=97: must be a whole number between 1 and 96"),
     (["text=README.md", "window=8", "stride=9"], "stride=9: must be a whole number between 1 and 8"),
     (["tekst=README.md"], "did you mean text?"),
+    (["text=BINARY"], "is no text, it holds zero bytes"), (["text=EMPTY"], "holds no text"),
     (["tasks=mine"], "add task_dir=DIR"),
     (["tasks=mine", "task_dir=x", "stride=2"], "stride=2: means nothing beside tasks=; leave it out"),
     (["text=README.md", "limit=3"], "limit=3: means nothing beside text=; leave it out"),
     (["text=README.md", "out=/nowhere/x.json"], "out=/nowhere/x.json: cannot be written; name a file"),
 ])
-def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):
+def test_what_cannot_be_is_one_line(checkpoint, tmp_path, capsys, arguments, words):
+    for name, content in (("BINARY", b"a\0"), ("EMPTY", b"")):
+        (tmp_path / name).write_bytes(content)
+        arguments = [word.replace(name, f"{tmp_path}/{name}") for word in arguments]
     out, err = evaluate(capsys, checkpoint, *arguments, code=2)
     assert not out and words in err and err.count("\n") == 1
 

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.__main__ import main
 from orchestrator.compose import compose_config
-from orchestrator.errors import BadRequest
+from orchestrator.errors import UNREAD, BadRequest
 from orchestrator.inference import TextStream, load, load_for_inference, look
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control
@@ -146,6 +146,23 @@ def test_what_cannot_be_is_one_line(checkpoint, capsys, arguments, words):
     assert not out and words in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments, words", [
+    (["generate", "nowhere", "prompt="], "prompt: is empty"),
+    (["generate", "nowhere", "prompt=x", "tokenizer=gpt2"], "tokenizer=gpt2: no such file"),
+    (["generate", "nowhere", "prompt=x", "weights=int3"], "weights=int3: must be one of fp32, bf16, fp8, int4"),
+    (["serve", "nowhere", "tokenizer=gpt2"], "tokenizer=gpt2: no such file"),
+    (["export", "nowhere", "tests"], "tests: must be a new or empty directory"),
+    (["export", "nowhere", "new", "dtype=int8"], "dtype=int8: must be one of fp32, bf16, fp8"),
+    (["import", "nowhere", "tests"], "tests: must be a new or empty directory"),
+    (["evaluate", "nowhere", "text=README.md", "stride=0"], "stride=0: must be a whole number of at least 1"),
+    (["evaluate", "nowhere", "text=none.txt"], "text=none.txt: matches no file"),
+])
+def test_what_needs_no_model_is_told_before_one_is_looked_for(arguments, words, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and words in err and err.count("\n") == 1
+
+
 def test_bad_files_and_bytes_are_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"text": "x"}')
     assert "p.jsonl:1: has no text under prompt; its keys are ['text']" in generate(
@@ -158,7 +175,7 @@ def test_a_reader_that_has_read_enough_ends_it_quietly(checkpoint):
     command = [sys.executable, "-m", "orchestrator", "generate", str(checkpoint), "prompt=def ", "max_tokens=80"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
-        assert process.stderr.read() == "" and process.wait() == 0
+        assert process.stderr.read() == "" and process.wait() == UNREAD
 
 
 def test_a_path_without_a_model_is_one_line(tmp_path, capsys):

@@ -5,13 +5,15 @@ import weakref
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from model import hf
 from model.config import ModelConfig
 from model.transformer import Transformer
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotFit
 from orchestrator.train import checkpoint, export
 from orchestrator.train.export import StateDict, import_hf
+from orchestrator.train.lineage import find_latest
 from orchestrator.train.shards import Loader
 
 MODEL = ModelConfig(vocab_size=300, dim=64, n_layers=3, n_dense_layers=1, inter_dim=96, n_heads=2, moe_inter_dim=32,
@@ -77,6 +79,29 @@ def test_nothing_is_written_behind_a_file_that_could_not_be(released, tmp_path, 
         return original(path, pieces, **options)
 
     monkeypatch.setattr(checkpoint, "write_shard", full)
-    with pytest.raises(BadRequest, match="No space left on device"):
+    with pytest.raises(NotFit, match="No space left on device"):
         import_hf(str(folder), str(tmp_path / "out"))
     assert len(tried) == 2 and not (tmp_path / "out").exists()
+
+
+def test_an_export_that_the_disk_refuses_leaves_nothing_and_says_where(released, tmp_path, monkeypatch):
+    folder, _ = released
+    import_hf(str(folder), str(tmp_path / "in"))
+
+    def full(tensors, file, metadata):
+        file.write_text("torn")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hf, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        export.export_checkpoint(str(tmp_path / "in"), str(tmp_path / "out"))
+    assert caught.value.errno == 28 and caught.value.filename.startswith(f"{tmp_path}/out/model-")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_takes_nothing_away_that_was_there(released, tmp_path):
+    folder, _ = released
+    import_hf(str(folder), str(tmp_path / "in"))
+    with pytest.raises(BadRequest, match="in: must be a new or empty directory"):
+        export.export_checkpoint(str(tmp_path / "in"), str(tmp_path / "in"))
+    Loader(find_latest(str(tmp_path / "in"))).check(content=True)
