@@ -6,8 +6,10 @@ from pathlib import Path
 from orchestrator.errors import BadRequest
 from orchestrator.plan_format import console as console_of
 from orchestrator.plan_format import dollars
+from orchestrator.report_plots import format_number
 
 USAGE = "usage: sparing plan diff A.json B.json"
+SMALL = 0.1
 UNTOLD = ("match", "reserved", "spot", "source", "date")
 REQUEST = ("model", "devices", "tokens", "seq_len", "batch_size", "dtype", "stack", "routing")
 
@@ -39,7 +41,8 @@ def print_diff(a: dict, b: dict, names: list[str]) -> None:
 
     found, console = difference(a, b), console_of(width=120)
     for key, (before, after) in found["changed"].items():
-        console.print(f"changed   {key}: {before} -> {after}", markup=False)
+        note = " (multiples of each layout's dp x microbatches)" * (key == "bill.validate_sequences")
+        console.print(f"changed   {key}: {_told(before)} -> {_told(after)}{note}", markup=False)
     if not found["changed"] and a["bill"] == b["bill"]:
         console.print("no difference")
         return
@@ -50,7 +53,7 @@ def print_diff(a: dict, b: dict, names: list[str]) -> None:
         for name, before, after in found[title]:
             if before or after:
                 table.add_row(f"{title}, {name}" if name not in ("step", "total") else f"[bold]{title}, {unit}[/bold]",
-                              f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}", _share(before, after))
+                              *_numbers(before, after), _share(before, after))
         table.add_section()
     for name, (_, cost_before), (_, cost_after) in found["bill"]:
         bold = name.endswith(" bill")
@@ -60,8 +63,7 @@ def print_diff(a: dict, b: dict, names: list[str]) -> None:
         table.add_row(f"  of it by {name}", "", "", _signed(0.0, usd))
     for side in ("steady", "expected"):
         before, after = a["bill"][side]["days"], b["bill"][side]["days"]
-        table.add_row(f"[bold]{side} days[/bold]", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}",
-                      _share(before, after))
+        table.add_row(f"[bold]{side} days[/bold]", *_numbers(before, after), _share(before, after))
     console.print(table)
     console.print(headline(a, b))
 
@@ -82,7 +84,7 @@ def headline(a: dict, b: dict) -> str:
     usd = _signed(a["bill"]["expected"]["usd"], b["bill"]["expected"]["usd"])
     parts = [(name, after - before) for name, before, after in difference(a, b)["step"] if name != "step"]
     name, change = max(parts, key=lambda part: abs(part[1]))
-    return f"expected  {usd} and {days:+.2f} days; of a step, {name} changes most ({change:+.2f} s)"
+    return f"expected  {usd} and {_change(days)} days; of a step, {name} changes most ({_change(change)} s)"
 
 
 def _bill(bill: dict) -> dict[str, tuple[float, float | None]]:
@@ -101,6 +103,24 @@ def _paired(a: dict, b: dict, absent) -> list[tuple]:
 
 def _unequal(prefix: str, a: dict, b: dict) -> dict[str, tuple]:
     return {f"{prefix}.{name}": (before, after) for name, before, after in _paired(a, b, None) if before != after}
+
+
+def _told(value) -> str:
+    return format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _numbers(before: float, after: float) -> list[str]:
+    """Both and the change."""
+    return [_number(before), _number(after), _change(after - before)]
+
+
+def _number(value: float) -> str:
+    """In two decimals, or in three digits where these would show nothing."""
+    return f"{value:.2f}" if value >= SMALL or not value else f"{value:.3g}"
+
+
+def _change(value: float) -> str:
+    return f"{'-' if value < 0 else '+'}{_number(abs(value))}"
 
 
 def _signed(before: float | None, after: float | None) -> str:

@@ -11,14 +11,16 @@ from orchestrator.plan.money import ITSELF
 from orchestrator.plan.search import Plan
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
-from orchestrator.plan_format import days, dollars, first_runnable, usd_range
+from orchestrator.plan_format import days, dollars, first_runnable, train_note, usd_range
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
 from orchestrator.plan_table import band_words, layout_words, mfu_words, price_words
-from orchestrator.report_plots import WIDTH, format_number, stacked_bar
+from orchestrator.report_plots import format_number, stacked_bar
 from orchestrator.report_style import details, document, figure, table
 
 SHOWN, ZOOM_SLOTS = 12, 45
+NUMBERED_CELLS = 78
+"""That fit beside each other with a number of two digits each."""
 
 
 def page(plan: Plan, data: dict) -> str:
@@ -26,9 +28,9 @@ def page(plan: Plan, data: dict) -> str:
     request, work = plan.request, plan.candidates[0].work
     title = f"{request.model.name} on {request.devices:,} {request.hardware.name}"
     return document(f"{title} - Sparing plan", [
-        _header(data, title), _tiles(data), *_timelines(data, work), '<section class="grid">',
-        _memory(data), _memory_over_time(data, work), _cost(data), "</section>", _layouts(data), _bills(data["bill"]),
-        _dense(data), _published(data), _refused(data), _assumptions(data), _footer()],
+        _header(data, title), _tiles(data), *_timelines(data, work), _memory(data),
+        '<section class="grid">', _memory_over_time(data, work), _cost(data), "</section>", _layouts(data),
+        _bills(data["bill"]), _dense(data), _published(data), _refused(data), _assumptions(data), _footer()],
         style=PLOT_STYLE)
 
 
@@ -64,8 +66,12 @@ def _timelines(data: dict, work: Workload) -> list[str]:
     slots = sum(span.rank == 0 for span in timeline.spans)
     if slots > ZOOM_SLOTS:
         end = timeline.step_time * ZOOM_SLOTS / slots
-        found.append(figure("Its beginning", "the same clock; numbers are microbatches",
-                            timeline_chart(timeline, end=end, numbers=True), wide=True))
+        narrowest = min(span.end - span.start for span in timeline.spans if span.actions[0].kind == "F")
+        near = min(end, max(end / 4, narrowest * NUMBERED_CELLS))
+        found += [figure(title, "the same clock; numbers are microbatches",
+                         timeline_chart(timeline, start=start, end=until, numbers=True), wide=True)
+                  for title, start, until in (("Its beginning", 0.0, near), ("How it goes on", near, end))
+                  if start < until]
     return found
 
 
@@ -77,9 +83,9 @@ def _memory(data: dict) -> str:
     free = max(0.0, have - sizes["total"])
     rows = [[f'<i class="key box {css}"></i>{escape(name)}', f"{size:.1f}", f"{size / have:.0%}"]
             for name, size, css in [*parts, ("free", free, "b7")]]
-    bar = stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory", width=WIDTH)
+    bar = stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory")
     return figure("Memory of the fullest rank", f"{sizes['total']:.1f} of {have:.1f} GiB",
-                  bar + table(["", "GiB", "of the device"], rows))
+                  bar + table(["", "GiB", "of the device"], rows), wide=True)
 
 
 def _memory_over_time(data: dict, work: Workload) -> str:
@@ -192,6 +198,7 @@ def _assumptions(data: dict) -> str:
             for group in groups for name, value in group.items()]
     runs = first_runnable(data["candidates"])
     command = "" if runs is None else details("The best layout that `sparing train` runs",
+                                              f"<p>{escape(train_note(data))}</p>"
                                               f"<pre>sparing train {escape(shlex.join(runs['train']))}</pre>")
     return details("What was assumed", table(["", ""], rows)) + command
 

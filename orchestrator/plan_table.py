@@ -84,7 +84,7 @@ def price_words(price: dict) -> str:
     old = f"; OLD: {age:,} days" if (age or 0) > OLD_DAYS else ""
     market = price["market"].replace("_", " ")
     day = price["date"] or ("" if price["source"] == GIVEN else "no date")
-    return f"${price['usd_per_h']:.2f} a GPU-hour, {market} ({price['source']}{', ' * bool(day)}{day}{old})"
+    return f"{dollars(price['usd_per_h'])} a GPU-hour, {market} ({price['source']}{', ' * bool(day)}{day}{old})"
 
 
 def band_words(bill: dict) -> str:

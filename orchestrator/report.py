@@ -162,39 +162,26 @@ def _by_step(runs: list[Run], key: str) -> list[Series]:
 
 
 def _time(runs: list[Run]) -> str:
-    """A bar a run; the table has a row a bucket and, for each run, device-seconds, share and cost."""
-    closed = [(run, {share.bucket: share for share in found}) for run in runs if (found := shares(run.summary))]
+    """Of each run a bar and a table with a row a bucket."""
+    closed = [(run, found) for run in runs if (found := shares(run.summary))]
     if not closed:
         none = '<p class="none">the ledger is closed when the run ends</p>'
         return figure("Where the time went", "", none, wide=True)
     css = {name: f"b{i}" for i, name in enumerate(BUCKETS)}
-    many, bars = len(closed) > 1, []
+    head = ["bucket", "device-seconds", "share", "cost", "predicted at the optimal interval"]
+    parts = []
     for run, found in closed:
-        bars.append(f'<p class="bar-label">{escape(run.label)}</p>' if many else "")
-        bars.append(stacked_bar([(name.replace("_", " "), share.device_s, css.get(name, "b7"))
-                                 for name, share in found.items()], "share of charged device time"))
-    rows = []
-    for name in dict.fromkeys([*BUCKETS, *(name for _, found in closed for name in found)]):
-        if any(name in found for _, found in closed):
-            words = escape(name.replace("_", " "))
-            key = f'<span class="named"><i class="key box {css.get(name, "b7")}"></i>{words}</span>'
-            rows.append([key, *(cell for _, found in closed for cell in _share_cells(found.get(name)))])
-    rows.append(["<b>charged</b>", *(f"<b>{cell}</b>" for run, found in closed for cell in (
-        f"{sum(share.device_s for share in found.values()):,.1f}", "100%",
-        escape(format_usd(run.summary["usd_total"])), ""))])
-    units = ("device-seconds", "share", "cost", "predicted at the optimal interval")
-    head = ["bucket", *(f"{run.label}: {unit}" if many and unit == "device-seconds" else unit
-                        for run, _ in closed for unit in units)]
-    notes = [f"{run.label}: {note}" if many else note for run, _ in closed if (note := interval_note(run.summary))]
+        parts.append(f'<p class="bar-label">{escape(run.label)}</p>' * (len(closed) > 1))
+        parts.append(stacked_bar([(each.bucket.replace("_", " "), each.device_s, css.get(each.bucket, "b7"))
+                                  for each in found], "share of charged device time"))
+        rows = [[f'<span class="named"><i class="key box {css.get(each.bucket, "b7")}"></i>'
+                 f'{escape(each.bucket.replace("_", " "))}</span>', f"{each.device_s:,.1f}", f"{each.share:.1%}",
+                 escape(format_usd(each.usd)), _optimum(each)] for each in found]
+        total = f"{sum(each.device_s for each in found):,.1f}", "100%", escape(format_usd(run.summary["usd_total"]))
+        rows.append([f"<b>{cell}</b>" for cell in ("charged", *total, "")])
+        parts += [table(head, rows), f'<p class="bar-label">{escape(interval_note(run.summary))}</p>']
     return figure("Where the time went", "every device-second from placement to release, in one bucket each",
-                  "".join([*bars, table([escape(text) for text in head], rows),
-                           *(f'<p class="bar-label">{escape(note)}</p>' for note in notes)]), wide=True)
-
-
-def _share_cells(share: Share | None) -> list[str]:
-    if share is None:
-        return ["0.0", "0.0%", "-", "-"]
-    return [f"{share.device_s:,.1f}", f"{share.share:.1%}", escape(format_usd(share.usd)), _optimum(share)]
+                  "".join(parts), wide=True)
 
 
 def _optimum(share: Share) -> str:
@@ -255,12 +242,12 @@ def _events(run: Run, *, many: bool) -> str:
     shown = {"time", "kind", "rank", "node", "step", "cause"}
     rows = []
     for event in run.events[-MAX_EVENTS:]:
-        more = ", ".join(f"{key} {format_number(value) if isinstance(value, float) else value}"
+        more = ", ".join(f"{key} {format_number(value) if isinstance(value, float) or key.endswith('bytes') else value}"
                          for key, value in event.items() if key not in shown and value is not None)
         cells = [f"+{(event.get('time') or start) - start:,.1f} s", str(event.get("kind", "")).replace("_", " "),
-                 *("" if event.get(key) is None else str(event[key]) for key in ("step", "rank", "node")),
-                 "; ".join(part for part in (event.get("cause"), more) if part)]
-        rows.append([escape(str(cell)) for cell in cells])
+                 *("" if event.get(key) is None else str(event[key]) for key in ("step", "rank", "node"))]
+        rows.append([*(f'<span class="named">{escape(cell)}</span>' for cell in cells),
+                     escape("; ".join(str(part) for part in (event.get("cause"), more) if part))])
     left_out = len(run.events) - len(rows)
     note = f"; {left_out} earlier ones left out" if left_out else ""
     events = table(["time", "event", "step", "rank", "node", ""], rows, numeric_from=9)

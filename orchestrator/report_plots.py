@@ -90,10 +90,10 @@ def load_heatmap(loads: Sequence[Sequence[float]], row_labels: Sequence[str]) ->
     return "".join(parts) + legend([(name, f"h{i}", "box") for i, name in enumerate(names)])
 
 
-def stacked_bar(parts: Sequence[tuple[str, float, str]], what: str, *, width: float = WIDTH * 2 - 40) -> str:
-    """Shares of a whole as one bar. parts: (label, value, css class). width: of the figure that it is to fill."""
+def stacked_bar(parts: Sequence[tuple[str, float, str]], what: str) -> str:
+    """Shares of a whole as one bar over a wide figure. parts: (label, value, css class)."""
     total = math.fsum(value for _, value, _ in parts) or 1.0
-    height, x = 34, 0.0
+    width, height, x = WIDTH * 2 - 40, 34, 0.0
     drawn = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(what)}">']
     for label, value, css in parts:
         span = value / total * width

@@ -39,6 +39,7 @@ p { margin: 0; } small { display: block; color: var(--soft); font-size: 12.5px; 
 .grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; margin-bottom: 16px; }
 figure, details { margin: 0 0 16px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 16px 18px; }
+.grid > :only-child { grid-column: 1 / -1; }
 .grid figure { margin: 0; display: flex; flex-direction: column; } .grid svg { margin-top: auto; }
 figcaption { margin-bottom: 10px; } figcaption p { color: var(--soft); font-size: 13px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }

@@ -183,6 +183,32 @@ def test_a_difference_of_unknown_dollars_has_no_percentage(small, capsys):
     assert len(rows) > 3 and not any("%" in row for row in rows)
 
 
+def test_a_difference_is_told_in_figures_that_show_it(small, capsys):
+    data = json.loads(json.dumps(small[1]))
+    tiny = json.loads(json.dumps(data)) | {"tokens": 819200}
+    tiny["best"]["memory_gib"]["weights"] = 0.00321
+    tiny["bill"]["steady"]["days"], tiny["bill"]["steady"]["usd"] = 0.0021, 0.0456
+    tiny["bill"]["terms"]["validate_sequences"] = 64
+    print_diff(data, tiny, ["a", "b"])
+    out = capsys.readouterr().out
+    assert "tokens: 100B -> 819.2K" in out and "0.00321" in out and "0.0021" in out and "$0.0456" in out
+    assert "bill.validate_sequences: 0 -> 64 (multiples of each layout's dp x microbatches)" in out
+
+
+def test_microbatches_have_their_numbers_where_the_clock_begins(small):
+    """All of them, also of ranks with few layers, and the beginning is whole."""
+    plan, data = small
+    model = compose_config(["model=deepseek_v3"]).model
+    work = Workload(model, catalogue()["h800"], 4096, 3840, 16, 32, 32, "dualpipev", 120, dtype="fp8")
+    text = page(dataclasses.replace(plan, candidates=[Candidate(work, estimate(work))]), data)
+    first, then = (re.search(f"<h2>{title}</h2>.*?</svg>", text, re.DOTALL)[0]
+                   for title in ("Its beginning", "How it goes on"))
+    forwards = re.findall(r'<rect class="b2" x="([\d.]+)" y="0.0" width="([\d.]+)"', first)
+    numbers = re.findall(r'<text class="micro" x="([\d.]+)" y="([\d.]+)"', first)
+    assert len(forwards) > 20 and len([y for _, y in numbers if float(y) < 24]) >= len(forwards)
+    assert then.count("<title>") > 100
+
+
 def test_the_table_shows_bars_bills_and_dense_lines(small, capsys):
     print_plan(*small)
     text = capsys.readouterr().out
