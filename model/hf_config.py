@@ -54,8 +54,10 @@ def _config_from_hf(values: Mapping, name: str) -> ModelConfig:
     rope = values.get("rope_parameters") or {**(values.get("rope_scaling") or {}),
                                              "rope_theta": values.get("rope_theta", 10000.0)}
     found = {"name": name, **family.implied, **_scaling_from_hf(rope)}
+    defaults = vars(ModelConfig())
     for key, ours in (COMMON | family.keys).items():
-        found[ours] = _FROM_HF.get(key, lambda value: value)(_look_up(key, {**rope, **values}))
+        found[ours] = _of_kind(key, _FROM_HF.get(key, lambda value: value)(_look_up(key, {**rope, **values})),
+                               type(defaults[ours]))
     found.setdefault("inter_dim", 0)
     if values.get("topk_method") == "greedy":
         found |= {"n_expert_groups": 1, "n_limited_groups": 1}
@@ -64,8 +66,7 @@ def _config_from_hf(values: Mapping, name: str) -> ModelConfig:
     else:
         found |= dict(n_dense_layers=found["n_layers"], n_routed_experts=0, n_shared_experts=0, moe_inter_dim=0,
                       n_activated_experts=0, expert_bias=False, balance_loss_weight=0.0)
-    defaults = vars(ModelConfig())
-    config = ModelConfig(**{key: type(defaults[key])(value) for key, value in found.items()})
+    config = ModelConfig(**{key: _of_kind(key, value, type(defaults[key])) for key, value in found.items()})
     config.check()
     _check_expressible(config)
     return config
@@ -191,6 +192,15 @@ def _look_up(key: str, values: Mapping) -> object:
     if key not in _ABSENT:
         raise ValueError(f"config.json: {key} is missing; take the file from the model's release")
     return _ABSENT[key]
+
+
+def _of_kind(key: str, value: object, kind: type) -> object:
+    """A value as our field has it; numbers alone are converted."""
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
+    is_number = kind in (int, float) and type(value) in (int, float) and (kind is float or value % 1 == 0)
+    if not is_number and type(value) is not kind:
+        raise ValueError(f"config.json: {key}={value!r}: must be {wanted}; take the file from the model's release")
+    return kind(value)
 
 
 def _check_expressible(config: ModelConfig) -> None:

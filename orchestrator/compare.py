@@ -14,7 +14,7 @@ from html import escape
 
 from model import count
 from model.config import ModelConfig
-from orchestrator.arguments import taken
+from orchestrator.arguments import check_folder, taken
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, to_dict
 from orchestrator.errors import INTERRUPTED, BadRequest, Preempted, SparingError
@@ -29,6 +29,7 @@ from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import document, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import earlier_end
+from orchestrator.train.run_dir import CONFIG
 from orchestrator.words import plain, quoted
 
 HELP = """\
@@ -62,6 +63,7 @@ def run(arguments: list[str]) -> int:
     for each in configs.values():
         check_run(each)
     at = plan_at(named["at"]) if "at" in named else None
+    check_folder(named, "out")
     out = named.get("out") or f"runs/compare-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     result = compare(_train_all(commands, seeds, out, steps=config.train.steps), configs)
     if at is not None:
@@ -208,7 +210,8 @@ def _train_all(commands: dict[str, list[str]], seeds: list[int], out: str, *, st
             path, done = storage.join(out, f"{name}-seed{seed}"), done + 1
             if (earlier_end(path) or {}).get("status") != "completed":  # those that failed have a summary, too
                 print(f"\nrun {done} of {total}: {name}, seed {seed}", flush=True)
-                code = _train([*words, f"seed={seed}", f"run.dir={quoted(path)}", "resume=auto"])
+                begun = ["resume=auto"] * storage.exists(storage.join(path, CONFIG))
+                code = _train([*words, f"seed={seed}", f"run.dir={quoted(path)}", *begun])
                 if code in STOPPED:
                     raise Preempted(f"compare: {path} was stopped; the same command with out={out} goes on from there")
                 if code:

@@ -4,6 +4,7 @@
 metrics.jsonl alone; nothing is measured or guessed here, and what was predicted stands in a column of its own.
 """
 
+import os
 from dataclasses import replace
 from html import escape
 
@@ -25,7 +26,11 @@ def write_report(run_dirs: list[str], out: str | None = None) -> str:
     """
     if not run_dirs:
         raise BadRequest("report: no run directory was given; name one or more, as in `sparing report runs/NAME`")
-    runs = labelled([read_run(path) for path in run_dirs])
+    if out is not None and not out.endswith(".html"):
+        use = storage.join(out, "report.html") if os.path.isdir(out) else f"{out}.html"
+        raise BadRequest(f"out={out}: must be the name of a file that ends in .html; use out={use}")
+    once = {os.path.realpath(storage.local_path(path) or path): path for path in run_dirs}
+    runs = labelled([read_run(path) for path in once.values()])
     out = out or storage.join(run_dirs[0], "report.html")
     stem = out.removesuffix(".html")
     storage.write_bytes(f"{stem}.html", page(runs).encode())

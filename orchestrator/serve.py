@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 
-from orchestrator.arguments import choice, memory_limit, number, options, positional
+from orchestrator.arguments import choice, memory_limit, number, options, positional, tokenizer_named
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.train.finish import format_usd
 
@@ -43,11 +43,12 @@ def run(arguments: list[str]) -> int:
     slots, waiting = int(number(named, "slots", 8, 1, 1024)), int(number(named, "waiting", 64, 0, 100_000))
     speculative = choice(named, "speculative", ("false", "true")) == "true"
     most, timeout_s = int(number(named, "max_tokens", 1024, 1)), number(named, "timeout_s", 120, 0.1, whole=False)
+    memory, tokenizer = memory_limit(named), tokenizer_named(named)
     listener = _listen(host, int(number(named, "port", 8000, 0, 65535)))
     try:
         import uvicorn
 
-        from orchestrator.serve_api import Limits, build_app
+        from orchestrator.serve_api import Limits, Server, build_app
         from orchestrator.serve_engine import Engine
     except ImportError as error:
         raise NotFit(f"serve: needs the package {error.name}; pip install 'sparing[serve]'") from None
@@ -57,23 +58,22 @@ def run(arguments: list[str]) -> int:
     from orchestrator.inference import beyond_training, load, look, uses_gpu
     from orchestrator.plan.hardware import hardware_named, resolve_hardware
 
-    memory = memory_limit(named)
     asked, device = named.get("hardware", "auto"), torch.cuda.get_device_name() if uses_gpu(memory) else None
     hardware = (hardware_named(asked) if asked != "auto" else
                 resolve_hardware(HardwareConfig(name="auto"), device))
-    weights, _ = look(path, tokenizer=named.get("tokenizer", ""))
+    weights, _ = look(path, tokenizer=tokenizer)
     window = weights.config.max_seq_len
     if speculative and not weights.config.n_mtp_layers:
         raise BadRequest(f"speculative=true: {path} has no MTP module to draft with; use speculative=false")
     capacity = int(number(named, "context", min(4096, window), 2, window))
     if notice := beyond_training(weights.trained_len, capacity):
         print(notice, file=sys.stderr, flush=True)
-    loaded = load(path, memory, tokenizer=named.get("tokenizer", ""), cache_tokens=slots * (capacity + 1))
+    loaded = load(path, memory, tokenizer=tokenizer, cache_tokens=slots * (capacity + 1))
     engine = Engine(loaded, slots=slots, capacity=capacity, max_waiting=waiting, speculative=speculative)
     name = named.get("name") or os.path.basename(os.path.normpath(path))
     app = build_app(engine, name=name, limits=Limits(most, timeout_s), token=token, usd_per_h=hardware.usd_per_h)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3,
-                                           limit_concurrency=connections(slots, waiting)))
+    server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3,
+                                   limit_concurrency=connections(slots, waiting)), engine)
     listener.listen()  # who reads the line below may connect at once
     address, port = listener.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -49,9 +50,11 @@ def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, u
         return JSONResponse(error.body, error.status, _HEADERS.get(error.status))
 
     async def not_found(request: Request, error: Exception) -> Response:
-        status = getattr(error, "status_code", 404)
-        message = f"{request.method} {request.url.path}: no such route; there are {', '.join(r.path for r in routes)}"
-        return JSONResponse(Refused(status, message).body, status)
+        status, allowed = getattr(error, "status_code", 404), (getattr(error, "headers", None) or {}).get("Allow")
+        message = (f"no such route; there are {', '.join(r.path for r in routes)}" if allowed is None else
+                   f"is not for {request.method}; use {allowed}")
+        return JSONResponse(Refused(status, f"{request.method} {request.url.path}: {message}").body, status,
+                            {"allow": allowed} if allowed else None)
 
     routes = [Route("/v1/models", models), Route("/v1/models/{model:path}", model),
               Route("/health", health), Route("/v1/usage", usage),
@@ -60,6 +63,18 @@ def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, u
     middleware = [Middleware(_Bearer, token=token)] if token else []
     return Starlette(routes=routes, middleware=middleware,
                      exception_handlers={Refused: refused, 404: not_found, 405: not_found})
+
+
+class Server(uvicorn.Server):
+    """Ends its engine before its connections, so that whoever is being answered hears of it."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self.engine = engine
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        await asyncio.to_thread(self.engine.close)
+        await super().shutdown(sockets)
 
 
 async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits, name: str, *, chat: bool) -> Response:

@@ -88,6 +88,10 @@ class Engine:
     def submit(self, *sequences: Sequence) -> None:
         """Queue all of them or, if there is no room, none: `Full`."""
         with self.changed:
+            if self.closed:
+                for sequence in sequences:
+                    sequence.tell(Piece("", 0, "cancelled"))
+                return
             if len(self.waiting) + len(sequences) > self.max_waiting + len(self.free):
                 raise Full
             for sequence in sequences:

@@ -11,6 +11,9 @@ from orchestrator.train.run_dir import CONFIG, STATUS
 WIDTH = 150
 """Of a table that is not printed to a terminal."""
 
+DOING = {"data": "reading data", "step": "running", "validate": "validating", "save": "saving", "done": "ending"}
+"""By what a rank calls it."""
+
 
 def show_status(run_dir: str) -> None:
     """A table, one row a rank: where it is, what it hosts, what it received, when it last moved."""
@@ -28,7 +31,7 @@ def show_status(run_dir: str) -> None:
     ended = summary is not None and summary["released_at"] >= status["time"]
     lead = status["ranks"][0]
     waiting = None if ended else status.get("waiting")
-    state = summary["status"] if ended else "waiting" if waiting else lead.get("phase", "start")
+    state = summary["status"] if ended else "waiting" if waiting else DOING.get(lead.get("phase"), "starting")
     line = f"{run_dir}: {state}, step {lead.get('step', 0)} of {lead.get('steps', '?')}, attempt {status['attempt']}"
     if lead.get("loss") is not None:
         told = summary if ended else lead  # a run is charged until its devices are released
@@ -62,7 +65,7 @@ def _cells(row: dict, *, live: bool) -> dict[str, str]:
     return {"rank": str(row["rank"]), "node": str(row["node_rank"]), "host": row["host"], **process,
             "stages": _span(row.get("stages")), "layers": _span(row.get("layers")),
             "experts": f"{experts[0]}-{experts[1] - 1}" if received else "-", **sign,
-            "tokens received by expert": shown + (" ..." if len(totals) > 16 else "")}
+            "tokens by expert (its layers, since its start)": shown + (" ..." if len(totals) > 16 else "")}
 
 
 def _span(numbers: list[int] | None) -> str:

@@ -166,7 +166,7 @@ def _measured(config: Config, result: dict, *, devices: int, flops: float) -> di
 def headline(summary: dict) -> list[str]:
     """The last block on the screen: what came out, beside what it is measured by."""
     bits, lines = summary["bits_per_byte"], []
-    lines.append(f"{summary['status']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
+    lines.append(f"{summary['status']}: {_plural(summary['steps'], 'step')}, {summary['tokens']:,} tokens, "
                  f"{_plural(summary['attempts'], 'attempt')}")
     if summary["loss"]["validation"] is not None:
         lines.append(f"loss      {summary['loss']['validation']:.4f} nats/token on held-out text")
@@ -225,7 +225,7 @@ def _peak_source(config: Config, peak: float | None) -> str | None:
 
 
 def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _result_from_rows(rows: list[dict], *, earlier_s: float, held_s: float, released_at: float, devices: int,

@@ -40,8 +40,10 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
             raise
         return None
     if found is None:
-        if config.resume == "auto" and config.run.dir and storage.exists(storage.join(config.run.dir, METRICS)):
-            progress.say(f"resume=auto: {config.run.dir} has steps but no whole checkpoint; starting from step 0")
+        if config.resume == "auto" and config.run.dir:
+            progress.say(f"resume=auto: {config.run.dir} has steps but no whole checkpoint; starting from step 0"
+                         if storage.exists(storage.join(config.run.dir, METRICS)) else
+                         f"notice: nothing to resume in {config.run.dir}: a new run")
         return None
     path, state = found[0], found[1].state
     # The ranks say so of a state that no run has written, and a damaged summary does not keep a run from going on.

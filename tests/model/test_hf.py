@@ -236,6 +236,11 @@ def test_a_directory_in_use_is_not_overwritten(exported):
      "high_freq_factor is missing"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
     ({"vocab_size": None}, "vocab_size is missing"),
+    ({"hidden_size": "big"}, r"^config\.json: hidden_size='big': must be a whole number; take the file from the model"),
+    ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: must be a whole number"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': must be a number"),
+    ({"rope_theta": True}, "rope_theta=True: must be a number"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings=1: must be true or false"),
     ({"num_attention_heads": 0}, "model.n_heads=0: must be at least 1"),
     ({"num_experts_per_tok": 1}, "n_activated_experts=1.*use norm_topk=false"),
 ])

@@ -11,6 +11,7 @@ import uvicorn
 
 from model.config import ModelConfig
 from model.transformer import Transformer
+from orchestrator import serve_api
 from orchestrator.inference import Loaded
 from orchestrator.serve_api import build_app
 from orchestrator.serve_engine import Engine, Sequence
@@ -42,7 +43,8 @@ class Server:
                         usd_per_h=3.6)
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+        self.server = serve_api.Server(config, self.engine)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started, 30, "no server")

@@ -34,6 +34,7 @@ def test_the_twins_are_trained_with_the_parameters_they_are_named_for():
 
 
 @pytest.mark.parametrize("words, said", [
+    (["out=/proc/c"], "out=/proc/c: is no folder that may be written; name another"),
     (["seeds=0,0"], "seeds=0,0"), (["seeds=x"], "seeds=x"), (["run.dir=x"], "run.dir=x"),
     (["model.n_routed_experts=0", "model.n_activated_experts=0"], "has no experts")])
 def test_bad_input_is_refused_before_anything_is_trained(words, said, tmp_path, monkeypatch):

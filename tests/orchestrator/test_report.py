@@ -232,6 +232,19 @@ def test_several_runs_are_compared_on_one_page(write_run, tmp_path):
     assert (tmp_path / "all.md").exists()
 
 
+def test_a_run_that_is_named_twice_is_one_run(write_run):
+    run = write_run()
+    alone = pathlib.Path(write_report([run])).read_text()
+    assert pathlib.Path(write_report([run, f"{run}/", run])).read_text() == alone
+
+
+@pytest.mark.parametrize("out, use", [("x.pdf", "x.pdf.html"), ("", "/report.html")])
+def test_a_report_goes_where_it_is_sent_or_nowhere(write_run, tmp_path, out, use):
+    with pytest.raises(BadRequest, match=f"must be the name of a file that ends in .html; use out={tmp_path}/?{use}$"):
+        write_report([write_run()], out=f"{tmp_path}/{out}".rstrip("/"))
+    assert not list(tmp_path.glob("*.html")) and not list(tmp_path.parent.glob(f"{tmp_path.name}.html"))
+
+
 def test_no_directory_and_a_wrong_one_are_told_apart(tmp_path):
     with pytest.raises(BadRequest, match="no run directory was given"):
         write_report([])

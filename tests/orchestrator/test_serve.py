@@ -165,17 +165,21 @@ def test_late_answers_end(hasty):
     assert caught.value.status_code == 504
 
 
-def test_a_stream_that_the_end_of_the_server_cuts_short_does_not_look_whole(loaded):
-    with contextlib.closing(Server(loaded, slots=1)) as server, ThreadPoolExecutor(1) as pool, server.held() as go:
+def test_a_stream_that_the_end_of_the_server_cuts_short_does_not_look_whole(loaded, capfd):
+    with contextlib.closing(Server(loaded, slots=1)) as server, server.held() as go:
         events = server.client().chat.completions.create(**LONG, stream=True)
         next(iter(events))
         server.running()
-        closing = pool.submit(server.engine.close)
+        server.server.should_exit = True  # as on Ctrl-C
         wait_until(lambda: server.engine.closed, 30, "it does not close")
         go.set()
-        closing.result(60)
         with pytest.raises(openai.APIError, match="the server is ending"):
             list(events)
+        server.thread.join(60)
+        assert capfd.readouterr().err == "" and not server.thread.is_alive()
+        late = []
+        server.engine.submit(Sequence([1], Sampling(), 0, 4, late.append))
+        assert late[0].finish == "cancelled"
 
 
 def test_an_error_after_a_sequence_ended_frees_its_slot_once(loaded, monkeypatch):
@@ -220,6 +224,9 @@ def test_usage_prices_input_and_output_by_the_seconds_they_took(server):
     assert report["usd_per_million_output"] == pytest.approx(0.001 * 10 / 100 * 1e6)
     assert "$2.00 per million input" in serve.summary(report, "cpu")
     assert usage.report(None)["usd_per_million_input"] is None
+    with pytest.raises(openai.APIStatusError, match="GET /v1/completions: is not for GET; use POST") as caught:
+        server.client().get("/completions", cast_to=object)
+    assert caught.value.status_code == 405
     with pytest.raises(openai.NotFoundError):
         server.client().get("/nothing", cast_to=object)
     server.client().completions.create(model=NAME, prompt="x", max_tokens=1)

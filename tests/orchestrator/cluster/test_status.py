@@ -9,7 +9,7 @@ from orchestrator.__main__ import main
 from orchestrator.cluster.status import show_status
 
 
-@pytest.mark.parametrize("released_at, said", [(5.0, "step, step 3 of 9"), (11.0, "completed, step 3 of 9")])
+@pytest.mark.parametrize("released_at, said", [(5.0, "running, step 3 of 9"), (11.0, "completed, step 3 of 9")])
 def test_a_run_that_has_ended_is_told_with_its_whole_bill_and_a_live_one_with_its_bill_so_far(
         tmp_path, capsys, released_at, said):
     rank = {"rank": 0, "node_rank": 0, "host": "node-0000", "pid": 7, "phase": "step", "step": 3, "steps": 9,
@@ -24,6 +24,7 @@ def test_a_run_that_has_ended_is_told_with_its_whole_bill_and_a_live_one_with_it
     bill = "200 tokens/s, $0.750" if released_at > 10 else "100 tokens/s, $0.500 so far"
     assert said in lines[0] and lines[0].endswith(f"loss 2.5000, {bill}")
     process = ["7"] if released_at < 10 else []  # one that has ended has no process, and gives no sign
+    assert lines[1].rstrip().endswith("tokens by expert (its layers, since its start)")
     assert lines[2].split()[: 7 + len(process)] == ["0", "0", "node-0000", *process, "0,", "3", "0-2,", "7"]
     assert ("s ago" in lines[2]) == (released_at < 10)
     assert lines[2].rstrip().endswith("0:1,001 1:2,002") and lines[2].isascii()

@@ -86,6 +86,7 @@ def test_train_and_launch_take_a_config_json_as_the_plan_does(tmp_path):
     config = compose_config(words)
     check_run(config)
     assert (config.model.name, config.model.n_layers, config.model.n_dense_layers) == ("mine", 6, 2)
+    assert config == compose_config([words[0], f"model={tmp_path}/mine", *words[2:]])
     assert config.run.name == "mine" and compose_config(expanded(words)) == config
     assert not any(word.startswith("model=") for word in expanded(words))  # so that no file has to travel
 

@@ -37,6 +37,11 @@ def finish(config, result, *, released_after=107.5):
                       attempts=1)
 
 
+def test_one_step_is_said_as_one(tmp_path):
+    config = config_for(tmp_path)
+    assert headline(finish(config, result_of(config, status="budget") | {"steps": 1}))[0].startswith("budget: 1 step, ")
+
+
 def test_the_summary_has_the_keys_that_scripts_lean_on(tmp_path):
     config = config_for(tmp_path)
     finish(config, result_of(config))

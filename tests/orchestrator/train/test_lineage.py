@@ -172,6 +172,13 @@ def test_on_a_cluster_a_place_that_the_driver_cannot_see_is_left_to_the_ranks(ru
         lineage.look_back(seen, progress, here=True)
 
 
+def test_resuming_where_nothing_is_says_that_a_new_run_begins(text, tmp_path):
+    said = []
+    config = compose_config([*words(text, tmp_path / "new"), "resume=auto"])
+    assert lineage.look_back(config, Progress(said.append), here=True) is None
+    assert said == [f"notice: nothing to resume in {tmp_path}/new: a new run"]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", None], ids=["damaged", "no object", "gone"])
 def test_a_run_goes_on_behind_a_damaged_summary_and_its_bill_too(run, capsys, monkeypatch, content):
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
