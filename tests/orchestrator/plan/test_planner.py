@@ -141,7 +141,7 @@ def test_more_memory_does_not_make_the_plan_slower(small, device, name, devices)
         hardware = dataclasses.replace(catalogue()[device], memory_gib=gib)
         asked = dataclasses.replace(small, model=model(name), hardware=hardware, devices=devices, batch_size=64)
         times.append(search.search(asked).candidates[0].found.step_time_s)
-    assert all(more < 1.02 * less for less, more in pairwise(times))
+    assert all(more < 1.05 * less for less, more in pairwise(times))
 
 
 def test_a_search_by_short_clocks_finds_what_whole_clocks_find(monkeypatch):
