@@ -141,8 +141,8 @@ def commands_of(asked: Request, most: int | None = None) -> list:
 
 def test_a_batch_ramp_that_a_layout_cannot_begin_is_told_and_not_printed():
     words = ["model=moonlight_16b", H100, "train.batch_size=512", "train.batch_start=192", "train.batch_ramp_steps=9",
-             "layout.pp=8", "layout.microbatches=16"]
-    asked = read_request({"gpus": "64", "tokens": "1e10"}, *compose_plan(words))
+             "layout.pp=8", "layout.microbatches=16", "layout.schedule=1f1b", "layout.recompute=full"]
+    asked = read_request({"gpus": "64", "tokens": "1e10", "tp": "1", "cp": "1"}, *compose_plan(words))
     rows = [price(each, asked) for each in search(asked).candidates]
     wrong = "train.batch_start=192: must be a multiple of dp x microbatches"
     assert any(wrong in (row["train_not"] or "") for row in rows)
