@@ -238,8 +238,7 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
         if recompute is enough:
             refused.append(Refused(layout_of(each), UNNEEDED))
             continue
-        reason = illegal(each) or (None if zero == 1 or max(work.replicas, work.expert_replicas) > 1
-                                    else "no replicas to shard over")
+        reason = illegal(each) or ("no replicas" if zero > 1 and work.replicas == work.expert_replicas == 1 else None)
         if not request.asks(each, "recompute", "zero"):
             reason = "another recompute was asked for"
         if reason is None:
