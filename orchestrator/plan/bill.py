@@ -78,7 +78,8 @@ def make_bill(*, devices: int, tokens: float, batch_tokens: int, step_time_s: fl
     if fault:
         raise ValueError(f"train.batch_start={terms.batch_start}: {fault[0]}; {fault[1]}")
     nodes = math.ceil(devices / NODE)
-    ramp, steps = _ramp(terms, batch_size, math.ceil(tokens / (batch_tokens // batch_size)))
+    train = TrainConfig(batch_size=batch_size, batch_start=terms.batch_start, batch_ramp_steps=terms.ramp_steps)
+    ramp, steps = steps_of(train, math.ceil(tokens / (batch_tokens // batch_size)))
     steady = _steady(devices, tokens / batch_tokens, step_time_s, terms, ramp if step_at else [], step_at, extension_s,
                      batch_size)
     base = sum(term.gpu_hours for term in steady)
@@ -141,17 +142,16 @@ def _steady(devices: int, full_steps: float, step_time_s: float, terms: Terms, r
     return found
 
 
-def _ramp(terms: Terms, batch_size: int, sequences: int) -> tuple[list[tuple[float, int]], int]:
+def steps_of(train: TrainConfig, sequences: int) -> tuple[list[tuple[float, int]], int]:
     """Steps, and sequences of each, of the ramp's parts that so many sequences last for, of the last step its share;
-    and all steps of the run."""
+    and the fewest steps of `train` that see them all."""
     found, done = [], 0
-    train = TrainConfig(batch_size=batch_size, batch_start=terms.batch_start, batch_ramp_steps=terms.ramp_steps)
     for steps, batch in ramp_parts(train):
         if steps * batch >= sequences:
             return [*found, (sequences / batch, batch)], done + math.ceil(sequences / batch)
         found.append((steps, batch))
         done, sequences = done + steps, sequences - steps * batch
-    return found, done + math.ceil(sequences / batch_size)
+    return found, done + math.ceil(sequences / train.batch_size)
 
 
 def _total(found: list[Term], gpu_hours: float, usd_per_h: float | None, devices: int) -> dict:

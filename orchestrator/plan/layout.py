@@ -223,7 +223,7 @@ def _check_degrees(config: Config) -> None:
             f"must divide layout.ep={layout.ep}", f"use one of {divisors(layout.ep)}, or 0")
     nodes, per_node = config.cluster.nodes, config.cluster.ranks_per_node
     part = layout.ep_per_node
-    require(not part or not per_node or math.gcd(part, per_node) in (part, per_node), "layout.ep_per_node", part,
+    require(not part or suits_machines(part, per_node), "layout.ep_per_node", part,
             f"must divide cluster.ranks_per_node={per_node}, or be so many whole machines of one NVLink domain",
             f"use {math.gcd(per_node, layout.ep)}, or 0")
     ranks = layout.world_size
@@ -237,6 +237,11 @@ def _check_degrees(config: Config) -> None:
         key, value = ("cluster.nodes", nodes) if nodes else ("cluster.ranks_per_node", per_node)
         require(ranks % value == 0, key, value, f"must divide the {ranks} ranks of the layout",
                 f"use one of {divisors(ranks)}")
+
+
+def suits_machines(part: int, per_machine: int) -> bool:
+    """Whether so many ranks of an expert group divide a machine's, or are whole machines. 0 of a machine: unknown."""
+    return not per_machine or math.gcd(part, per_machine) in (part, per_machine)
 
 
 def _check_schedule(config: Config) -> None:

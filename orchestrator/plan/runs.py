@@ -9,9 +9,10 @@ import yaml
 
 from model.config import ModelConfig, divisors
 from orchestrator.config import Recompute, Schedule, TrainConfig, conf_dir, from_dict
+from orchestrator.plan.bill import steps_of
 from orchestrator.plan.exchange import domains
 from orchestrator.plan.keeping import own
-from orchestrator.plan.layout import LOOPED_SCHEDULES, batch_size_at, ramp_fault
+from orchestrator.plan.layout import LOOPED_SCHEDULES, ramp_fault, suits_machines
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.workload import Workload
 from orchestrator.words import word
@@ -50,12 +51,7 @@ def cannot_grow(work: Workload, batch_start: int) -> str | None:
 
 def steps_for(tokens: float, train: TrainConfig) -> int:
     """The fewest steps of `train` that see so many tokens, its batch ramp included."""
-    sequences, seen, ramp = math.ceil(tokens / train.seq_len), 0, train.batch_ramp_steps if train.batch_start else 0
-    for step in range(ramp):
-        seen += batch_size_at(step, train)
-        if seen >= sequences:
-            return step + 1
-    return ramp + math.ceil((sequences - seen) / train.batch_size)
+    return steps_of(train, math.ceil(tokens / train.seq_len))[1]
 
 
 def validated(asked: int, work: Workload) -> int:
@@ -87,7 +83,7 @@ def ep_per_node(work: Workload, per_machine: int) -> int:
     """Most ranks of an expert group that lie on one domain wherever the group begins, and that machines go into."""
     whole = domains(work, work.ep) == 1
     found = divisors(work.ep if whole else math.gcd(work.ep, work.hardware.scale_up_devices))
-    return max(part for part in found if not per_machine or math.gcd(part, per_machine) in (part, per_machine))
+    return max(part for part in found if suits_machines(part, per_machine))
 
 
 VALIDATED = "train.validate_sequences"
