@@ -49,14 +49,14 @@ def _keys_of(experiment: str) -> set[str]:
 
 def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:
     """What the words ask for. sized: the number of GPUs was asked for, rather than being what a question looks for."""
-    if "calibrate" in options and config.hardware.name == "auto":
-        config, given = _on_its_hardware(options["calibrate"], config, given)
+    calibration = read_calibration(options.get("calibrate"), "calibrate")
+    if calibration.run and config.hardware.name == "auto":
+        config, given = _on_its_hardware(calibration.run, config, given)
     check_hardware(config.hardware)
     for key in ("train.batch_size", "train.seq_len"):
         value = getattr(config.train, key.split(".")[1])
         require(value >= 1, key, value, "must be at least 1", "use 1 or more")
         require(value <= MOST_RANKS, key, value, f"must be at most {MOST_RANKS:,}", "give a smaller number")
-    calibration = read_calibration(options.get("calibrate"), "calibrate")
     if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
                          "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
@@ -84,9 +84,9 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
         config.model.check()
     except ValueError as error:
         raise BadRequest(str(error)) from None
+    assumptions = Assumptions()
     hardware = at_market(config.hardware, options.get("market", config.hardware.market),
                          given="hardware.usd_per_h" in given)
-    assumptions = Assumptions()
     stack = calibration.stack or stack_named(options.get("stack", "default"))
     routing = _routing(options.get("routing"), config.model, calibration)
     if hardware.device != "cuda":
@@ -114,7 +114,6 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
 
 def _on_its_hardware(run: str, config: Config, given: dict[str, str]) -> tuple[Config, dict[str, str]]:
     """Where no device was asked for: that of the calibrating run, with what was set of it."""
-    read_calibration(run, "calibrate", routing=False)
     found = read_config(join(run, CONFIG)).hardware
     changed = {key.split(".")[1]: getattr(config.hardware, key.split(".")[1]) for key in given if "hardware." in key}
     named = {"hardware": f"hardware={found.name}"} if found.name in catalogue() else {}
