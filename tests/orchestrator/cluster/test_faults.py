@@ -138,7 +138,7 @@ def test_a_failed_run_tells_its_own_error_and_one_that_fails_on_and_on_ends_with
 
 FAULTS = [(1, 8, "killed"), (1, 13, "holds-the-GIL"), (1, 14, "frozen"), (0, 17, "all-killed-once-saved")]
 """Rank, step and kind. The first one has a spare waiting, the last one leaves nobody who has a copy in memory."""
-STEP_TIMEOUT_S = 10
+STEP_TIMEOUT_S = 20
 
 
 def test_lost_ranks_are_replaced_one_after_another_and_the_losses_are_those_of_a_clean_run(text, clean, tmp_path):
