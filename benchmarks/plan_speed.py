@@ -9,8 +9,9 @@ from orchestrator.compose import compose_config
 from orchestrator.config import Schedule
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.hardware import catalogue
+from orchestrator.plan.request import Request
 from orchestrator.plan.schedule import actions
-from orchestrator.plan.search import Request, search
+from orchestrator.plan.search import search
 from orchestrator.plan.workload import Workload
 
 

@@ -22,7 +22,7 @@ from orchestrator.plan.cost import model_flops
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.money import TWINS, equal_loss_of
 from orchestrator.plan.multiplier import Curve, multiplier, spread
-from orchestrator.plan.search import Request
+from orchestrator.plan.request import Request
 from orchestrator.plan_format import dollars
 from orchestrator.report_plots import Series, line_chart
 from orchestrator.report_run import Run, read_run

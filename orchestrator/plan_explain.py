@@ -16,7 +16,7 @@ from orchestrator.plan.memory import state_bytes
 from orchestrator.plan.search import Plan
 from orchestrator.plan.workload import Workload, is_last, pipeline_of
 from orchestrator.plan_format import console as console_of
-from orchestrator.plan_format import dollars
+from orchestrator.plan_format import dollars, hours
 from orchestrator.plan_page import dense_rows
 
 Line = tuple[str, str, str]
@@ -192,14 +192,15 @@ def precisions(work: Workload) -> list[Line]:
     blocks = [model.is_moe(layer) for layer in range(model.n_layers + model.n_mtp_layers)]
     cpu = work.hardware.device != "cuda"
     kept = {f"train precision={dtype}": (dtype, own(dtype, cpu=cpu)) for dtype in ("fp32", "bf16", "fp8")}
-    for name, (dtype, keeping) in (kept | {f"as planned, {work.dtype}": (work.dtype, work.keeping)}).items():
+    planned = {} if cpu else {f"as planned, {work.dtype}": (work.dtype, work.keeping)}
+    for name, (dtype, keeping) in (kept | planned).items():
         one = Workload(model, work.hardware, 1, 1, 1, 1, 1, "1f1b", 1, dtype=dtype, keeping=keeping)
         parts = state_bytes(one, 1.0, 0.0)
         parts["weights"] += keeping.cast
         held = sum(block_bytes(one, moe) for moe in blocks) + head_bytes(one)
         lines += [(f"{name}: state a parameter", f"{sum(parts.values()):g} bytes",
                    ", ".join(f"{part} {size:g}" for part, size in parts.items() if size)),
-                  (f"{name}: kept a token", f"{held / 1e6:.1f} MB", "activations from forward to backward, all blocks "
+                  (f"{name}: kept a token", f"{held / 1e6:.3g} MB", "activations from forward to backward, all blocks "
                    "and heads, no recompute")]
     return lines
 
@@ -227,11 +228,11 @@ def _memory(data: dict) -> list[Line]:
 
 
 def _bills(bill: dict) -> list[Line]:
-    lines = [(term["name"], f"{term['gpu_hours']:,.0f} h", f"{term['equation']}; {term['source']}")
+    lines = [(term["name"], f"{hours(term['gpu_hours'])} h", f"{term['equation']}; {term['source']}")
              for term in bill["expected"]["terms"]]
     price = bill["price"]["usd_per_h"]
     for name in ("steady", "expected"):
-        lines.append((f"{name} bill", dollars(bill[name]["usd"]), f"{bill[name]['gpu_hours']:,.0f} GPU-hours x "
+        lines.append((f"{name} bill", dollars(bill[name]["usd"]), f"{hours(bill[name]['gpu_hours'])} GPU-hours x "
                       + ("an unknown price" if price is None else f"${price:.2f}")))
     lines.append(("production factor", f"{bill['production_factor']:.4f}", "expected / steady"))
     if bill["mtbf_h"] is not None:

@@ -22,6 +22,16 @@ def days(number: float) -> str:
     return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
+def hours(number: float) -> str:
+    """Device-hours: whole ones, and of less than ten two digits."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def gib(size: float) -> str:
+    """One digit after the point, two of what is less than 1 GiB."""
+    return f"{size:.1f}" if size >= 1 else f"{size:.2f}"
+
+
 def first_runnable(rows: list[dict]) -> dict | None:
     """The fastest of plan.json's candidates that `train` runs."""
     return next((row for row in rows if row["train"]), None)

@@ -11,10 +11,10 @@ from orchestrator.plan.money import ITSELF
 from orchestrator.plan.search import Plan
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, pipeline_of
-from orchestrator.plan_format import days, dollars, first_runnable, train_note, usd_range
+from orchestrator.plan_format import days, dollars, first_runnable, gib, hours, train_note, usd_range
 from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
-from orchestrator.plan_table import band_words, layout_words, mfu_words, price_words
+from orchestrator.plan_table import band_words, layout_words, mfu_words, peak_words, price_words
 from orchestrator.report_plots import format_number, stacked_bar
 from orchestrator.report_style import details, document, figure, table
 
@@ -44,8 +44,8 @@ def _header(data: dict, title: str) -> str:
 def _tiles(data: dict) -> str:
     best, bill = data["best"], data["bill"]
     tiles = [("step", f"{best['step_time_s']:.2f} s", f"ranks idle {best['bubble_fraction']:.0%} of the pipeline"),
-             ("MFU", f"{best['mfu']:.1%}", "bf16 peak, causal attention"),
-             ("steady bill", dollars(bill["steady"]["usd"]), f"{bill['steady']['gpu_hours']:,.0f} GPU-hours, "
+             ("MFU", f"{best['mfu']:.1%}", f"{peak_words(data)}, causal attention"),
+             ("steady bill", dollars(bill["steady"]["usd"]), f"{hours(bill['steady']['gpu_hours'])} GPU-hours, "
               f"{days(bill['steady']['days'])} days; {band_words(bill)}"),
              ("expected bill", dollars(bill["expected"]["usd"]), f"{days(bill['expected']['days'])} days; production "
               f"factor {bill['production_factor']:.3f}")]
@@ -81,10 +81,10 @@ def _memory(data: dict) -> str:
     parts = [(name, sizes[name], css) for name, css in zip([name for name in sizes if name != "total"], colours,
                                                            strict=True)]
     free = max(0.0, have - sizes["total"])
-    rows = [[f'<i class="key box {css}"></i>{escape(name)}', f"{size:.1f}", f"{size / have:.0%}"]
+    rows = [[f'<i class="key box {css}"></i>{escape(name)}', gib(size), f"{size / have:.0%}"]
             for name, size, css in [*parts, ("free", free, "b7")]]
     bar = stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory")
-    return figure("Memory of the fullest rank", f"{sizes['total']:.1f} of {have:.1f} GiB",
+    return figure("Memory of the fullest rank", f"{gib(sizes['total'])} of {gib(have)} GiB",
                   bar + table(["", "GiB", "of the device"], rows), wide=True)
 
 
@@ -105,7 +105,7 @@ def _layouts(data: dict) -> str:
     for row in data["candidates"][:SHOWN]:
         rows.append([f"{escape(layout_words(row['layout']))}<small>{escape(row['why'])}</small>",
                      f"{row['step_time_s']:.2f}",
-                     f"{row['bubble_fraction']:.0%}", f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}",
+                     f"{row['bubble_fraction']:.0%}", gib(row["memory_gib"]["total"]), f"{row['mfu']:.1%}",
                      days(row["days"]), dollars(row["usd_total"])])
     return figure("The best layouts", "fastest first, steady bill", table(
         ["layout, and why it is here", "step s", "idle", "GiB", "MFU", "days", "USD"], rows), wide=True)
@@ -117,10 +117,10 @@ def _bills(bill: dict) -> str:
     for term in bill["expected"]["terms"]:
         kind = "steady" if term["name"] in steady else "expected"
         rows.append([escape(term["name"].replace("_", " ")), kind, escape(term["equation"]), escape(term["source"]),
-                     f"{term['gpu_hours']:,.0f}", dollars(term["usd"])])
+                     hours(term["gpu_hours"]), dollars(term["usd"])])
     for name in ("steady", "expected"):
         side = bill[name]
-        rows.append([f"<b>{name} bill</b>", "", "", f"{days(side['days'])} days", f"<b>{side['gpu_hours']:,.0f}</b>",
+        rows.append([f"<b>{name} bill</b>", "", "", f"{days(side['days'])} days", f"<b>{hours(side['gpu_hours'])}</b>",
                      f"<b>{dollars(side['usd'])}</b>"])
     energy = "" if bill["energy_kwh"] is None else (f"; {bill['energy_kwh']:,.0f} kWh at "
                                                     f"{bill['power_kw']:,.0f} kW ({bill['energy_equation']})")
@@ -152,11 +152,11 @@ def dense_rows(data: dict) -> list[tuple[str, list[dict], str]]:
 
 def _dense(data: dict) -> str:
     steady = data["bill"]["steady"]["terms"][0]
-    rows = [["<b>this plan, pre-training</b>", f"<b>{steady['gpu_hours']:,.0f}</b>",
+    rows = [["<b>this plan, pre-training</b>", f"<b>{hours(steady['gpu_hours'])}</b>",
              f"<b>{dollars(steady['usd'])}</b>", "1.00"]]
     for name, entries, how in dense_rows(data):
         rows.append([f"{escape(name)}<small>{escape(how)}</small>",
-                     " to ".join(f"{each['device_hours']:,.0f}" for each in entries),
+                     " to ".join(hours(each["device_hours"]) for each in entries),
                      " to ".join(dollars(each["usd"]) for each in entries),
                      " to ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in entries)])
     if len(rows) == 1:
@@ -179,9 +179,9 @@ def _published(data: dict) -> str:
     rows = []
     for row in data["published"]:
         usd = usd_range(sorted(row["usd"]), between=" to ") if "usd" in row else "-"
-        hours = f"{row['gpu_hours']:,} {row.get('device', '')}" if "gpu_hours" in row else "-"
+        taken = f"{row['gpu_hours']:,} {row.get('device', '')}" if "gpu_hours" in row else "-"
         rows.append([f"{escape(row['name'])}<small>{escape(row['source'])}, {escape(row['date'])}</small>",
-                     escape(row["kind"]), hours, format_number(row.get("flops")), usd])
+                     escape(row["kind"]), taken, format_number(row.get("flops")), usd])
     return details("Published budgets, for scale", table(["", "kind", "device-hours", "FLOPs", "USD"], rows,
                                                          numeric_from=2))
 

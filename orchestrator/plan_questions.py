@@ -26,7 +26,7 @@ from orchestrator.plan.questions import (
     smallest,
     tokens_for,
 )
-from orchestrator.plan.search import Request
+from orchestrator.plan.request import Request
 from orchestrator.plan_format import dollars
 from orchestrator.plan_offers import Told, offer_words, question_of
 from orchestrator.plan_request import compose_plan, number, read_request

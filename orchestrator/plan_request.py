@@ -13,10 +13,12 @@ from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import on_cores, routing_of
 from orchestrator.plan.hardware import at_market, catalogue
+from orchestrator.plan.keeping import PLANNED as KEPT
+from orchestrator.plan.keeping import own
 from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, check_stages_per_rank, require
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import default_batch
-from orchestrator.plan.search import DEGREES, MAX_TP, Request, divides_heads
+from orchestrator.plan.request import DEGREES, Request, divides_heads
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration
 from orchestrator.train.expected import check_device, counted, read_calibration
@@ -35,8 +37,8 @@ def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
     """The config, and the words that were given, by key: those of a plan's own choice also by an experiment."""
     config, given = compose_config(overrides), {text.split("=", 1)[0]: text for text in overrides}
     word = given.get("experiment", "")
-    own = {key: word for key in _keys_of(word.partition("=")[2]) if key in PLANNED or key.startswith("precision")}
-    return config, own | given
+    chosen = {key: word for key in _keys_of(word.partition("=")[2]) if key in PLANNED or key.startswith("precision")}
+    return config, chosen | given
 
 
 def _keys_of(experiment: str) -> set[str]:
@@ -89,7 +91,8 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
                          given="hardware.usd_per_h" in given)
     stack = calibration.stack or stack_named(options.get("stack", "default"))
     routing = _routing(options.get("routing"), config.model, calibration)
-    if hardware.device != "cuda":
+    on_gpus = hardware.device == "cuda"
+    if not on_gpus:
         hardware, assumptions = on_cores(hardware, devices, calibration)
     if not config.layout.overlap:
         assumptions = replace(assumptions, overlap_cost=inf)
@@ -107,7 +110,8 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
                     pinned=_pinned(options, config, given),
                     assumptions=assumptions, calibration=calibration, stack=stack, routing=routing,
                     batch_asked=batch_asked, terms=_terms(options, config), per_machine=config.cluster.ranks_per_node,
-                    run_words=_run_words(options, config, given, hardware, devices))
+                    run_words=_run_words(options, config, given, hardware, devices),
+                    keeping=KEPT if on_gpus else own("fp32", cpu=True))
     _check_degrees(asked, sized=sized)
     return asked
 
@@ -202,10 +206,10 @@ def _check_degrees(asked: Request, *, sized: bool) -> None:
     if most == 1 and pinned.get("schedule", UNSCHEDULED) != UNSCHEDULED:
         raise BadRequest(f"layout.schedule={pinned['schedule']}: is one of pipelines, and layout.pp=1 is none; leave "
                          "one of them to the plan, or use more GPUs")
-    tp, node = pinned.get("tp", 1), asked.hardware.scale_up_devices
-    if not divides_heads(asked.model, tp) or tp > min(MAX_TP, node):
+    tp = pinned.get("tp", 1)
+    if not divides_heads(asked.model, tp) or tp > asked.most_tp:
         raise BadRequest(f"tp={tp}: must divide the model's {asked.model.n_heads} heads and be at most "
-                         f"{min(MAX_TP, node)}, ranks of one node; leave it to the plan")
+                         f"{asked.most_tp}, ranks of one node; leave it to the plan")
     degrees = {key: pinned[key] for key in ("pp", "dp", *DEGREES) if key in pinned}
     product = prod(degrees.values())
     if sized and asked.devices % product:

@@ -7,7 +7,7 @@ from orchestrator.plan.hardware import GIVEN, age_days
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.search import Plan
 from orchestrator.plan_format import console as console_of
-from orchestrator.plan_format import days, dollars, first_runnable, train_note, usd_range
+from orchestrator.plan_format import days, dollars, first_runnable, gib, hours, train_note, usd_range
 from orchestrator.report_plots import format_number
 
 SHOWN = 8
@@ -15,9 +15,9 @@ USUAL = {"tp": 1, "cp": 1, "zero": 1, "recompute": "none", "dtype": "bf16"}
 BUDGETS_SHOWN = ("GPT-4", "Llama 3.1 405B", "DeepSeek-V3")
 BAR = 36
 OLD_DAYS = 365
-BESIDE_BAR = 68
-SEEN_GIB = 0.05
-"""What one digit shows."""
+BESIDE_BAR = 72
+SEEN_GIB = 0.005
+"""What two digits show."""
 SEEN_S = 0.005
 """A difference of steps that two digits show."""
 
@@ -28,7 +28,7 @@ def print_plan(plan: Plan, data: dict) -> None:
     request, console = plan.request, console_of()
     console.print(f"{escape(request.model.name)} on {request.devices:,} x {escape(request.hardware.name)}, "
                   f"{format_number(request.tokens)} tokens, {request.batch_size:,} sequences of {request.seq_len:,} a "
-                  f"step, {request.dtype}, stack {request.stack.name}{escape(_routed(request))}. "
+                  f"step, {request.computes_in}, stack {request.stack.name}{escape(_routed(request))}. "
                   "[bold]All figures are predicted.[/bold]")
     rows, runs = data["candidates"][:SHOWN], first_runnable(data["candidates"])
     rows += [runs] * (runs is not None and runs not in rows)
@@ -36,10 +36,11 @@ def print_plan(plan: Plan, data: dict) -> None:
                   "here, with days and USD of the steady bill; the rest is refused at the end\n")
     if plan.candidates:
         table = grid("<layout", "step s", "idle", "GiB", "MFU", "days", "USD", "<why it is here")
+        table.columns[0].min_width = max(len(word) for row in rows for word in layout_words(row["layout"]).split())
         for row in rows:
             table.add_row(layout_words(row["layout"]),
                           f"{row['step_time_s']:.2f}", f"{row['bubble_fraction']:.0%}",
-                          f"{row['memory_gib']['total']:.0f}", f"{row['mfu']:.1%}", days(row["days"]),
+                          gib(row["memory_gib"]["total"]), f"{row['mfu']:.1%}", days(row["days"]),
                           dollars(row["usd_total"]), row["why"])
         console.print(table)
         _print_step(console, data, mtp=request.model.n_mtp_layers > 0)
@@ -98,16 +99,19 @@ def mfu_words(mfu: float, data: dict) -> str:
     return f"{mfu:.1%} MFU" + " of the bf16 peak" * (data["best"]["layout"].get("dtype", "bf16") != "bf16")
 
 
+def peak_words(data: dict) -> str:
+    return "bf16 peak" if data["hardware"]["device"] == "cuda" else "the calibrating run's GEMM for a peak"
+
+
 def mfu_line(data: dict, *, mtp: bool) -> str:
     """What MFU means here, and the best layout's by the other conventions in print: of peaks that its products use, and
     without MTP modules where there are some."""
-    low = data["best"]["layout"].get("dtype", "bf16") != "bf16"
-    others = "; ".join(f"{value:.1%} of the {name}" for name, value in data["mfu_conventions"].items()
-                       if value is not None and (low or name.startswith("bf16"))
-                       and (mtp or low or "whole" in name))
-    peak = "bf16 peak" if data["hardware"]["device"] == "cuda" else "the calibrating run's GEMM for a peak"
+    low, on_gpus = data["best"]["layout"].get("dtype", "bf16") != "bf16", data["hardware"]["device"] == "cuda"
+    others = "; ".join(f"{value:.1%} of the {name if on_gpus else name.replace('bf16 ', '')}"
+                       for name, value in data["mfu_conventions"].items()
+                       if value is not None and (low or name.startswith("bf16")) and (mtp or low or "whole" in name))
     counted, without = (", MTP modules counted", "without MTP modules: ") if mtp else ("", "")
-    return f"MFU       {peak}, causal attention{counted}, recompute not; {without}{others}"
+    return f"MFU       {peak_words(data)}, causal attention{counted}, recompute not; {without}{others}"
 
 
 def _print_step(console, data: dict, *, mtp: bool) -> None:
@@ -122,8 +126,8 @@ def _print_step(console, data: dict, *, mtp: bool) -> None:
         begin = 0 if name == "total" else min(width - long, round(used / have * width))
         used += size
         bar = " " * begin + "\u2588" * long + "\u2591" * (width - long) * (name == "total")
-        note = f"  of {have:.0f} GiB, {have * usable:.0f} usable, fullest rank" if name == "total" else ""
-        console.print(f"{'' if number else 'memory':10}{name:12}{size:7.1f}  {bar}{note}")
+        note = f"  of {gib(have)} GiB, {gib(have * usable)} usable, fullest rank" if name == "total" else ""
+        console.print(f"{'' if number else 'memory':10}{name:12}{gib(size):>7}  {bar}{note}")
 
 
 def _print_bills(console, bill: dict) -> None:
@@ -133,12 +137,12 @@ def _print_bills(console, bill: dict) -> None:
     own = {term["name"]: term for term in expected["terms"]}
     table.add_row("steady", *_sums(steady), f"step time x steps, as DeepSeek's published bill; {band_words(bill)}")
     for name in [term["name"] for term in steady["terms"]][1:]:
-        table.add_row(f"  of it {name}", f"{own[name]['gpu_hours']:,.0f}", "", dollars(own[name]["usd"]),
+        table.add_row(f"  of it {name}", hours(own[name]["gpu_hours"]), "", dollars(own[name]["usd"]),
                       own[name]["equation"])
     steady_names = {term["name"] for term in steady["terms"]}
     for term in expected["terms"]:
         if term["name"] not in steady_names:
-            table.add_row(f"  + {term['name']}", f"{term['gpu_hours']:,.0f}", "", dollars(term["usd"]), term["source"])
+            table.add_row(f"  + {term['name']}", hours(term["gpu_hours"]), "", dollars(term["usd"]), term["source"])
     often = "" if bill["mtbf_h"] is None else (f", a failure every {bill['mtbf_h']:,.1f} h, a checkpoint every "
                                                f"{bill['checkpoint_every_s'] / 60:.0f} min")
     table.add_row("expected", *_sums(expected),
@@ -152,7 +156,7 @@ def _print_bills(console, bill: dict) -> None:
 
 
 def _sums(side: dict) -> list[str]:
-    return [f"{side['gpu_hours']:,.0f}", days(side["days"]), dollars(side["usd"])]
+    return [hours(side["gpu_hours"]), days(side["days"]), dollars(side["usd"])]
 
 
 def _print_dense(console, data: dict) -> None:
@@ -161,7 +165,7 @@ def _print_dense(console, data: dict) -> None:
 
     def line(name: str, low: dict, high: dict, how: str, parameters: str = "") -> None:
         both = [low] if low is high else [low, high]
-        table.add_row(name, parameters, " - ".join(f"{each['device_hours']:,.0f}" for each in both),
+        table.add_row(name, parameters, " - ".join(hours(each["device_hours"]) for each in both),
                       " - ".join(dollars(each["usd"]) for each in both),
                       " - ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in both), how)
 
@@ -187,8 +191,8 @@ def _print_dense(console, data: dict) -> None:
     for row in data["published"]:
         if row["name"] in BUDGETS_SHOWN:
             usd = usd_range(sorted(row["usd"])) if "usd" in row else ""
-            hours = f"{row['gpu_hours']:,} {row['device']}" if "gpu_hours" in row else ""
-            table.add_row(row["name"], row["kind"], hours, usd, row["source"])
+            taken = f"{row['gpu_hours']:,} {row['device']}" if "gpu_hours" in row else ""
+            table.add_row(row["name"], row["kind"], taken, usd, row["source"])
     console.print()
     console.print(table)
 

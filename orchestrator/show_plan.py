@@ -10,7 +10,8 @@ from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import bill_of, money, terms_for
 from orchestrator.plan.planner import to_dict
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
-from orchestrator.plan.search import DEGREES, Plan, Request, layouts, search
+from orchestrator.plan.request import DEGREES, Request
+from orchestrator.plan.search import Plan, layouts, search
 from orchestrator.plan.workload import MOST_MICROBATCHES
 from orchestrator.plan_explain import print_explained
 from orchestrator.plan_format import first_runnable

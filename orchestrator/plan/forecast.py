@@ -7,6 +7,7 @@ its share to the others (`simulate`). `calibrate` then scales the parts to what 
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
@@ -121,13 +122,18 @@ def on_cores(hardware: HardwareConfig, ranks: int, calibration: Calibration) -> 
     them. Figures that nobody gave are rough, and calibration makes up for them."""
     threads = _threads(calibration.cores, ranks)
     device = replace(hardware, bf16_tflops=calibration.peak_flops_per_s * threads / 1e12,
-                     memory_gib=hardware.memory_gib or 1e6,
+                     memory_gib=hardware.memory_gib or _machine_gib() / ranks,
                      memory_gb_per_s=(hardware.memory_gb_per_s or CPU_GB_PER_S) * threads,
                      scale_up_gb_per_s=hardware.scale_up_gb_per_s or LOOPBACK_GB_PER_S,
                      scale_out_gb_per_s=hardware.scale_out_gb_per_s or LOOPBACK_GB_PER_S)
     operator_s = CPU.gap_s if calibration.operator_s is None else calibration.operator_s
     barrier_s = BARRIER_S if calibration.barrier_s is None else calibration.barrier_s
     return device, replace(CPU, gap_s=operator_s + (barrier_s if threads > 1 else 0.0))
+
+
+def _machine_gib() -> float:
+    """Of this machine, which its ranks share."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def _uncalibrated(machine: Machine) -> Calibration:

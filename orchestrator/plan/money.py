@@ -17,8 +17,9 @@ from orchestrator.plan.dense import equal_loss, measured_multiplier
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.planner import price
 from orchestrator.plan.published import published
+from orchestrator.plan.request import Request
 from orchestrator.plan.runs import validated
-from orchestrator.plan.search import Candidate, Request, search
+from orchestrator.plan.search import Candidate, search
 from orchestrator.plan.workload import Workload, illegal
 
 DENSE_SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")

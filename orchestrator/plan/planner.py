@@ -8,8 +8,9 @@ from dataclasses import asdict
 
 from orchestrator.config import TrainConfig
 from orchestrator.plan.cost import MFU_CONVENTION, mfu, mfu_conventions, model_flops
+from orchestrator.plan.request import Request, layout_of
 from orchestrator.plan.runs import cannot_grow, cannot_run, overrides_of, steps_for
-from orchestrator.plan.search import Candidate, Plan, Request, layout_of
+from orchestrator.plan.search import Candidate, Plan
 
 V3_BATCH = 15360
 MAX_REFUSED = 40
@@ -52,8 +53,8 @@ def to_dict(plan: Plan) -> dict:
     hardware = {key: value for key, value in asdict(request.hardware).items() if value not in (None, "")}
     return {
         "predicted": True, "model": request.model.name, "hardware": hardware, "devices": request.devices,
-        "tokens": request.tokens, "seq_len": request.seq_len, "batch_size": request.batch_size, "dtype": request.dtype,
-        "stack": request.stack.name, "routing": request.routing.name,
+        "tokens": request.tokens, "seq_len": request.seq_len, "batch_size": request.batch_size,
+        "dtype": request.computes_in, "stack": request.stack.name, "routing": request.routing.name,
         "assumptions": asdict(request.assumptions), "considered": plan.considered, "best": best, "candidates": priced,
         "mfu_convention": MFU_CONVENTION, "mfu_conventions": conventions,
         "refused": [asdict(item) for items in plan.kinds_refused().values() for item in items[-MAX_REFUSED:]],

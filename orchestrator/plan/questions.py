@@ -20,7 +20,8 @@ from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.money import bill_of, terms_for
 from orchestrator.plan.planner import default_batch, price
-from orchestrator.plan.search import Candidate, Plan, Request, layouts, least_step_s, search, variants_of
+from orchestrator.plan.request import Request
+from orchestrator.plan.search import Candidate, Plan, layouts, least_step_s, search, variants_of
 from orchestrator.plan.workload import SPLIT, Workload, illegal
 
 MOST_DEVICES = 16384

@@ -38,7 +38,8 @@ def not_run(work: Workload) -> str | None:
 
 def cannot_run(work: Workload) -> str | None:
     """The same, and whether it fits with what `train` keeps in memory."""
-    reason = not_run(work) or too_large(replace(work, keeping=own(work.dtype)))
+    kept = work if work.keeping.eager else replace(work, keeping=own(work.dtype))
+    reason = not_run(work) or too_large(kept)
     return f"as train keeps it, it {reason}" if reason and reason.startswith("needs ") else reason
 
 

@@ -14,66 +14,23 @@ from heapq import heappop, heappush
 from itertools import islice
 from math import inf
 
-from model.config import Attention, ModelConfig, divisors
-from orchestrator.config import HardwareConfig, Recompute, Schedule
-from orchestrator.plan.bill import Terms
+from model.config import divisors
+from orchestrator.config import Recompute, Schedule
 from orchestrator.plan.block import LayerTime, head_time, layer_time
 from orchestrator.plan.bound import clock_s, floor_s
 from orchestrator.plan.estimate import Estimate, check_hardware, estimate, linked
-from orchestrator.plan.exchange import Routing
-from orchestrator.plan.layout import LOOPED_SCHEDULES, stages_per_rank
+from orchestrator.plan.layout import LOOPED_SCHEDULES
 from orchestrator.plan.memory import activation_peaks, too_large
+from orchestrator.plan.request import DEGREES, SCHEDULES, Request, divides_heads, layout_of
 from orchestrator.plan.runs import cannot_grow, cannot_run, not_run
-from orchestrator.plan.stack import Stack
-from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration, Workload, illegal
+from orchestrator.plan.workload import UNSCHEDULED, Workload, illegal
 
-SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
 VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
-MAX_PP, MAX_TP, MIN_CONTEXT = 64, 8, 4096
-DEGREES = ("tp", "cp")
-"""That only others' programs have, beside a ZeRO stage."""
+MAX_PP, MIN_CONTEXT = 64, 4096
 PARTICULAR = re.compile("|".join([*SCHEDULES, r", \S+ of them \w+", r"\d[\d.,e+]*"]))
 """What two reasons of one rule may differ in: schedules, the largest part of memory, numbers."""
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be planned."""
-
-    model: ModelConfig
-    hardware: HardwareConfig
-    devices: int
-    tokens: float
-    seq_len: int
-    batch_size: int
-    """Sequences per step."""
-    dtype: str = "bf16"
-    """`bf16`, `fp8`, or `any` that the hardware has."""
-    schedules: tuple[str, ...] = tuple(SCHEDULES)
-    keep: int = 10
-    """So many of the fastest layouts are put on the clock, and as many of the fastest that `train` runs."""
-    pinned: tuple[tuple[str, object], ...] = ()
-    """Keys of `layout_of` and the only value each may have."""
-    assumptions: Assumptions = Assumptions()
-    calibration: Calibration = Calibration()
-    stack: Stack = Stack()
-    """The software that trains."""
-    routing: Routing = Routing()
-    batch_asked: bool = False
-    """Whether the batch was asked for; one that was not follows the number of devices."""
-    terms: Terms = Terms()
-    """What the bill counts besides the step."""
-    per_machine: int = 0
-    """Ranks of a machine, as the cluster has them; 0: unknown."""
-    run_words: tuple[str, ...] = ()
-    """Words of the command that say nothing of model, layout and batch, and hold for `train` too."""
-
-    def asks(self, work: Workload, *keys: str) -> bool:
-        """Whether nothing else was pinned in these keys."""
-        layout = layout_of(work)
-        return all(layout[key] == value for key, value in self.pinned if key in keys)
 
 
 @dataclass(frozen=True)
@@ -174,7 +131,7 @@ def layouts(request: Request) -> Iterator[Workload]:
     if request.dtype == "any":
         dtypes = ("bf16", "fp8") if request.hardware.fp8_tflops else ("bf16",)
     for pp in (pp for pp in divisors(devices) if pp <= min(model.n_layers, max(MAX_PP, pinned.get("pp", 1)))):
-        for tp in (tp for tp in divisors(devices // pp) if tp <= min(MAX_TP, request.hardware.scale_up_devices)
+        for tp in (tp for tp in divisors(devices // pp) if tp <= request.most_tp
                    and divides_heads(model, tp)):
             for cp in (cp for cp in divisors(devices // (pp * tp)) if not _not_cut(request.seq_len, cp)):
                 dp = devices // (pp * tp * cp)
@@ -184,7 +141,7 @@ def layouts(request: Request) -> Iterator[Workload]:
                             yield Workload(model, hardware, request.seq_len, request.batch_size, pp, dp, ep,
                                            UNSCHEDULED, microbatches, tp=tp, cp=cp, dtype=dtype, imbalance=uneven[ep],
                                            stack=request.stack, assumptions=request.assumptions,
-                                           calibration=request.calibration)
+                                           calibration=request.calibration, keeping=request.keeping)
 
 
 def _microbatches(batch_size: int, dp: int, asked: int | None) -> list[int]:
@@ -192,10 +149,6 @@ def _microbatches(batch_size: int, dp: int, asked: int | None) -> list[int]:
     numbers = [asked] if asked else [batch_size // (dp * sequences) for sequences in MICROBATCH_SEQUENCES
                                      if batch_size % (dp * sequences) == 0]
     return [number for number in numbers if batch_size % (dp * number) == 0]
-
-
-def divides_heads(model: ModelConfig, tp: int) -> bool:
-    return model.n_heads % tp == 0 and (model.attention is Attention.mla or model.n_kv_heads % tp == 0)
 
 
 def variants_of(work: Workload, request: Request) -> Iterator[Workload]:
@@ -325,16 +278,3 @@ class _Best:
 
 def _slower(work: Workload, seconds: float, number: int) -> Refused:
     return Refused(layout_of(work), SLOWER.format(seconds=seconds), number)
-
-
-def layout_of(work: Workload) -> dict:
-    """As plan.json has it."""
-    return {"pp": work.pp, "dp": work.dp, "ep": work.ep, "tp": work.tp, "cp": work.cp, "schedule": work.schedule,
-            "stages_per_rank": _virtual(work), "microbatches": work.microbatches, "recompute": work.recompute.name,
-            "zero": work.zero, "dtype": work.dtype}
-
-
-def _virtual(work: Workload) -> int:
-    if work.pp == 1:
-        return 1
-    return 2 if work.schedule == "dualpipe" else stages_per_rank(Schedule[work.schedule], work.stages_per_rank)

@@ -18,7 +18,7 @@ import numpy as np
 from model.config import ModelConfig
 from orchestrator.config import Config, DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest, NotTrustworthy
-from orchestrator.plan.layout import batch_size_at
+from orchestrator.plan.layout import ramp_parts
 from orchestrator.train.progress import Progress
 from orchestrator.train.texts import not_utf8
 from orchestrator.train.tokens import BLOCK_BYTES, build_index, checksums_of, read_index
@@ -164,8 +164,12 @@ def sample_order(num_samples: int, seed: int):
 
 def samples_before(step: int, train: TrainConfig) -> int:
     """Sequences of all steps before `step`: the global index of its first sample."""
-    ramp = min(step, train.batch_ramp_steps if train.batch_start else 0)
-    return sum(batch_size_at(s, train) for s in range(ramp)) + (step - ramp) * train.batch_size
+    samples = 0
+    for steps, sequences in ramp_parts(train):
+        if step <= steps:
+            return samples + step * sequences
+        samples, step = samples + steps * sequences, step - steps
+    return samples + step * train.batch_size
 
 
 def _random_row(vocab_size: int, seed: int, index: int, length: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from orchestrator.plan.estimate import estimate
 from orchestrator.plan.forecast import Machine, calibrate, forecast, memory_of, routing_of, workload_of
 from orchestrator.plan.money import bill_of
 from orchestrator.plan.planner import to_dict
-from orchestrator.plan.search import Candidate, Plan, Request
+from orchestrator.plan.request import Request
+from orchestrator.plan.search import Candidate, Plan
 from orchestrator.plan.workload import Calibration
 from orchestrator.train import storage
 from orchestrator.train.data import samples_before

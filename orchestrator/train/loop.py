@@ -23,7 +23,7 @@ from orchestrator.errors import NotFit, NotTrustworthy
 from orchestrator.parallel.mesh import Mesh, connect, meet, open_store, pick_device
 from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.plan.layout import layout_of
+from orchestrator.plan.layout import batch_size_at, layout_of
 from orchestrator.train import data, spikes
 from orchestrator.train.accounts import Accounts
 from orchestrator.train.control import Control, Recovery, steady
@@ -197,7 +197,7 @@ class Trainer:
     def _step(self, tokens: Tensor) -> tuple[StepSums, float]:
         """Forward, backward, agree, clip, update: one optimizer step of the V3 recipe."""
         config, progress, pipeline = self.config, self.progress, self.pipeline
-        sequences = data.batch_size_at(progress.step, config.train)
+        sequences = batch_size_at(progress.step, config.train)
         self.stopwatch.start()
         losses = pipeline.train_step(tokens, step_sequences=sequences)
         pipeline.finish_grads()
@@ -275,7 +275,7 @@ class Trainer:
         share = number // self.mesh.layout.dp
         mine = range(number)[self.mesh.coordinate.dp * share :][:share]
         rows = torch.from_numpy(data.validation_batch(self.corpus, mine, number, config.train.seq_len, self.n_extra))
-        size = math.gcd(share, data.batch_size_at(self.progress.step, config.train) // self.mesh.layout.dp)
+        size = math.gcd(share, batch_size_at(self.progress.step, config.train) // self.mesh.layout.dp)
         sums = 0.0
         for part in rows.to(self.mesh.device).split(size):
             self.control.alive()
@@ -309,7 +309,7 @@ class Trainer:
     def _batch(self, step: int) -> Tensor:
         """This rank's sequences of a step, [sequences, S + 1 + M]: a function of (seed, step) and coordinate alone."""
         train, dp = self.config.train, self.mesh.layout.dp
-        size = data.batch_size_at(step, train)
+        size = batch_size_at(step, train)
         share = size // dp
         first = data.samples_before(step, train) + self.progress.skipped_samples + self.mesh.coordinate.dp * share
         return torch.from_numpy(data.batch(self.corpus, seed=self.config.seed, first_sample=first, num=share,

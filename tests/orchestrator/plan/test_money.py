@@ -23,8 +23,9 @@ from orchestrator.plan.layout import batch_size_at
 from orchestrator.plan.money import bill_of, dense_of, equal_loss_of, mfu_between, money, terms_of
 from orchestrator.plan.planner import price, to_dict
 from orchestrator.plan.published import published, serving_cost
+from orchestrator.plan.request import Request
 from orchestrator.plan.runs import steps_for
-from orchestrator.plan.search import Candidate, Plan, Request, search
+from orchestrator.plan.search import Candidate, Plan, search
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_published import gap_lines, print_budgets, print_prices
 from orchestrator.plan_table import reasons

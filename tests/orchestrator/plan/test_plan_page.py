@@ -19,7 +19,8 @@ from orchestrator.plan.memory import in_flight
 from orchestrator.plan.money import money
 from orchestrator.plan.planner import to_dict
 from orchestrator.plan.questions import scaled
-from orchestrator.plan.search import Candidate, Plan, Request, search
+from orchestrator.plan.request import Request
+from orchestrator.plan.search import Candidate, Plan, search
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.trace import held_over_time
 from orchestrator.plan.workload import Workload, is_first, pipeline_of

@@ -18,8 +18,9 @@ from orchestrator.plan.questions import (
     fits,
     offer,
 )
+from orchestrator.plan.request import Request
 from orchestrator.plan.runs import not_run, overrides_of
-from orchestrator.plan.search import Request, search
+from orchestrator.plan.search import search
 from orchestrator.plan.workload import Workload
 from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request

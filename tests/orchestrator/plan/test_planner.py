@@ -23,8 +23,9 @@ from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.memory import memory_gib, too_large
 from orchestrator.plan.planner import to_dict
+from orchestrator.plan.request import Request
 from orchestrator.plan.runs import cannot_run, not_run, overrides_of
-from orchestrator.plan.search import Request, illegal, layouts
+from orchestrator.plan.search import illegal, layouts
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Calibration, Workload, pipeline_of, rank_parameters
 from orchestrator.plan_request import compose_plan, read_request

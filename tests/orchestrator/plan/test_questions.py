@@ -20,7 +20,8 @@ from orchestrator.plan.questions import (
     smallest,
     tokens_for,
 )
-from orchestrator.plan.search import Request, search
+from orchestrator.plan.request import Request
+from orchestrator.plan.search import search
 from orchestrator.plan_offers import Told
 from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request

@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from orchestrator.cluster.preflight import check_data
 from orchestrator.config import Config, DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, PeerLost
+from orchestrator.plan.layout import batch_size_at
 from orchestrator.train import data, storage, texts, tokens
 from orchestrator.train.control import Control
 from orchestrator.train.progress import Progress
@@ -199,7 +200,7 @@ def test_the_baselines_are_what_an_independent_computation_says(folder):
 
 def test_the_ramp_grows_in_whole_starts_and_samples_add_up():
     train = TrainConfig(batch_size=64, batch_start=16, batch_ramp_steps=9)
-    sizes = [data.batch_size_at(step, train) for step in range(12)]
+    sizes = [batch_size_at(step, train) for step in range(12)]
     assert sizes == sorted(sizes) and sizes[0] == 16 and sizes[9:] == [64, 64, 64] and {s % 16 for s in sizes} == {0}
     for step in range(12):
         assert data.samples_before(step, train) == sum(sizes[:step])

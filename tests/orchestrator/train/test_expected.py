@@ -1,6 +1,7 @@
 """A calibration is read from a finished run, or refused by name."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ import yaml
 from orchestrator.compose import compose_config
 from orchestrator.config import to_dict
 from orchestrator.errors import BadRequest
-from orchestrator.plan.forecast import Machine, forecast
+from orchestrator.plan.forecast import Machine, forecast, memory_of, workload_of
 from orchestrator.plan_diff import plan_diff
 from orchestrator.plan_format import first_runnable
 from orchestrator.show_plan import planned
@@ -43,6 +44,14 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
     words = ["model=tiny", "hardware=cpu", "train.batch_size=16", "train.seq_len=256", *layout]
     options = {"gpus": "4", "tokens": "1e6", "calibrate": str(tmp_path)}
     _, data = planned(options, words)
+    asked = compose_config([*words, "layout.recompute=none"])
+    tensors = memory_of(asked, machine, workload_of(asked, machine))
+    assert data["best"]["layout"]["recompute"] == "none" and data["best"]["memory_gib"] == pytest.approx(tensors)
+    assert data["dtype"] == "fp32"
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            kib = int(file.readline().removeprefix("MemTotal:").split()[0])
+        assert data["hardware"]["memory_gib"] == pytest.approx(kib / 2**20 / 4, rel=0.01)
     ratio = data["best"]["step_time_s"] / (3 * before["step_time_s"])
     assert 0.9 < ratio < 1.5, "but for cores that idle ranks lend, and ZeRO stages that train does not have"
     assert data["routing"] == "balanced"

@@ -1,0 +1,84 @@
+"""What is asked of a plan, and how one of its layouts is named. Nothing is searched or priced here."""
+
+from dataclasses import dataclass
+
+from model.config import Attention, ModelConfig
+from orchestrator.config import HardwareConfig, Schedule
+from orchestrator.plan.bill import Terms
+from orchestrator.plan.exchange import Routing
+from orchestrator.plan.keeping import PLANNED, Keeping
+from orchestrator.plan.layout import stages_per_rank
+from orchestrator.plan.stack import Stack
+from orchestrator.plan.workload import Assumptions, Calibration, Workload
+
+SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
+MAX_TP = 8
+DEGREES = ("tp", "cp")
+"""That only others' programs have, beside a ZeRO stage."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned."""
+
+    model: ModelConfig
+    hardware: HardwareConfig
+    devices: int
+    tokens: float
+    seq_len: int
+    batch_size: int
+    """Sequences per step."""
+    dtype: str = "bf16"
+    """`bf16`, `fp8`, or `any` that the hardware has."""
+    schedules: tuple[str, ...] = tuple(SCHEDULES)
+    keep: int = 10
+    """So many of the fastest layouts are put on the clock, and as many of the fastest that `train` runs."""
+    pinned: tuple[tuple[str, object], ...] = ()
+    """Keys of `layout_of` and the only value each may have."""
+    assumptions: Assumptions = Assumptions()
+    calibration: Calibration = Calibration()
+    stack: Stack = Stack()
+    """The software that trains."""
+    routing: Routing = Routing()
+    batch_asked: bool = False
+    """Whether the batch was asked for; one that was not follows the number of devices."""
+    terms: Terms = Terms()
+    """What the bill counts besides the step."""
+    keeping: Keeping = PLANNED
+    """What the program keeps in memory."""
+    per_machine: int = 0
+    """Ranks of a machine, as the cluster has them; 0: unknown."""
+    run_words: tuple[str, ...] = ()
+    """Words of the command that say nothing of model, layout and batch, and hold for `train` too."""
+
+    def asks(self, work: Workload, *keys: str) -> bool:
+        """Whether nothing else was pinned in these keys."""
+        layout = layout_of(work)
+        return all(layout[key] == value for key, value in self.pinned if key in keys)
+
+    @property
+    def computes_in(self) -> str:
+        """What `train` would compute in: on a CPU fp32, whose products are priced as a GPU's are in bf16."""
+        return self.dtype if self.hardware.device == "cuda" else "fp32"
+
+    @property
+    def most_tp(self) -> int:
+        """Tensor-parallel ranks: of one node."""
+        return min(MAX_TP, self.hardware.scale_up_devices)
+
+
+def divides_heads(model: ModelConfig, tp: int) -> bool:
+    return model.n_heads % tp == 0 and (model.attention is Attention.mla or model.n_kv_heads % tp == 0)
+
+
+def layout_of(work: Workload) -> dict:
+    """As plan.json has it."""
+    return {"pp": work.pp, "dp": work.dp, "ep": work.ep, "tp": work.tp, "cp": work.cp, "schedule": work.schedule,
+            "stages_per_rank": _virtual(work), "microbatches": work.microbatches, "recompute": work.recompute.name,
+            "zero": work.zero, "dtype": work.dtype}
+
+
+def _virtual(work: Workload) -> int:
+    if work.pp == 1:
+        return 1
+    return 2 if work.schedule == "dualpipe" else stages_per_rank(Schedule[work.schedule], work.stages_per_rank)
