@@ -118,29 +118,44 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]. With a cache the S tokens come after those it holds (model/cache.py)."""
-        config, (batch, seq_len, _) = self.config, x.shape
-        nope, heads = config.qk_nope_head_dim, config.n_heads
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if config.q_lora_rank else self.wq(x)
-        q_nope, q_rope = q.view(batch, seq_len, heads, -1).split([nope, config.qk_rope_head_dim], dim=-1)
-        latent, k_rope = self.wkv_a(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        if cache is not None:
-            k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved)[:, :, 0]
-            (kept,) = cache.append(torch.cat([self.kv_norm(latent), k_rope], dim=-1))
-            return self._absorbed(q_nope, rotate(q_rope, rope, config.rope_interleaved), kept, cache.mask)
-        k_nope, v = self.wkv_b(self.kv_norm(latent)).view(batch, seq_len, heads, -1).split(
-            [nope, config.v_head_dim], dim=-1)
-        k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved).expand(-1, -1, heads, -1)
+        q, kv = self.project(x)
+        return self.wo(self.attend(q, kv, rope) if cache is None else self._absorbed(q, kv, rope, cache))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> latent of the queries (or queries), latent of keys and values with the shared rotary key."""
+        kv = self.wkv_a(x)
+        return self.wq_a(x) if self.config.q_lora_rank else self.wq(x), kv
+
+    def attend(self, q: Tensor, kv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """What `project` returns -> every head's output [B, S, H * v]."""
+        config = self.config
+        q_nope, q_rope = self._queries(q)
+        latent, k_rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        k_nope, v = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (config.n_heads, -1)).split(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved).expand(-1, -1, config.n_heads, -1)
         q = torch.cat([q_nope, rotate(q_rope, rope, config.rope_interleaved)], dim=-1)
         k = torch.cat([k_nope, k_rope.to(k_nope.dtype)], dim=-1)
-        return self.wo(_attend(q, k, v, self.scale))
+        return _attend(q, k, v, self.scale)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+    def _queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        q = self.wq_b(self.q_norm(q)) if config.q_lora_rank else q
+        return q.unflatten(-1, (config.n_heads, -1)).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+
+    def _absorbed(self, q: Tensor, kv: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache") -> Tensor:
         """Attention on the latents themselves (V2 report, section 2.1.2: W^UK goes into the query, W^UV behind).
 
-        q_nope, q_rope [B, S, H, *]; kept [B, L, kv_lora_rank + R] is key and, in its first part, value of every
-        head; mask [B, S, L]. Heads are laid out as further queries of one head, so that nothing is expanded.
+        kept [B, L, kv_lora_rank + R] is key and, in its first part, value of every head; the mask is [B, S, L]. Heads
+        are laid out as further queries of one head, so that nothing is expanded.
         """
-        config, (heads, nope) = self.config, q_nope.shape[2:]
+        config = self.config
+        heads, nope = config.n_heads, config.qk_nope_head_dim
+        latent, k_rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved)[:, :, 0]
+        (kept,) = cache.append(torch.cat([self.kv_norm(latent), k_rope], dim=-1))
+        q_nope, q_rope = self._queries(q)
+        q_rope = rotate(q_rope, rope, config.rope_interleaved)
 
         def attend(q: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
             mask = mask[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2)
@@ -150,8 +165,8 @@ class LatentAttention(nn.Module):
 
         up_k, up_v = self.wkv_b.weight.view(heads, nope + config.v_head_dim, -1).split([nope, config.v_head_dim], dim=1)
         q = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, up_k), q_rope], dim=-1)
-        out = _in_blocks(attend, q, mask, kept, rows=heads)[..., : config.kv_lora_rank]
-        return self.wo(torch.einsum("bshc,hvc->bshv", out, up_v).flatten(2))
+        out = _in_blocks(attend, q, cache.mask, kept, rows=heads)[..., : config.kv_lora_rank]
+        return torch.einsum("bshc,hvc->bshv", out, up_v).flatten(2)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -172,25 +187,39 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]. With a cache the S tokens come after those it holds (model/cache.py)."""
-        config, (batch, seq_len, _) = self.config, x.shape
-        q, k, v = self.wq(x), self.wk(x), self.wv(x).view(batch, seq_len, config.n_kv_heads, -1)
+        projected = self.project(x)
+        return self.wo(self.attend(*projected, rope) if cache is None else self._cached(*projected, rope, cache))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> queries, keys and values of all heads side by side."""
+        k, v = self.wk(x), self.wv(x)
+        return self.wq(x), k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """What `project` returns -> every head's output [B, S, H * head_dim]."""
+        return _attend(*self._heads(q, k, v, rope), self.config.head_dim**-0.5)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """By head, queries and keys normalised and rotated: [B, S, heads, head_dim] each."""
+        config = self.config
         if config.qk_norm is QKNorm.full:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.view(batch, seq_len, config.n_heads, -1)
-        k = k.view(batch, seq_len, config.n_kv_heads, -1)
+        q, k, v = (t.unflatten(-1, (-1, config.head_dim)) for t in (q, k, v))
         if config.qk_norm is QKNorm.head:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (self._rotate(t, rope) for t in (q, k))
-        if cache is None:
-            return self.wo(_attend(q, k, v, config.head_dim**-0.5))
+        return self._rotate(q, rope), self._rotate(k, rope), v
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache") -> Tensor:
+        q, k, v = self._heads(q, k, v, rope)
         k, v = (t.transpose(1, 2) for t in cache.append(k, v))
 
         def attend(q: Tensor, mask: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None],
-                                                 scale=config.head_dim**-0.5, enable_gqa=q.shape[2] != k.shape[1])
+                                                 scale=self.config.head_dim**-0.5,
+                                                 enable_gqa=q.shape[2] != k.shape[1])
             return out.transpose(1, 2)
 
-        return self.wo(_in_blocks(attend, q, cache.mask, k, v, rows=1).flatten(2))
+        return _in_blocks(attend, q, cache.mask, k, v, rows=1).flatten(2)
 
     def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         rotary = _rotary_dim(self.config)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, ScoreFunc
 from model.ops import autocast_dtype, cast_weight, gather_rows, grouped_mm, swiglu
+from model.recompute import again
 
 
 class Routing(NamedTuple):
@@ -188,6 +189,9 @@ class GroupedExperts(nn.Module):
     w13 [E, 2F, D]: gate rows, then up rows. w2 [E, D, F].
     """
 
+    keeps_less = False
+    """SwiGLU's output is computed again in backward."""
+
     def __init__(self, dim: int, inter_dim: int, num_experts: int):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(num_experts, 2 * inter_dim, dim))
@@ -198,11 +202,16 @@ class GroupedExperts(nn.Module):
         offsets = counts.cumsum(0).to(torch.int32)
         dtype = autocast_dtype(x)
         hidden = grouped_mm(x.to(dtype), cast_weight(self.w13, dtype).transpose(1, 2), offsets)
-        return grouped_mm(swiglu(hidden), cast_weight(self.w2, dtype).transpose(1, 2), offsets)
+        return again(self._down, hidden, offsets) if self.keeps_less and self.training else self._down(hidden, offsets)
+
+    def _down(self, hidden: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_mm(swiglu(hidden), cast_weight(self.w2, hidden.dtype).transpose(1, 2), offsets)
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x), with w1 and w3 stacked in one matrix (Shazeer 2020)."""
+
+    keeps_less = False
 
     def __init__(self, dim: int, inter_dim: int):
         super().__init__()
@@ -210,7 +219,13 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(inter_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w13(x)))
+        return self.down(self.w13(x))
+
+    def down(self, hidden: Tensor) -> Tensor:
+        return again(self._down, hidden) if self.keeps_less and self.training else self._down(hidden)
+
+    def _down(self, hidden: Tensor) -> Tensor:
+        return self.w2(swiglu(hidden))
 
 
 class MoE(nn.Module):

@@ -14,11 +14,17 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import RMSNorm, build_attention, rope_table
 from model.cache import LayerCache
 from model.config import ModelConfig
-from model.moe import FeedForward, MoE, Router
+from model.moe import FeedForward, GroupedExperts, MoE, Router
+from model.recompute import again
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, dense or routed, each added to its input."""
+
+    keeps_less = False
+    """Attention up to its core is computed again in backward (`model.recompute`)."""
+    norms_again = False
+    """So are the norms' outputs, where products keep them: those in FP8 keep fewer bytes of their own."""
 
     def __init__(self, config: ModelConfig, layer: int, num_local_experts: int | None = None):
         super().__init__()
@@ -31,9 +37,27 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.dim, config.inter_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache)
-        feed_forward = self.moe if hasattr(self, "moe") else self.ffn
-        return x + feed_forward(self.ffn_norm(x))
+        x = x + (self._attention(x, rope) if self.keeps_less and self.training else
+                 self.attention(self.attention_norm(x), rope, cache))
+        if hasattr(self, "moe"):
+            return x + self.moe(self.ffn_norm(x))
+        if self.norms_again and self.training:
+            return x + self.ffn.down(again(lambda x: self.ffn.w13(self.ffn_norm(x)), x))
+        return x + self.ffn(self.ffn_norm(x))
+
+    def _attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        def project(x: Tensor) -> tuple[Tensor, ...]:
+            return self.attention.project(self.attention_norm(x))
+
+        projected = again(project, x) if self.norms_again else project(x)
+        return self.attention.wo(again(self.attention.attend, *projected, rope, but_cores=True))
+
+    def keep_less(self, *, norms: bool) -> None:
+        """Selective recompute."""
+        self.keeps_less, self.norms_again = True, norms
+        for module in self.modules():
+            if isinstance(module, FeedForward | GroupedExperts):
+                module.keeps_less = True
 
 
 class MTPModule(nn.Module):

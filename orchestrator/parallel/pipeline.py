@@ -164,7 +164,7 @@ def build_pipeline(config: Config, mesh: Mesh, compute_dtype: torch.dtype) -> Pi
     layout = config.layout
     ids = stages_of(mesh.coordinate.pp, layout.pp, layout.schedule, layout.stages_per_rank) if layout.pp > 1 else [0]
     splits = split_stages(config.model, num_stages(config), config.train.seq_len)
-    stages = [build_stage(config.model, splits[i], mesh, seed=config.seed, recompute=layout.recompute.name == "full",
+    stages = [build_stage(config.model, splits[i], mesh, seed=config.seed, recompute=layout.recompute,
                           precision=config.precision) for i in ids]
     for stage in stages if compute_dtype != torch.float32 else ():
         # Forward alone: in a region of autocast backward, too, would multiply in its dtype, the router's fp32 included.

@@ -20,8 +20,8 @@ from torch.distributed.tensor import placement_types as placement
 from model.config import ModelConfig
 from model.fp8 import to_fp8
 from model.init import initial_experts, initial_rows
-from model.transformer import Transformer, moe_layers
-from orchestrator.config import PrecisionConfig
+from model.transformer import Block, Transformer, moe_layers
+from orchestrator.config import PrecisionConfig, Recompute
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import Mesh
 from orchestrator.parallel.node_limited import NodeLimitedDispatcher
@@ -54,16 +54,19 @@ class Shard:
         return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, recompute: bool = False,
+def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, recompute: Recompute = Recompute.none,
                 precision: PrecisionConfig | None = None) -> Transformer:
     """The stage's module on this rank's device: experts split over ep, parameters over dp, values drawn."""
     experts = mesh.layout.experts_of(mesh.info.rank, config.n_routed_experts)
     with torch.device("meta"):
         stage = Transformer(config, layers=layers, num_local_experts=len(experts) or None)
-    stage.recompute = recompute
+    stage.recompute = recompute is Recompute.full
     fp8 = precision is not None and precision.fp8
     if fp8:
         to_fp8(stage, power_of_two=precision.power_of_two_scales)
+    for block in stage.modules() if recompute is Recompute.selective else ():
+        if isinstance(block, Block):
+            block.keep_less(norms=not fp8)
     if mesh.ep is not None:
         for _, moe in moe_layers(stage):
             moe.dispatcher = (NodeLimitedDispatcher(mesh.hops, config.n_routed_experts, fp8=fp8) if mesh.hops else

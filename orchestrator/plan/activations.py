@@ -19,7 +19,7 @@ def block_bytes(work: Workload, moe: bool, recompute: Recompute | None = None) -
     if recompute is Recompute.full:
         return work.microbatch_tokens * dim * keep.residual
     if keep.eager:
-        return own_activations.block_bytes(work, moe)
+        return own_activations.block_bytes(work, moe, recompute)
     cheap = recompute is Recompute.selective
     norms = 2 * dim * (keep.element + (0 if cheap else _product(work)))
     masks = 2 * dim if keep.dropout else 0
@@ -36,6 +36,16 @@ def head_bytes(work: Workload) -> float:
     return work.microbatch_tokens * heads * kept
 
 
+def first_head_bytes(work: Workload) -> float:
+    """Of `head_bytes`, what is gone when the first block's backward begins: all of it, or with MTP modules the last
+    one's head, whose block is the first."""
+    if not work.model.n_mtp_layers:
+        return head_bytes(work)
+    if work.keeping.eager:
+        return own_activations.mtp_head_bytes(work)
+    return head_bytes(work) / (1 + work.model.n_mtp_layers)
+
+
 def loss_bytes(work: Workload) -> float:
     """Beyond `head_bytes` at the peak of one head's loss."""
     return work.microbatch_tokens * _vocabulary(work) * (work.keeping.logit - work.keeping.logit_kept)
@@ -44,10 +54,17 @@ def loss_bytes(work: Workload) -> float:
 def backward_bytes(work: Workload, moe: bool) -> float:
     """Beyond what is kept while one block's backward runs: what it computes again, and gradients of its widest part."""
     model, tokens, keep = work.model, work.microbatch_tokens, work.keeping
-    again = block_bytes(work, moe, Recompute.none) - block_bytes(work, moe)
-    again += 2 * tokens * keep.residual * stream(work)
+    gradients = 2 * tokens * keep.residual * stream(work)
+    if keep.eager and work.recompute is Recompute.selective:
+        attention, inner, gone = own_activations.again_bytes(work, moe)
+        again = max(attention, inner)
+    else:
+        again = block_bytes(work, moe, Recompute.none) - block_bytes(work, moe)
+        attention, inner, gone = again, again, 0.0
     if keep.eager and work.dtype == "fp8":
-        return again + own_activations.fp8_backward_bytes(work, moe)
+        first, last = own_activations.fp8_backward_bytes(work, moe)
+        return gradients + max(attention + first - gone, inner + last)
+    again += gradients
     reached = model.n_activated_experts * work.imbalance
     width = 3 * (reached * model.moe_inter_dim if moe else model.inter_dim) / work.tp
     rows = reached * stream(work) if moe else 0

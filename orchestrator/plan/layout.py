@@ -249,8 +249,6 @@ def _check_schedule(config: Config) -> None:
     stages, layers, micro, pp = num_stages(config), config.model.n_layers, layout.microbatches, layout.pp
     name = layout.schedule.name
     check_stages_per_rank(layout.schedule, layout.stages_per_rank)
-    require(layout.recompute.name != "selective", "layout.recompute", "selective",
-            "is planned for but not run by this trainer", "use recompute=none or full")
     require(stages <= layers, "layout.pp", pp,
             f"makes {stages} stages with layout.schedule={name}, more than model.n_layers={layers}",
             "lower layout.pp or layout.stages_per_rank, or use more layers")

@@ -14,6 +14,7 @@ from orchestrator.config import HardwareConfig, Schedule
 from orchestrator.plan.activations import (
     backward_bytes,
     block_bytes,
+    first_head_bytes,
     gradient_bytes,
     head_bytes,
     logit_gradient_bytes,
@@ -79,6 +80,7 @@ def activation_peaks(work: Workload, *, alone: bool = False) -> list[tuple[float
     backward = {moe: backward_bytes(work, moe) for moe in kinds}
     split = {moe: gradient_bytes(work, moe) for moe in (False, True)} if work.keeping.eager else {}
     head, loss, logits = head_bytes(work), loss_bytes(work), logit_gradient_bytes(work)
+    gone = first_head_bytes(work)
     output = work.microbatch_tokens * stream(work) * work.keeping.residual
     peaks = []
     for group in groups:
@@ -91,7 +93,7 @@ def activation_peaks(work: Workload, *, alone: bool = False) -> list[tuple[float
             heads = case.heads * head + case.split_heads * logits
             # A stage's backward begins with the loss, whose logits are gone when the blocks' turn comes.
             at_loss = heads + case.last * loss
-            after_loss = heads - head if case.last and not case.split_heads else heads
+            after_loss = heads - gone if case.last and not case.split_heads else heads
             in_block = bodies + max([backward[kind] for kind in case.running], default=0.0)
             best = max(best, (bodies + at_loss - absent, bodies, at_loss, absent),
                        (in_block + after_loss - absent, in_block, after_loss, absent))

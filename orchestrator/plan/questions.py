@@ -140,7 +140,7 @@ def fits(request: Request) -> bool:
 def _thriftiest(work: Workload, pinned: dict) -> Recompute:
     if "recompute" in pinned:
         return Recompute[pinned["recompute"]]
-    return Recompute.none if work.pp > 1 and work.schedule in SPLIT else Recompute.full
+    return Recompute.selective if work.pp > 1 and work.schedule in (*SPLIT, "dualpipe") else Recompute.full
 
 
 def smallest(request: Request) -> Request | None:

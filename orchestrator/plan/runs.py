@@ -8,7 +8,7 @@ from functools import lru_cache
 import yaml
 
 from model.config import ModelConfig, divisors
-from orchestrator.config import Recompute, Schedule, TrainConfig, conf_dir, from_dict
+from orchestrator.config import Schedule, TrainConfig, conf_dir, from_dict
 from orchestrator.plan.bill import steps_of
 from orchestrator.plan.exchange import domains
 from orchestrator.plan.keeping import own
@@ -27,8 +27,6 @@ def not_run(work: Workload) -> str | None:
         return "train's expert parallelism divides dp"
     if work.schedule not in Schedule.__members__:
         return f"train has no schedule {work.schedule}"
-    if work.recompute is Recompute.selective:
-        return "train has no selective recompute"
     if work.zero > 1:
         return f"train shards optimizer state alone, not as ZeRO stage {work.zero}"
     if work.dtype != "bf16" and not (conf_dir() / "precision" / f"{work.dtype}.yaml").exists():

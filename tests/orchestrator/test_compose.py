@@ -173,7 +173,6 @@ RULES = {
     "no number": ([*FOUR, "model.init_std=nan"], "model.init_std=nan: must be positive and finite"),
     "an unknown device": ([*FOUR, "hardware.device=gpu"], "hardware.device=gpu: must be cpu or cuda; use cuda"),
     "half a ramp": ([*FOUR, "train.batch_start=4"], "train.batch_start=4: makes a ramp only with train.batch_ramp"),
-    "selective recompute on one stage": (["layout.recompute=selective"], "is planned for but not run"),
     "no steps": ([*FOUR, "train.steps=0"], "train.steps=0: must be at least 1"),
     "nodes and ranks": ([*FOUR, "cluster.nodes=3"], "cluster.nodes=3: must divide the 4 ranks"),
     "missing data": (["data=text"], r"data\.path='': must name text.*use data\.path="),

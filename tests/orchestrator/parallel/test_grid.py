@@ -165,10 +165,12 @@ def test_tokens_that_go_by_node_equal_the_one_process_run(ranks, reference, pp, 
     assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
 
 
-@pytest.mark.parametrize("per_node", [0, 1])
-def test_recompute_equals_keeping_activations(ranks, reference, per_node):
-    config = make_config(2, 2, 2, "1f1b")
-    config.layout.recompute, config.layout.ep_per_node = Recompute.full, per_node
+@pytest.mark.parametrize("recompute, schedule, per_node", [
+    ("full", "1f1b", 0), ("full", "1f1b", 1), ("selective", "1f1b", 1), ("selective", "interleaved_zero_bubble", 0),
+    ("selective", "zbv", 0), ("selective", "dualpipev", 0)])
+def test_recompute_equals_keeping_activations(ranks, reference, recompute, schedule, per_node):
+    config = make_config(2, 2, 2, schedule)
+    config.layout.recompute, config.layout.ep_per_node = Recompute[recompute], per_node
     assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
 
 

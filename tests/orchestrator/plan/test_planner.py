@@ -257,7 +257,7 @@ def test_context_ranks_have_equal_parts_of_a_sequence():
 def test_layouts_that_train_does_not_offer_are_priced_and_say_so(small):
     work = next(layouts(small))
     for change, words in [({"tp": 2}, "tensor"), ({"cp": 2}, "context"), ({"zero": 3}, "ZeRO stage 3"),
-                          ({"recompute": Recompute.selective}, "selective"), ({"schedule": "dualpipe"}, "dualpipe")]:
+                          ({"schedule": "dualpipe"}, "dualpipe")]:
         assert words in cannot_run(dataclasses.replace(work, **change))
     assert "as train keeps it, it needs" in cannot_run(dataclasses.replace(work, model=model("deepseek_v3")))
 

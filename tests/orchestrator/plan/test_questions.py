@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from orchestrator.config import Recompute
 from orchestrator.errors import BadRequest
 from orchestrator.plan import questions
 from orchestrator.plan.hardware import catalogue
@@ -170,6 +171,15 @@ def test_tokens_for_a_budget_cost_the_budget(offers):
     tokens = tokens_for(offers[0], 500.0)
     again = offer(dataclasses.replace(offers[0].request, tokens=tokens))
     assert again.usd == pytest.approx(500, rel=1e-3) and again.usd <= 500
+
+
+def test_a_model_fits_under_a_split_backward_by_what_selective_recompute_drops():
+    words = ["model=deepseek_v3", "cluster=h800_2048", "layout.pp=16", "layout.ep=64", "layout.microbatches=120",
+             "precision=fp8", "layout.schedule=dualpipev"]
+    asked = {how: read_request({"tokens": "14.8e12", "tp": "1", "cp": "1"}, *compose_plan([*words, *how]))
+             for how in ((), ("layout.recompute=none",))}
+    assert [fits(each) for each in asked.values()] == [True, False]
+    assert {candidate.work.recompute for candidate in search(asked[()]).candidates} == {Recompute.selective}
 
 
 def test_the_smallest_cluster_holds_the_model_and_half_of_it_does_not(request_):

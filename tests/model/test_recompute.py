@@ -1,0 +1,78 @@
+"""Selective recompute: the same gradients bit for bit from fewer bytes, and no product or core twice that need not."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.config import Attention, ModelConfig, QKNorm
+from model.fp8 import to_fp8
+from model.recompute import CORES
+from model.transformer import Block, Transformer
+
+SMALL = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_dense_layers": 1, "inter_dim": 160, "n_heads": 4,
+         "n_mtp_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 48, "n_shared_experts": 1}
+MLA = ModelConfig(**SMALL, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+GQA = ModelConfig(**SMALL, attention=Attention.gqa, n_kv_heads=2, head_dim=16, qk_norm=QKNorm.head)
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls["core" if operator in CORES else operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def trained(config: ModelConfig, precision: str, *, keep_less: bool) -> tuple[list, int, Counter]:
+    """Loss and gradients of one step, bytes kept for its backward, calls of forward and backward together."""
+    torch.manual_seed(0)
+    network = Transformer(config).train()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for buffer in network.buffers():
+        buffer.zero_()
+    if precision == "fp8":
+        to_fp8(network)
+    for block in network.modules() if keep_less else ():
+        if isinstance(block, Block):
+            block.keep_less(norms=precision != "fp8")
+    tokens = torch.randint(0, config.vocab_size, (2, 34))
+    own, kept = {p.untyped_storage().data_ptr() for p in network.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    with Counted() as counted:
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16,
+                                                                              enabled=precision == "bf16"):
+            loss = network(tokens, tokens).sum()
+        size = sum(size for pointer, (_, size) in kept.items() if pointer not in own)
+        kept.clear()
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in network.parameters())], size, counted.calls
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("config", [MLA, GQA], ids=["MLA", "GQA"])
+def test_selective_recompute_has_the_same_gradients_from_fewer_bytes(config, precision):
+    plain, whole, _ = trained(config, precision, keep_less=False)
+    again, less, _ = trained(config, precision, keep_less=True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    assert less < (0.95 if precision == "fp8" else 0.8) * whole
+
+
+@pytest.mark.parametrize("config, per_block", [(MLA, 3), (GQA, 2)], ids=["MLA", "GQA"])
+def test_products_other_than_attentions_first_ones_and_the_core_run_once(config, per_block):
+    """Per block again: MLA's latent of keys and values and both up-projections; GQA's keys and values."""
+    plain, again = (trained(config, "fp32", keep_less=less)[2] for less in (False, True))
+    blocks = config.n_layers + config.n_mtp_layers
+    assert again["core"] == plain["core"] == blocks
+    assert again["mm"] - plain["mm"] == per_block * blocks
+    assert again["_grouped_mm"] == plain["_grouped_mm"]
