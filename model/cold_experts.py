@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model.hf_files import safetensors_header
 from model.moe import Router
 from model.ops import swiglu
-from model.packed import pack, packed_bytes, unpack
+from model.packed import Room, pack, packed_bytes, unpack
 
 
 def write_store(path: Path, experts: Iterable[Tensor], *, number: int, shape: tuple[int, int], form: str) -> None:
@@ -73,6 +73,7 @@ class HotExperts:
         self.max_bytes, self.bytes = max_bytes, 0
         self.kept: OrderedDict[tuple[int, int], list[Tensor]] = OrderedDict()
         self.hits = self.misses = 0
+        self.room = Room()
 
     def get(self, layer: int, expert: int, stores: list[Store]) -> list[Tensor]:
         key = (layer, expert)
@@ -116,7 +117,7 @@ class ColdExperts(nn.Module):
         for expert, number in enumerate(counts.tolist()):
             if number:
                 rows = slice(start, start + number)
-                w13, w2 = (unpack(data, *store.shape, store.form, x.dtype) for data, store in
+                w13, w2 = (unpack(data, *store.shape, store.form, x.dtype, self.hot.room) for data, store in
                            zip(self.hot.get(self.layer, expert, self.stores), self.stores, strict=True))
                 out[rows] = F.linear(swiglu(F.linear(x[rows], w13)), w2)
                 start += number

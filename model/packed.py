@@ -3,14 +3,16 @@
 int4 is torchao's asymmetric group quantisation: 64 inputs share a bf16 scale and a zero point, 4.4 bits a weight.
 """
 
+import functools
 import logging
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from model.quantize import Quantized, weight_dequant, weight_quant
+from model.quantize import scaled_blocks, weight_quant
 
 FORMATS = ("fp32", "bf16", "fp8", "int4")
 GROUP = 64
@@ -33,8 +35,24 @@ def pack(weight: Tensor, form: str) -> Tensor:
     return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
 
 
-def unpack(data: Tensor, rows: int, columns: int, form: str, dtype: torch.dtype) -> Tensor:
-    """The matrix [rows, columns] again. fp32 asked for as fp32 is a view of `data`."""
+class Room:
+    """Tensors that are filled again and again. Fresh ones cost a page fault for each 4 KiB where freed memory goes back
+    to the kernel: ten times what unpacking itself does."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple, Tensor] = {}
+
+    def __call__(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        if (shape, dtype) not in self.made:
+            with torch.inference_mode(False):  # else it could be filled there alone
+                self.made[shape, dtype] = torch.empty(shape, dtype=dtype)
+        return self.made[shape, dtype]
+
+
+def unpack(data: Tensor, rows: int, columns: int, form: str, dtype: torch.dtype,
+           room: Callable[..., Tensor] = torch.empty) -> Tensor:
+    """The matrix [rows, columns] again. fp32 asked for as fp32 is a view of `data`; all else is made in `room`, which
+    gives a tensor of a shape and dtype."""
     parts, at = [], 0
     for shape, kind in _layout(rows, columns, form):
         size = math.prod(shape) * kind.itemsize
@@ -42,10 +60,12 @@ def unpack(data: Tensor, rows: int, columns: int, form: str, dtype: torch.dtype)
         parts.append((part.clone() if at % kind.itemsize else part).view(kind).view(shape))
         at += size
     if form == "fp8":
-        return weight_dequant(Quantized(*parts)).to(dtype)
-    if form == "int4":
-        return _dequantize(*parts, dtype)
-    return parts[0].to(dtype)
+        values = _looked_up(_eight_bits(), parts[0].view(torch.uint8), (rows, columns), room)
+        parts = [scaled_blocks(values, parts[1])]
+    elif form == "int4":
+        values = _looked_up(_twice_four_bits(), parts[2], (rows, columns), room)
+        parts = [_dequantize(*parts[:2], values if dtype == values.dtype else values.to(dtype))]
+    return parts[0] if parts[0].dtype == dtype else room(rows, columns, dtype=dtype).copy_(parts[0])
 
 
 def _layout(rows: int, columns: int, form: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -74,10 +94,31 @@ def _quantize(weight: Tensor) -> list[Tensor]:
     return [scale, zero.to(torch.uint8), values[:, ::2] | (values[:, 1::2] << 4)]
 
 
-def _dequantize(scale: Tensor, zero: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torchao's dequantize_affine has it, (value - zero) * scale, in one pass over the packed pairs."""
-    values = torch.stack([pairs & 15, pairs >> 4], dim=-1).view(*scale.shape, -1)
-    return ((values.to(dtype) - zero.to(dtype)[..., None]) * scale.to(dtype)[..., None]).flatten(1)
+def _dequantize(scale: Tensor, zero: Tensor, values: Tensor) -> Tensor:
+    """As torchao's dequantize_affine has it, (value - zero) * scale, in place."""
+    dtype, groups = values.dtype, values.view(*scale.shape, -1)
+    groups.sub_(zero.to(dtype)[..., None]).mul_(scale.to(dtype)[..., None])
+    return values
+
+
+def _looked_up(table: Tensor, data: Tensor, shape: tuple[int, int], room: Callable[..., Tensor]) -> Tensor:
+    """What each byte of `data` stands for, fp32 of `shape`; an entry of the table is the bits of one number or two."""
+    index, found = room(*data.shape, dtype=torch.int32).copy_(data), room(*shape, dtype=torch.float32)
+    torch.index_select(table, 0, index.view(-1), out=found.view(table.dtype).view(-1))
+    return found
+
+
+@functools.cache
+def _eight_bits() -> Tensor:
+    """What each byte is in E4M3, fp32 [256]."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+@functools.cache
+def _twice_four_bits() -> Tensor:
+    """Low and high half of each byte, two fp32 in the 64 bits of an entry [256]."""
+    byte = torch.arange(256)
+    return torch.stack([byte & 15, byte >> 4], dim=-1).float().view(torch.float64).flatten()
 
 
 def _torchao():

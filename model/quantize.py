@@ -58,11 +58,16 @@ def act_dequant(q: Quantized) -> Tensor:
 
 def weight_dequant(q: Quantized) -> Tensor:
     """data * scale in fp32, block by block (DeepSeek's weight_dequant)."""
-    rows, columns = q.data.shape[-2:]
+    return scaled_blocks(widened(q.data), q.scale)
+
+
+def scaled_blocks(values: Tensor, scale: Tensor) -> Tensor:
+    """values [.., N, K], each 128x128 block times its scale, in place."""
+    rows, columns = values.shape[-2:]
     if rows % TILE or columns % TILE:
-        return widened(q.data).mul_(_spread(_spread(q.scale, columns).mT, rows).mT)
-    blocks = widened(q.data).unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
-    return blocks.mul_(q.scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+        return values.mul_(_spread(_spread(scale, columns).mT, rows).mT)
+    values.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE)).mul_(scale[..., :, None, :, None])
+    return values
 
 
 def pack(x: Tensor) -> Tensor:

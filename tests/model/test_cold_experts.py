@@ -9,7 +9,7 @@ from model.cold_experts import Ahead, ColdExperts, HotExperts, Store, write_stor
 from model.config import ModelConfig
 from model.count import forward_bytes
 from model.moe import GroupedExperts, MoE, Router
-from model.packed import FORMATS, _torchao, pack, packed_bytes, unpack
+from model.packed import FORMATS, Room, _torchao, pack, packed_bytes, unpack
 from tests.torch_memory import most_allocated
 
 E, D, INNER = 6, 128, 64
@@ -83,6 +83,18 @@ def test_a_packed_matrix_comes_back_within_its_format(experts, form):
     assert (back - weight).abs().max() <= worst * weight.abs().max() * 1.01
     if form == "bf16":
         assert torch.equal(back, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_one_room_takes_one_matrix_after_the_other_under_inference_mode_and_not(experts, form):
+    room = Room()
+    with torch.inference_mode():
+        first = [unpack(pack(weight.detach(), form), *weight.shape, form, torch.float32, room).clone()
+                 for weight in (experts.w13[0], experts.w2[0])]
+    again = [unpack(pack(weight.detach(), form), *weight.shape, form, torch.float32, room)
+             for weight in (experts.w13[1], experts.w2[1], experts.w13[0], experts.w2[0])]
+    assert all(torch.equal(one, other) for one, other in zip(first, again[2:], strict=True))
+    assert form == "fp32" or again[0] is again[2]
 
 
 def test_a_matrix_of_any_size_comes_back_from_eight_bits():
