@@ -14,6 +14,7 @@ from orchestrator.plan.exchange import dispatch_bytes
 from orchestrator.plan.kernels import Rates, core_s, product_s, rates_of, unfused_core_s
 from orchestrator.plan.workload import Workload
 
+ALWAYS_SPLIT = ("interleaved_zero_bubble", "zbv")
 BACKWARD_LIGHT, WEIGHT_LIGHT = 1.5, 0.35
 """Memory-bound work of backward against forward's, and what of it belongs to weight gradients (transposed copies)."""
 
@@ -63,6 +64,9 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
             again = core
         elif work.stack.recomputed:
             again = work.stack.recomputed * forward + light
+        elif work.stack.recomputes_twice:
+            again += tokens * heads / work.tp / rates.bytes_per_s
+            weights += again if work.pp > 1 and work.schedule in ALWAYS_SPLIT else 0.0
     behind = max(behind, 2 * host - weights)
     sent, up = dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
     return LayerTime(ahead + tensor + context, behind + again + tensor + context, weights, sent, up,

@@ -25,7 +25,7 @@ CPU = Assumptions(gemm=1.0, best_bf16=1.0, attention_forward=1.0, attention_back
 """A CPU under eager torch, read off profiles of `tiny` on one core and off its CPU seconds under two to four ranks. The
 device is its own host, so dispatch is a gap between operators: a block has about 100 of them in forward, 60 more with
 experts. gloo over loopback: each exchange and each of FSDP2's blocks costs more than its bytes, however tokens go."""
-OWN = Stack(name="sparing", gradient_bytes=6)
+OWN = Stack(name="sparing", gradient_bytes=6, recomputes_twice=True)
 """This program: gradients and gathered weights are fp32, so that there are two bytes more than a bf16 weight has."""
 CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 0.4
 """Of one core's operators that are bound by memory, which bytes of fused bf16 kernels count; of one rank's exchange."""

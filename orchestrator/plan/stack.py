@@ -36,6 +36,9 @@ class Stack:
     (torchtitan's saves every second product and attention)."""
     recomputes_core: bool = False
     """Selective recompute is of the attention core (Megatron's), where keys and values are not latent."""
+    recomputes_twice: bool = False
+    """Selective recompute runs all that leads to the attention core again, rotary positions included, and where each
+    backward is split does so in both of its parts."""
     gradient_bytes: float = 4.0
     """Of a gradient on the wire."""
     graphs: float = 0.0

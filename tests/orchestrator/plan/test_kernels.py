@@ -11,6 +11,7 @@ from orchestrator.plan.block import expert_rows, layer_time
 from orchestrator.plan.confidence import band, made
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.exchange import Routing, dispatch_bytes, imbalance_of
+from orchestrator.plan.forecast import OWN
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.kernels import fill, product_s, rates_of
 from orchestrator.plan.stack import Stack, stack_named, stacks
@@ -154,6 +155,16 @@ def test_selective_recompute_does_again_what_it_does_not_keep():
     moved = none.microbatch_tokens * (8 * model.dim + 6 * model.moe_inter_dim * model.n_activated_experts)
     assert light == pytest.approx(moved / (H100.memory_gb_per_s * 1e9 * none.assumptions.memory), rel=0.01)
     assert 5 * light < core < layer_time(none, True).forward
+
+
+@pytest.mark.parametrize("schedule, twice", [("1f1b", False), ("dualpipev", False), ("zbv", True)])
+def test_our_own_selective_recompute_is_done_twice_where_every_backward_is_split(schedule, twice):
+    model = compose_config(["model=deepseek_v3"]).model
+    none = Workload(model, H100, 4096, 64, 8, 8, 8, schedule, 16, stack=OWN)
+    kept, again = layer_time(none, True), layer_time(replace(none, recompute=Recompute.selective), True)
+    extra = again.backward - kept.backward
+    assert again.forward == kept.forward and 0 < extra < kept.forward
+    assert again.weight - kept.weight == pytest.approx(extra if twice else 0.0)
 
 
 def test_a_prediction_says_how_it_was_made_and_how_far_it_may_be_off(moe):
