@@ -60,9 +60,9 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
             each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items() if name.startswith(first))
         except ValueError as error:
             raise BadRequest(f"weights={form}: {error}") from error
-        # Two experts are unpacked at a time where one is read ahead, and a forward has its own memory.
+        # Room to unpack an expert in, and a forward's own memory.
         working = forward_bytes(weights.config, cache_tokens, at_once, dtype, device, in_turn=True)
-        working += 2 * _unpacked(shapes, dtype)
+        working += _unpacking(shapes, dtype)
         least = rest + cache + working + 2 * each
         if max_gib * GIB < least:
             raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "
@@ -172,10 +172,10 @@ def _identity(weights: Weights) -> str:
     return digest.hexdigest()[:24]
 
 
-def _unpacked(shapes: dict[str, torch.Size], dtype: torch.dtype) -> int:
-    """Bytes of one expert as it is multiplied with."""
-    return sum(shape[1:].numel() * dtype.itemsize for name, shape in shapes.items()
-               if name.startswith(_first_layer(shapes)))
+def _unpacking(shapes: dict[str, torch.Size], dtype: torch.dtype) -> int:
+    """Bytes that `packed.unpack` fills for one expert: indices, fp32, and `dtype` where that is another."""
+    each = 8 + (0 if dtype == torch.float32 else dtype.itemsize)
+    return sum(shape[1:].numel() * each for name, shape in shapes.items() if name.startswith(_first_layer(shapes)))
 
 
 def _first_layer(shapes: dict[str, torch.Size]) -> str:
