@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
+from torch.utils import checkpoint
 
 
 class Stage(PipelineStage):
@@ -40,6 +41,11 @@ class Stage(PipelineStage):
         found = super()._retrieve_recv_grads(bwd_chunk_id)
         _let_go(self.grad_recv_info[bwd_chunk_id])
         return found
+
+    def backward_weight_one_chunk(self, *args, **kwargs) -> object:
+        """torch asks for one group of parameters after the other: what is recomputed for the first serves them all."""
+        with getattr(checkpoint, "GraphExecGroup", contextlib.nullcontext)():
+            return super().backward_weight_one_chunk(*args, **kwargs)
 
     @contextlib.contextmanager
     def _without_storage(self) -> Iterator[None]:
