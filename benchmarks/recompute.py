@@ -55,8 +55,8 @@ def main() -> None:
     for how in Recompute:
         model, loss_of = ours(config)
         model.train().recompute = how is Recompute.full
-        for block in model.layers.values() if how is Recompute.selective else ():
-            block.keep_less(norms=True)
+        if how is Recompute.selective:
+            model.keep_less(norms=True)
         kept[how] = kept_bytes(model, tokens)
         counted[how] = counted_bytes(Workload(config, HardwareConfig(), args.seq_len, args.sequences, 1, 1, 1, "1f1b",
                                               1, recompute=how, keeping=own("fp32", cpu=True)))

@@ -52,12 +52,6 @@ class Block(nn.Module):
         projected = again(project, x) if self.norms_again else project(x)
         return self.attention.wo(again(self.attention.attend, *projected, rope, but_cores=True))
 
-    def keep_less(self, *, norms: bool) -> None:
-        """Selective recompute."""
-        self.keeps_less, self.norms_again = True, norms
-        for module in self.modules():
-            if isinstance(module, FeedForward | GroupedExperts):
-                module.keeps_less = True
 
 
 class MTPModule(nn.Module):
@@ -153,6 +147,14 @@ class Transformer(nn.Module):
             if greedy is not None:
                 accepted.append(_accepted(logits, greedy, depth=k + 1))
         return torch.stack(losses + accepted, dim=-1)
+
+    def keep_less(self, *, norms: bool) -> None:
+        """Selective recompute, of every block, MTP's too. norms: `Block.norms_again`."""
+        for module in self.modules():
+            if isinstance(module, Block | FeedForward | GroupedExperts):
+                module.keeps_less = True
+            if isinstance(module, Block):
+                module.norms_again = norms
 
     def _run(self, module: nn.Module, *inputs) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():

@@ -20,7 +20,7 @@ from torch.distributed.tensor import placement_types as placement
 from model.config import ModelConfig
 from model.fp8 import to_fp8
 from model.init import initial_experts, initial_rows
-from model.transformer import Block, Transformer, moe_layers
+from model.transformer import Transformer, moe_layers
 from orchestrator.config import PrecisionConfig, Recompute
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import Mesh
@@ -64,9 +64,8 @@ def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, re
     fp8 = precision is not None and precision.fp8
     if fp8:
         to_fp8(stage, power_of_two=precision.power_of_two_scales)
-    for block in stage.modules() if recompute is Recompute.selective else ():
-        if isinstance(block, Block):
-            block.keep_less(norms=not fp8)
+    if recompute is Recompute.selective:
+        stage.keep_less(norms=not fp8)
     if mesh.ep is not None:
         for _, moe in moe_layers(stage):
             moe.dispatcher = (NodeLimitedDispatcher(mesh.hops, config.n_routed_experts, fp8=fp8) if mesh.hops else

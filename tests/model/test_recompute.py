@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import Attention, ModelConfig, QKNorm
 from model.fp8 import to_fp8
 from model.recompute import CORES
-from model.transformer import Block, Transformer
+from model.transformer import Transformer
 
 SMALL = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_dense_layers": 1, "inter_dim": 160, "n_heads": 4,
          "n_mtp_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 48, "n_shared_experts": 1}
@@ -38,9 +38,8 @@ def trained(config: ModelConfig, precision: str, *, keep_less: bool) -> tuple[li
         buffer.zero_()
     if precision == "fp8":
         to_fp8(network)
-    for block in network.modules() if keep_less else ():
-        if isinstance(block, Block):
-            block.keep_less(norms=precision != "fp8")
+    if keep_less:
+        network.keep_less(norms=precision != "fp8")
     tokens = torch.randint(0, config.vocab_size, (2, 34))
     own, kept = {p.untyped_storage().data_ptr() for p in network.parameters()}, {}
 

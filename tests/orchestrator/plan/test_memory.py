@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from model import count
-from model.transformer import Block, Transformer
+from model.transformer import Transformer
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, Recompute
 from orchestrator.parallel.mesh import connect
@@ -35,9 +35,8 @@ def measured_peak(model, sequences: int, seq_len: int, microbatches: int, recomp
     """Bytes of parameters and optimizer, and at most of what a second step allocates on top."""
     network = Transformer(model).train()
     network.recompute = recompute is Recompute.full
-    for block in network.modules() if recompute is Recompute.selective else ():
-        if isinstance(block, Block):
-            block.keep_less(norms=True)
+    if recompute is Recompute.selective:
+        network.keep_less(norms=True)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for buffer in network.buffers():
