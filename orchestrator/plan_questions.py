@@ -185,7 +185,7 @@ def _fit(options: dict[str, str], words: list[str], start: Request) -> Answer:
         raise BadRequest(str(error)) from None
     if least is None:
         raise NotFit(f"gpus=fit: no cluster up to {MOST_DEVICES:,} x {start.hardware.name} holds "
-                     f"model={start.model.name}; use larger devices")
+                     f"model={start.model.name}; {start.more_memory}")
     return Answer(options | {"gpus": str(least.devices)}, words, {"smallest": least.devices})
 
 

@@ -7,11 +7,11 @@ import yaml
 
 from model.config import ModelConfig
 from orchestrator.compose import compose_config
-from orchestrator.config import ComputeDtype, Config, HardwareConfig, conf_dir
+from orchestrator.config import ComputeDtype, Config, HardwareConfig, PrecisionConfig, conf_dir
 from orchestrator.errors import BadRequest
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
-from orchestrator.plan.forecast import on_cores, routing_of
+from orchestrator.plan.forecast import Cpus, routing_of
 from orchestrator.plan.hardware import at_market, catalogue
 from orchestrator.plan.keeping import PLANNED as KEPT
 from orchestrator.plan.keeping import own
@@ -22,6 +22,7 @@ from orchestrator.plan.request import DEGREES, Request, divides_heads
 from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import UNSCHEDULED, Assumptions, Calibration
 from orchestrator.train.expected import check_device, counted, read_calibration
+from orchestrator.train.memory import total_bytes
 from orchestrator.train.run_dir import CONFIG, read_config
 from orchestrator.train.storage import join
 
@@ -91,9 +92,10 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
                          given="hardware.usd_per_h" in given)
     stack = calibration.stack or stack_named(options.get("stack", "default"))
     routing = _routing(options.get("routing"), config.model, calibration)
-    on_gpus = hardware.device == "cuda"
-    if not on_gpus:
-        hardware, assumptions = on_cores(hardware, devices, calibration)
+    per_machine, cpus = config.cluster.ranks_per_node, None
+    if hardware.device != "cuda":
+        cpus = Cpus(hardware, calibration, per_machine, (total_bytes() or inf) / 2**30)
+        hardware, assumptions, calibration = cpus.shared_by(devices)
     if not config.layout.overlap:
         assumptions = replace(assumptions, overlap_cost=inf)
     seq_len = config.train.seq_len if "train.seq_len" in given else min(4096, config.model.max_seq_len)
@@ -106,12 +108,12 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
                          f"{seq_len:,}; use tokens={batch * seq_len} or more, or a smaller train.batch_size")
-    asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype,
+    asked = Request(config.model, hardware, devices, tokens, seq_len, batch, dtype if cpus is None else "bf16",
                     pinned=_pinned(options, config, given),
                     assumptions=assumptions, calibration=calibration, stack=stack, routing=routing,
-                    batch_asked=batch_asked, terms=_terms(options, config), per_machine=config.cluster.ranks_per_node,
-                    run_words=_run_words(options, config, given, hardware, devices),
-                    keeping=KEPT if on_gpus else own("fp32", cpu=True))
+                    batch_asked=batch_asked, terms=_terms(options, config), per_machine=per_machine,
+                    cpus=cpus, cpu_dtype=dtype, run_words=_run_words(options, config, given, hardware, devices),
+                    keeping=KEPT if cpus is None else own(dtype, cpu=True))
     _check_degrees(asked, sized=sized)
     return asked
 
@@ -128,13 +130,24 @@ def _dtype(options: dict[str, str], config: Config, given: dict[str, str]) -> st
     words = [word for key, word in given.items() if key.split(".")[0] == "precision"]
     if words and "dtype" in options:
         raise BadRequest(f"{words[0]}: dtype={options['dtype']} says it as well; leave one of them out")
-    cuda, precision = config.hardware.device == "cuda", config.precision
-    if words and cuda and precision.compute_dtype is ComputeDtype.fp32 and not precision.fp8:
+    precision = config.precision
+    if config.hardware.device != "cuda":
+        return _cpu_dtype(options, precision)
+    if words and precision.compute_dtype is ComputeDtype.fp32 and not precision.fp8:
         raise BadRequest(f"{words[0]}: a plan is of products in bf16 or fp8; use precision=bf16")
     dtype = options.get("dtype", "fp8" if words and config.precision.fp8 else "bf16")
     if dtype not in ("bf16", "fp8", "any"):
         raise BadRequest(f"dtype={dtype}: must be bf16 or fp8, or any of the two; use dtype=bf16")
     return dtype
+
+
+def _cpu_dtype(options: dict[str, str], precision: PrecisionConfig) -> str:
+    if "dtype" in options:
+        raise BadRequest(f"dtype={options['dtype']}: is of a GPU's tensor cores; leave it out, or use precision=bf16")
+    if precision.fp8:
+        raise BadRequest("precision.fp8=true: a CPU emulates eight bits, at a price nobody measured; leave it out, or "
+                         "plan for a GPU, as in hardware=h100")
+    return "bf16" if precision.compute_dtype is ComputeDtype.bf16 else "fp32"
 
 
 def _terms(options: dict[str, str], config: Config) -> Terms:

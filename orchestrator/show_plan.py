@@ -114,7 +114,7 @@ def no_layout(request: Request) -> NotFit:
     if request.pinned and (least is None or least.devices == devices):
         remedy = f"leave one of {', '.join(option_of(key) for key, _ in request.pinned)} to the plan"
     elif least is None:
-        remedy = f"nor does it on any number up to {MOST_DEVICES:,} of {request.hardware.name}; use larger devices"
+        remedy = f"nor does it on any number up to {MOST_DEVICES:,} of {request.hardware.name}; {request.more_memory}"
     else:
         remedy = f"the smallest that holds it is gpus={least.devices}"
         if least.devices < devices and fits(replace(request, batch_size=larger)):

@@ -7,7 +7,6 @@ its share to the others (`simulate`). `calibrate` then scales the parts to what 
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
@@ -101,8 +100,7 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
     assumptions = Assumptions()
     if machine.device == "cpu":
         calibration = calibration if calibration.cores else _uncalibrated(machine)
-        calibration = replace(calibration, cores=calibration.cores * max(1, ranks // machine.ranks_per_node))
-        hardware, assumptions = on_cores(hardware, ranks, calibration)
+        hardware, assumptions, calibration = Cpus(hardware, calibration, machine.ranks_per_node).shared_by(ranks)
     elif config.precision.compute_dtype is ComputeDtype.fp32:
         hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
     on_tensor_cores = (config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
@@ -117,23 +115,31 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
                     assumptions=assumptions, calibration=calibration)
 
 
-def on_cores(hardware: HardwareConfig, ranks: int, calibration: Calibration) -> tuple[HardwareConfig, Assumptions]:
-    """One of `ranks` on the cores that `calibration` names, as a device with a data sheet: all of a core, or some of
-    them. Figures that nobody gave are rough, and calibration makes up for them."""
-    threads = _threads(calibration.cores, ranks)
-    device = replace(hardware, bf16_tflops=calibration.peak_flops_per_s * threads / 1e12,
-                     memory_gib=hardware.memory_gib or _machine_gib() / ranks,
-                     memory_gb_per_s=(hardware.memory_gb_per_s or CPU_GB_PER_S) * threads,
-                     scale_up_gb_per_s=hardware.scale_up_gb_per_s or LOOPBACK_GB_PER_S,
-                     scale_out_gb_per_s=hardware.scale_out_gb_per_s or LOOPBACK_GB_PER_S)
-    operator_s = CPU.gap_s if calibration.operator_s is None else calibration.operator_s
-    barrier_s = BARRIER_S if calibration.barrier_s is None else calibration.barrier_s
-    return device, replace(CPU, gap_s=operator_s + (barrier_s if threads > 1 else 0.0))
+@dataclass(frozen=True)
+class Cpus:
+    """Machines whose ranks share cores and memory, so that a rank's figures follow from how many there are."""
 
+    hardware: HardwareConfig
+    """As it was given; figures that nobody gave are rough, and calibration makes up for them."""
+    calibration: Calibration
+    """Its cores are those of one machine."""
+    ranks_per_machine: int = 0
+    """0: as many as there are, on one machine."""
+    machine_gib: float = math.inf
 
-def _machine_gib() -> float:
-    """Of this machine, which its ranks share."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    def shared_by(self, ranks: int) -> tuple[HardwareConfig, Assumptions, Calibration]:
+        """One of `ranks` as a device with a data sheet: all of a core, or some of them; and all cores together."""
+        hardware, machines = self.hardware, math.ceil(ranks / (self.ranks_per_machine or ranks))
+        calibration = replace(self.calibration, cores=self.calibration.cores * machines)
+        threads = _threads(calibration.cores, ranks)
+        device = replace(hardware, bf16_tflops=calibration.peak_flops_per_s * threads / 1e12,
+                         memory_gib=hardware.memory_gib or self.machine_gib * machines / ranks,
+                         memory_gb_per_s=(hardware.memory_gb_per_s or CPU_GB_PER_S) * threads,
+                         scale_up_gb_per_s=hardware.scale_up_gb_per_s or LOOPBACK_GB_PER_S,
+                         scale_out_gb_per_s=hardware.scale_out_gb_per_s or LOOPBACK_GB_PER_S)
+        operator_s = CPU.gap_s if calibration.operator_s is None else calibration.operator_s
+        barrier_s = BARRIER_S if calibration.barrier_s is None else calibration.barrier_s
+        return device, replace(CPU, gap_s=operator_s + (barrier_s if threads > 1 else 0.0)), calibration
 
 
 def _uncalibrated(machine: Machine) -> Calibration:

@@ -117,9 +117,15 @@ def _unit(request: Request) -> int:
 
 
 def resized(request: Request, devices: int) -> Request:
-    """On so many GPUs. A batch that was not asked for follows their number."""
-    return replace(request, devices=devices,
-                   batch_size=request.batch_size if request.batch_asked else default_batch(devices))
+    """On so many GPUs. A batch that was not asked for follows their number, and so does a CPU rank's share of its
+    machine."""
+    request = replace(request, devices=devices,
+                      batch_size=request.batch_size if request.batch_asked else default_batch(devices))
+    if request.cpus is None:
+        return request
+    hardware, assumptions, calibration = request.cpus.shared_by(devices)
+    return replace(request, hardware=hardware, calibration=calibration,
+                   assumptions=replace(assumptions, overlap_cost=request.assumptions.overlap_cost))
 
 
 def fits(request: Request) -> bool:

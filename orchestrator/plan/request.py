@@ -6,6 +6,7 @@ from model.config import Attention, ModelConfig
 from orchestrator.config import HardwareConfig, Schedule
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import Routing
+from orchestrator.plan.forecast import Cpus
 from orchestrator.plan.keeping import PLANNED, Keeping
 from orchestrator.plan.layout import stages_per_rank
 from orchestrator.plan.stack import Stack
@@ -48,6 +49,10 @@ class Request:
     """What the program keeps in memory."""
     per_machine: int = 0
     """Ranks of a machine, as the cluster has them; 0: unknown."""
+    cpus: Cpus | None = None
+    """Whose ranks share machines, if they do."""
+    cpu_dtype: str = "fp32"
+    """What they compute in, at the rate of the calibrating run's products."""
     run_words: tuple[str, ...] = ()
     """Words of the command that say nothing of model, layout and batch, and hold for `train` too."""
 
@@ -58,8 +63,15 @@ class Request:
 
     @property
     def computes_in(self) -> str:
-        """What `train` would compute in: on a CPU fp32, whose products are priced as a GPU's are in bf16."""
-        return self.dtype if self.hardware.device == "cuda" else "fp32"
+        """What `train` would compute in."""
+        return self.dtype if self.cpus is None else self.cpu_dtype
+
+    @property
+    def more_memory(self) -> str:
+        """What to do where no number of devices holds the model."""
+        if self.cpus and not self.per_machine:
+            return "name more machines than this one, as in cluster.ranks_per_node=2"
+        return "use larger devices"
 
     @property
     def most_tp(self) -> int:

@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -38,20 +40,33 @@ def _set_malloc(*, map_from: int, trim_from: int) -> None:
     mallopt(M_TRIM_THRESHOLD, trim_from)
 
 
-def free_bytes(device: torch.device | str) -> int | None:
+def total_bytes() -> int | None:
+    """Memory that all programs of this machine, or of its container, may take together; None where nothing tells."""
+    whole = _meminfo("MemTotal")
+    return whole and min([whole, *(limit for limit, _, _ in _groups())])
+
+
+def free_bytes(device: "torch.device | str") -> int | None:
     """Memory that a new program may take; None where the system does not tell."""
-    if torch.device(device).type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch  # which a plan, that asks for the machine's memory alone, does without
+
         return torch.cuda.mem_get_info()[0]
+    free = _meminfo("MemAvailable")
+    return free and min([free, *(max(0, limit - used + cached) for limit, used, cached in _groups())])
+
+
+def _meminfo(key: str) -> int | None:
     try:
         with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{key}:"))
     except (OSError, StopIteration):
         return None
-    return min([free, *_group_free()])
 
 
-def _group_free(root: str = "/sys/fs/cgroup") -> Iterator[int]:
-    """What the limits of a container or of a batch job leave (cgroup v2); files in the page cache make room."""
+def _groups(root: str = "/sys/fs/cgroup") -> Iterator[tuple[int, int, int]]:
+    """Limit of a container or of a batch job (cgroup v2), what of it is used, and what of that are files in the page
+    cache, which make room."""
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/cgroup") as file:
             groups = [root, *(group for group in file.read().rpartition("0::/")[2].strip().split("/") if group)]
@@ -59,4 +74,4 @@ def _group_free(root: str = "/sys/fs/cgroup") -> Iterator[int]:
             with contextlib.suppress(OSError, ValueError):  # no such file at the root, "max" where there is no limit
                 limit, used, stat = (Path(folder, f"memory.{name}").read_text() for name in ("max", "current", "stat"))
                 held = dict(line.split() for line in stat.splitlines())
-                yield max(0, int(limit) - int(used) + int(held["active_file"]) + int(held["inactive_file"]))
+                yield int(limit), int(used), int(held["active_file"]) + int(held["inactive_file"])

@@ -19,7 +19,7 @@ from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train.control import Control
 from orchestrator.train.export import export_checkpoint
 from orchestrator.train.loop import run_rank
-from orchestrator.train.memory import _group_free
+from orchestrator.train.memory import _groups
 from orchestrator.train.tokenizer import bytes_as_files, load_tokenizer
 
 
@@ -217,9 +217,9 @@ def test_a_tokenizer_travels_with_its_weights(checkpoint, tmp_path, capsys):
     assert "does not say which token ends a text" in generate(capsys, tmp_path / "out", "prompt=x", code=2)[1]
 
 
-def test_what_a_containers_limit_leaves_is_what_is_free(tmp_path):
+def test_a_containers_limit_and_what_it_leaves_are_read(tmp_path):
     for name, text in (("max", "1000000"), ("current", "800000"), ("stat", "anon 1\nactive_file 5\ninactive_file 7\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert list(_group_free(str(tmp_path))) == [200012]
+    assert list(_groups(str(tmp_path))) == [(1_000_000, 800_000, 12)]
     (tmp_path / "memory.max").write_text("max\n")
-    assert list(_group_free(str(tmp_path))) == []
+    assert list(_groups(str(tmp_path))) == []

@@ -1,7 +1,6 @@
 """A calibration is read from a finished run, or refused by name."""
 
 import json
-import os
 
 import pytest
 import yaml
@@ -10,10 +9,13 @@ from orchestrator.compose import compose_config
 from orchestrator.config import to_dict
 from orchestrator.errors import BadRequest
 from orchestrator.plan.forecast import Machine, forecast, memory_of, workload_of
+from orchestrator.plan.questions import resized
 from orchestrator.plan_diff import plan_diff
 from orchestrator.plan_format import first_runnable
+from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.show_plan import planned
 from orchestrator.train.expected import expected, keep_plan, read_calibration
+from orchestrator.train.memory import total_bytes
 
 
 def test_a_finished_run_teaches_the_next_forecast(tmp_path):
@@ -47,8 +49,22 @@ def test_a_plan_for_this_cpu_starts_from_a_runs_own_measurements(tmp_path):
     asked = compose_config([*words, "layout.recompute=none"])
     tensors = memory_of(asked, machine, workload_of(asked, machine))
     assert data["best"]["layout"]["recompute"] == "none" and data["best"]["memory_gib"] == pytest.approx(tensors)
-    machine_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    machine_gib = total_bytes() / 2**30
     assert data["dtype"] == "fp32" and data["hardware"]["memory_gib"] == pytest.approx(machine_gib / 4)
+    half = planned(options, [*words, "precision=bf16", "cluster.nodes=2", "cluster.ranks_per_node=2"])[1]
+    bf16 = compose_config([*words, "layout.recompute=none", "precision=bf16"])
+    assert half["dtype"] == "bf16" and half["hardware"]["memory_gib"] == pytest.approx(machine_gib / 2)
+    assert half["best"]["memory_gib"] == pytest.approx(memory_of(bf16, machine, workload_of(bf16, machine)))
+    with pytest.raises(BadRequest, match="dtype=fp8: is of a GPU's tensor cores"):
+        planned(options | {"dtype": "fp8"}, words)
+    with pytest.raises(BadRequest, match="precision.fp8=true: a CPU emulates eight bits"):
+        planned(options, [*words, "precision=fp8"])
+    request = read_request({"calibrate": str(tmp_path), "tokens": "1e6", "gpus": "1"}, *compose_plan(words[:2]))
+    for devices in (2, 8):
+        asked = read_request({"calibrate": str(tmp_path), "tokens": "1e6", "gpus": str(devices)},
+                             *compose_plan(words[:2]))
+        assert resized(request, devices).hardware == asked.hardware and asked.hardware.memory_gib == pytest.approx(
+            machine_gib / devices)
     ratio = data["best"]["step_time_s"] / (3 * before["step_time_s"])
     assert 0.9 < ratio < 1.5, "but for cores that idle ranks lend, and ZeRO stages that train does not have"
     assert data["routing"] == "balanced"
