@@ -23,6 +23,15 @@ def packed_bytes(rows: int, columns: int, form: str) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in _layout(rows, columns, form))
 
 
+def unpacking_bytes(rows: int, columns: int, form: str, dtype: torch.dtype) -> int:
+    """Bytes that `unpack` fills in its room: of 8 or 4 bits indices and fp32, and what is asked for where it is neither
+    that nor what is packed."""
+    looked_up = {"fp8": rows * columns, "int4": rows * (columns // 2)}.get(form)
+    has = torch.bfloat16 if form == "bf16" else torch.float32
+    return ((0 if looked_up is None else 4 * looked_up + 4 * rows * columns)
+            + (0 if has == dtype else dtype.itemsize * rows * columns))
+
+
 def pack(weight: Tensor, form: str) -> Tensor:
     """weight [N, K] -> its bytes, uint8 [packed_bytes]."""
     weight = weight.float()
@@ -64,7 +73,9 @@ def unpack(data: Tensor, rows: int, columns: int, form: str, dtype: torch.dtype,
         parts = [scaled_blocks(values, parts[1])]
     elif form == "int4":
         values = _looked_up(_twice_four_bits(), parts[2], (rows, columns), room)
-        parts = [_dequantize(*parts[:2], values if dtype == values.dtype else values.to(dtype))]
+        if values.dtype != dtype:
+            values = room(rows, columns, dtype=dtype).copy_(values)
+        parts = [_dequantize(*parts[:2], values)]
     return parts[0] if parts[0].dtype == dtype else room(rows, columns, dtype=dtype).copy_(parts[0])
 
 

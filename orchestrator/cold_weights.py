@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model import hf
 from model.cold_experts import Ahead, ColdExperts, HotExperts, Store, write_store
-from model.packed import FORMATS, packed_bytes
+from model.packed import FORMATS, packed_bytes, unpacking_bytes
 from model.transformer import Transformer
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.inference import (
@@ -57,12 +57,13 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
         rest = sum(shape.numel() * dtype.itemsize for name, shape in shapes.items() if EXPERTS not in name)
         try:
             first = _first_layer(shapes)
-            each = sum(packed_bytes(*shape[1:], form) for name, shape in shapes.items() if name.startswith(first))
+            expert = [shape[1:] for name, shape in shapes.items() if name.startswith(first)]
+            each = sum(packed_bytes(*shape, form) for shape in expert)
         except ValueError as error:
             raise BadRequest(f"weights={form}: {error}") from error
-        # Room to unpack an expert in, and a forward's own memory.
+        # A forward's own memory, and room to unpack an expert in.
         working = forward_bytes(weights.config, cache_tokens, at_once, dtype, device, in_turn=True)
-        working += _unpacking(shapes, dtype)
+        working += sum(unpacking_bytes(*shape, form, dtype) for shape in expert)
         least = rest + cache + working + 2 * each
         if max_gib * GIB < least:
             raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "
@@ -170,12 +171,6 @@ def _identity(weights: Weights) -> str:
         for file in sorted(Path(storage.local_path(weights.path)).glob("*.safetensors")):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
-
-
-def _unpacking(shapes: dict[str, torch.Size], dtype: torch.dtype) -> int:
-    """Bytes that `packed.unpack` fills for one expert: indices, fp32, and `dtype` where that is another."""
-    each = 8 + (0 if dtype == torch.float32 else dtype.itemsize)
-    return sum(shape[1:].numel() * each for name, shape in shapes.items() if name.startswith(_first_layer(shapes)))
 
 
 def _first_layer(shapes: dict[str, torch.Size]) -> str:

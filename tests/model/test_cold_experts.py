@@ -9,7 +9,7 @@ from model.cold_experts import Ahead, ColdExperts, HotExperts, Store, write_stor
 from model.config import ModelConfig
 from model.count import forward_bytes
 from model.moe import GroupedExperts, MoE, Router
-from model.packed import FORMATS, Room, _torchao, pack, packed_bytes, unpack
+from model.packed import FORMATS, Room, _torchao, pack, packed_bytes, unpack, unpacking_bytes
 from tests.torch_memory import most_allocated
 
 E, D, INNER = 6, 128, 64
@@ -83,6 +83,18 @@ def test_a_packed_matrix_comes_back_within_its_format(experts, form):
     assert (back - weight).abs().max() <= worst * weight.abs().max() * 1.01
     if form == "bf16":
         assert torch.equal(back, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_that_unpacking_fills_is_in_its_room_and_counted(form, dtype):
+    weight, room = torch.randn(256, 512), Room()
+    data = pack(weight, form)
+    unpack(data, *weight.shape, form, dtype, room)  # tables are made once, and so is the room
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as recorded:
+        unpack(data, *weight.shape, form, dtype, room)
+    assert most_allocated(recorded) < weight.numel() / 4, "but for scales"
+    assert sum(tensor.nbytes for tensor in room.made.values()) == unpacking_bytes(*weight.shape, form, dtype)
 
 
 @pytest.mark.parametrize("form", FORMATS)
