@@ -26,6 +26,15 @@ def again(function: Callable, *inputs, but_cores: bool = False):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **kept)
 
 
+def keep_casts(device: torch.device) -> None:
+    """Casts of weights outlive recompute: in the thread that runs backward (of a GPU one of autograd's own) it enters a
+    region of autocast, and leaving a thread's outermost one empties the cache that all share. Here that thread enters
+    one for good."""
+    result = torch.ones((), device=device, requires_grad=True) * 1
+    result.register_hook(lambda _: torch.autocast(device.type, enabled=False).__enter__() and None)
+    result.backward()
+
+
 def _keeping_cores() -> tuple["_Cores", "_Cores"]:
     outputs = []
     return _Cores(outputs, first=True), _Cores(outputs, first=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.ops import weights_kept
+from model.recompute import keep_casts
 from model.transformer import Transformer, moe_layers, routers
 from orchestrator.config import Config, LayoutConfig, Schedule
 from orchestrator.parallel.mesh import Mesh
@@ -169,6 +170,8 @@ def build_pipeline(config: Config, mesh: Mesh, compute_dtype: torch.dtype) -> Pi
     for stage in stages if compute_dtype != torch.float32 else ():
         # Forward alone: in a region of autocast backward, too, would multiply in its dtype, the router's fp32 included.
         stage.forward = torch.autocast(mesh.device.type, compute_dtype)(stage.forward)
+    if mesh.device.type == "cuda":
+        keep_casts(mesh.device)
     group = None
     if mesh.pp is not None and (config.model.n_mtp_layers or config.model.tie_embeddings):
         last_stage = len(splits) - 1

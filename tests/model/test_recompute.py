@@ -1,6 +1,7 @@
 """Selective recompute: the same gradients bit for bit from fewer bytes, and no product or core twice that need not."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import Attention, ModelConfig, QKNorm
 from model.fp8 import to_fp8
-from model.recompute import CORES
+from model.recompute import CORES, keep_casts
 from model.transformer import Transformer
 
 SMALL = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_dense_layers": 1, "inter_dim": 160, "n_heads": 4,
@@ -65,6 +66,21 @@ def test_selective_recompute_has_the_same_gradients_from_fewer_bytes(config, pre
     again, less, _ = trained(config, precision, keep_less=True)
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
     assert less < (0.95 if precision == "fp8" else 0.8) * whole
+
+
+def test_weights_are_cast_once_for_all_microbatches_whose_backward_recomputes_in_another_thread():
+    """As a GPU's does, in autograd's own."""
+    network, tokens = Transformer(MLA).train(), torch.randint(0, 96, (2, 34))
+    network.keep_less(norms=True)
+    with ThreadPoolExecutor(1) as other, torch.autocast("cpu", torch.bfloat16):
+        other.submit(keep_casts, torch.device("cpu")).result()
+        calls = []
+        for _ in range(3):
+            with Counted() as counted:
+                loss = network(tokens, tokens).sum()
+            calls.append(counted.calls["_to_copy"])
+            other.submit(loss.backward).result()
+    assert calls[0] > calls[1] == calls[2]
 
 
 @pytest.mark.parametrize("config, per_block", [(MLA, 3), (GQA, 2)], ids=["MLA", "GQA"])
