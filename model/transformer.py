@@ -37,7 +37,7 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.dim, config.inter_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        x = x + (self._attention(x, rope) if self.keeps_less and self.training else
+        x = x + (self._attention(x, rope) if self.keeps_less and self.training and cache is None else
                  self.attention(self.attention_norm(x), rope, cache))
         if hasattr(self, "moe"):
             return x + self.moe(self.ffn_norm(x))
@@ -51,7 +51,6 @@ class Block(nn.Module):
 
         projected = again(project, x) if self.norms_again else project(x)
         return self.attention.wo(again(self.attention.attend, *projected, rope, but_cores=True))
-
 
 
 class MTPModule(nn.Module):

@@ -9,7 +9,8 @@ Schedule.__doc__ = "Pipeline schedules by the names of the DualPipe README; exec
 
 class Recompute(Enum):
     """Whether a block's activations are kept (`none`), computed again in backward (`full`), or only what is cheap to
-    compute (`selective`: norms, up-projections of latents, SwiGLU outputs)."""
+    compute (`selective`: up-projections of latents, SwiGLU outputs, and norms whose output a product would keep
+    whole)."""
 
     none = "none"
     selective = "selective"
