@@ -7,14 +7,13 @@ The expert all-to-all is only counted here (bytes); the schedule decides what of
 from dataclasses import dataclass
 
 from model import count
-from model.config import Attention
+from model.config import Attention, ModelConfig
 from orchestrator.config import Recompute
 from orchestrator.plan.comm import context_s, tensor_s
 from orchestrator.plan.exchange import dispatch_bytes
 from orchestrator.plan.kernels import Rates, core_s, product_s, rates_of, unfused_core_s
 from orchestrator.plan.workload import Workload
 
-ALWAYS_SPLIT = ("interleaved_zero_bubble", "zbv")
 BACKWARD_LIGHT, WEIGHT_LIGHT = 1.5, 0.35
 """Memory-bound work of backward against forward's, and what of it belongs to weight gradients (transposed copies)."""
 
@@ -31,6 +30,8 @@ class LayerTime:
     up_bytes: float = 0.0
     exchanges: float = 0.0
     """All-to-alls of forward; backward has as many."""
+    again: float = 0.0
+    """Of backward, what recomputes: the weight part of a split backward, too, where the program does it twice."""
 
     def __add__(self, other: "LayerTime") -> "LayerTime":
         return LayerTime(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -65,12 +66,11 @@ def layer_time(work: Workload, moe: bool) -> LayerTime:
         elif work.stack.recomputed:
             again = work.stack.recomputed * forward + light
         elif work.stack.recomputes_twice:
-            again += tokens * heads / work.tp / rates.bytes_per_s
-            weights += again if work.pp > 1 and work.schedule in ALWAYS_SPLIT else 0.0
+            again = _own_again(work, rates, moe)
     behind = max(behind, 2 * host - weights)
     sent, up = dispatch_bytes(work) if moe and work.ep > 1 else (0.0, 0.0)
     return LayerTime(ahead + tensor + context, behind + again + tensor + context, weights, sent, up,
-                     2.0 if moe and work.ep > 1 else 0.0)
+                     2.0 if moe and work.ep > 1 else 0.0, again if work.stack.recomputes_twice else 0.0)
 
 
 def _products(work: Workload, rates: Rates, moe: bool) -> tuple[float, float, float]:
@@ -131,16 +131,48 @@ def attention_core_s(work: Workload, rates: Rates) -> float:
 def _cheap_again(work: Workload, rates: Rates, moe: bool) -> float:
     """What V3 computes again (report, sections 3.2.3 and 3.3.3): MLA's up-projections; RMSNorms and SwiGLU by bytes,
     which is all that other attention has."""
+    moved = 2 * 4 * work.model.dim + 6 * _activated(work, moe)
+    return work.microbatch_tokens / work.tp * moved / rates.bytes_per_s + _up_again(work, rates)
+
+
+def _own_again(work: Workload, rates: Rates, moe: bool) -> float:
+    """What `model.recompute` does: nearly every operator between a block's products; and products of attention's input,
+    but for the queries', where norms are computed again."""
     model, tokens, low = work.model, work.microbatch_tokens / work.tp, work.dtype != "bf16"
-    inner = model.inter_dim
-    if moe:
-        inner = model.moe_inter_dim * (model.n_activated_experts * work.felt_imbalance + model.n_shared_experts)
-    light = tokens * (2 * 4 * model.dim + 6 * inner) / rates.bytes_per_s
+    norms, mla = 0 if low else 1 if moe else 2, model.attention is Attention.mla
+    moved = 4 * norms * model.dim + 8 * _head_elements(model) + 6 * _activated(work, moe)
+    again = tokens * moved / rates.bytes_per_s + work.assumptions.operators * work.assumptions.gap_s
+    if norms:
+        first = model.kv_lora_rank + model.qk_rope_head_dim if mla else 2 * model.n_kv_heads * model.head_dim
+        again += product_s(rates, tokens, first, model.dim)
+    return again + _up_again(work, rates)
+
+
+def _up_again(work: Workload, rates: Rates) -> float:
+    """MLA's products from latents to queries, keys and values."""
+    model, tokens, low = work.model, work.microbatch_tokens / work.tp, work.dtype != "bf16"
     if model.attention is not Attention.mla:
-        return light
-    up = product_s(rates, tokens, model.n_heads * model.qk_head_dim, max(1, model.q_lora_rank), low=low)
-    return light + up + product_s(rates, tokens, model.n_heads * (model.qk_nope_head_dim + model.v_head_dim),
-                                  model.kv_lora_rank, low=low)
+        return 0.0
+    seconds = product_s(rates, tokens, model.n_heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank,
+                        low=low)
+    if model.q_lora_rank:
+        seconds += product_s(rates, tokens, model.n_heads * model.qk_head_dim, model.q_lora_rank, low=low)
+    return seconds
+
+
+def _activated(work: Workload, moe: bool) -> float:
+    """Elements a token that a block's SwiGLUs put out on the fullest rank."""
+    model = work.model
+    if not moe:
+        return model.inter_dim
+    return model.moe_inter_dim * (model.n_activated_experts * work.felt_imbalance + model.n_shared_experts)
+
+
+def _head_elements(model: ModelConfig) -> float:
+    """A token's queries, keys, values and attention output."""
+    if model.attention is Attention.mla:
+        return model.n_heads * (2 * model.qk_head_dim + 2 * count.v_head_dim(model))
+    return (model.n_heads + model.n_kv_heads) * 2 * model.head_dim
 
 
 def head_time(work: Workload) -> LayerTime:
@@ -164,11 +196,8 @@ def _light_bytes(work: Workload, moe: bool) -> tuple[float, float, float, float]
     and experts' activations); what the stack adds to that. About so many reads and writes of each tensor in bf16, and
     of products' inputs once more where they are quantised."""
     model = work.model
-    heads = model.n_heads * (2 * model.qk_head_dim + 2 * count.v_head_dim(model))
-    if model.attention is not Attention.mla:
-        heads = (model.n_heads + model.n_kv_heads) * 2 * model.head_dim
     cast = 3.0 if work.dtype != "bf16" else 0.0
-    hidden, wide = (16 + 2 * cast) * model.dim, (8 + cast / 4) * heads
+    hidden, wide = (16 + 2 * cast) * model.dim, (8 + cast / 4) * _head_elements(model)
     if not moe:
         return hidden, wide + (12 + cast) * model.inter_dim, 0.0, 0.0
     wide += (12 + cast) * model.moe_inter_dim * model.n_shared_experts

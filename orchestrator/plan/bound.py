@@ -49,7 +49,9 @@ def busy_s(work: Workload, times: list[StageTime] | None = None) -> list[float]:
     can. DualPipe runs half of the microbatches on either copy of a stage."""
     times = times or stage_times(work, stage_layers(work))
     overlaps = work.pp > 1 and work.schedule in ("dualpipe", "dualpipev")
-    each = [time.forward + time.backward + time.weight for time in times]
+    split = work.pp > 1 and work.schedule in SPLIT and not overlaps
+    each = [time.forward + time.backward + time.weight + (time.again if split else 0.0)
+            for time in times]
     if overlaps:
         each = [min(alone, time.overlapped or alone) for alone, time in zip(each, times, strict=True)]
     return [sum(each[stage] for stage in stages_on(work, rank)) / work.copies for rank in range(work.pp)]

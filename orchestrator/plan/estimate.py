@@ -70,7 +70,8 @@ def stage_times(work: Workload, ranges: list[range]) -> list[StageTime]:
         if kinds not in known:
             head = head_time(work) if kinds[1] else LayerTime()
             known[kinds] = _stage_time(work, sum((layers[moe] for moe in kinds[0]), head))
-        found.append(known[kinds])
+        # The first stage has no input gradient: its backward is whole wherever the schedule puts it.
+        found.append(known[kinds] if stage else replace(known[kinds], again=0.0))
     in_turn = [time.forward + time.backward + time.weight for time in found]
     if sum(time.overlapped for time in found) < sum(in_turn):
         return found
@@ -103,7 +104,7 @@ def _stage_time(work: Workload, total: LayerTime) -> StageTime:
     again = alone if work.recompute is Recompute.full else 0.0
     scale = work.calibration.forward_backward
     return StageTime(scale * (total.forward + alone), scale * (total.backward + alone + again), scale * total.weight,
-                     overlapped=scale * overlapped)
+                     again=scale * total.again, overlapped=scale * overlapped)
 
 
 def _optimizer_s(work: Workload, ranges: list[range], table: list) -> float:

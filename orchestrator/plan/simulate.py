@@ -25,6 +25,8 @@ class StageTime:
     """The input-gradient part alone (I)."""
     weight: float
     """The weight-gradient part alone (W)."""
+    again: float = 0.0
+    """What the weight part of a split backward computes once more, that a full one has from its input part."""
     overlapped: float | None = None
     """A forward and a full backward run as one overlapped slot; None runs them in turn."""
 
@@ -175,7 +177,7 @@ def _finished(slot: tuple[Action, ...]) -> list[tuple[str, int, int]]:
 
 def _seconds(times: list[StageTime]) -> list[dict[str, float]]:
     """Of every stage, how long each kind of action takes; `FB` is an overlapped pair, if that is not in turn."""
-    return [{"F": time.forward, "I": time.backward, "W": time.weight, "B": time.backward + time.weight}
+    return [{"F": time.forward, "I": time.backward, "W": time.weight + time.again, "B": time.backward + time.weight}
             | ({} if time.overlapped is None else {"FB": time.overlapped}) for time in times]
 
 

@@ -37,8 +37,8 @@ class Stack:
     recomputes_core: bool = False
     """Selective recompute is of the attention core (Megatron's), where keys and values are not latent."""
     recomputes_twice: bool = False
-    """Selective recompute runs all that leads to the attention core again, rotary positions included, and where each
-    backward is split does so in both of its parts."""
+    """Selective recompute is `model.recompute`'s: all that leads to the attention core, too, and in both parts of a
+    backward that is split."""
     gradient_bytes: float = 4.0
     """Of a gradient on the wire."""
     graphs: float = 0.0

@@ -1,5 +1,6 @@
 """Operators by shape, uneven routing, and what a prediction says of itself."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ from orchestrator.config import Recompute
 from orchestrator.errors import BadRequest
 from orchestrator.plan.block import expert_rows, layer_time
 from orchestrator.plan.confidence import band, made
-from orchestrator.plan.estimate import estimate
+from orchestrator.plan.estimate import estimate, step_parts
 from orchestrator.plan.exchange import Routing, dispatch_bytes, imbalance_of
 from orchestrator.plan.forecast import OWN
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.kernels import fill, product_s, rates_of
+from orchestrator.plan.memory import stages_on
 from orchestrator.plan.stack import Stack, stack_named, stacks
 from orchestrator.plan.workload import Assumptions, Calibration, Workload, stage_layers
 
@@ -157,14 +159,21 @@ def test_selective_recompute_does_again_what_it_does_not_keep():
     assert 5 * light < core < layer_time(none, True).forward
 
 
-@pytest.mark.parametrize("schedule, twice", [("1f1b", False), ("dualpipev", False), ("zbv", True)])
-def test_our_own_selective_recompute_is_done_twice_where_every_backward_is_split(schedule, twice):
-    model = compose_config(["model=deepseek_v3"]).model
-    none = Workload(model, H100, 4096, 64, 8, 8, 8, schedule, 16, stack=OWN)
-    kept, again = layer_time(none, True), layer_time(replace(none, recompute=Recompute.selective), True)
-    extra = again.backward - kept.backward
-    assert again.forward == kept.forward and 0 < extra < kept.forward
-    assert again.weight - kept.weight == pytest.approx(extra if twice else 0.0)
+@pytest.mark.parametrize("schedule, split", [("1f1b", {0: 0, 7: 0}), ("dualpipev", {0: 0, 15: 7, 7: 4, 8: 4}),
+                                             ("zbv", {0: 0, 15: 16, 7: 16, 8: 16})])
+def test_our_own_selective_recompute_is_done_twice_where_a_backward_is_split(schedule, split):
+    """split: backwards in two parts, of a stage; the first, which has no input gradient, has none."""
+    model = replace(compose_config(["model=deepseek_v3"]).model, n_layers=64, n_dense_layers=0, n_mtp_layers=0)
+    none = Workload(model, H100, 4096, 64, 8, 8, 8, schedule, 16, stack=OWN, even_stages=True,
+                    assumptions=Assumptions(overlap_cost=math.inf))
+    less = replace(none, recompute=Recompute.selective)
+    kept, again = layer_time(none, True), layer_time(less, True)
+    assert (again.forward, again.weight) == (kept.forward, kept.weight) and kept.again == 0
+    assert again.again == pytest.approx(again.backward - kept.backward) and again.again < kept.forward
+    with_it, without = (step_parts(work)[1].busy for work in (less, none))
+    for rank in (0, 7):
+        times = sum(len(stage_layers(less)[stage]) * (16 + split[stage]) for stage in stages_on(less, rank))
+        assert with_it[rank] - without[rank] == pytest.approx(times * again.again)
 
 
 def test_a_prediction_says_how_it_was_made_and_how_far_it_may_be_off(moe):
