@@ -46,7 +46,8 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
   sparing train budget.max_usd=25                      end, with a checkpoint, before it costs more
 
 Groups: model layout data optim precision checkpoint tracker hardware cluster experiment; `model=x` lists what there is.
-Flags:  --cfg job (print the config), --multirun (one run per value), --shell-completion, --hydra-help""",
+Flags:  --cfg job (print the config), --multirun (one run per value), --hydra-help; and, for completion in bash,
+        eval "$(sparing -sc install=bash)\"""",
     "plan": """\
 usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8|any] [market=on_demand|reserved|spot]
                     [out=plan.json] [html=plan.html] [explain=true] [-m]
@@ -177,6 +178,10 @@ def _run(argv: list[str]) -> int:
         print(f"sparing {version('sparing')}")
         return 0
     verb, arguments = argv[0], argv[1:]
+    if {verb, *arguments[:1]} & {"-sc", "--shell-completion"}:
+        from orchestrator.completion import complete
+
+        return complete([argument for argument in argv if "=" in argument], [*VERBS, *MODULES])
     if verb in MODULES:
         module = importlib.import_module(MODULES[verb])
         if arguments[:1] in (["-h"], ["--help"]):

@@ -170,7 +170,8 @@ def _check_key(override, shown: str) -> None:
         raise BadRequest(f"{key}='': is empty; give a value, or leave {key} out")
     wanted = _mismatch(override.value(), hint)
     if wanted:
-        raise BadRequest(f"{shown}: must be {wanted}; use {key}={_example(key, hint)}")
+        near = difflib.get_close_matches(str(override.value()), getattr(hint, "__members__", ()), n=1)
+        raise BadRequest(f"{shown}: must be {wanted}; use {key}={near[0] if near else _example(key, hint)}")
 
 
 def _is_secret(key: str) -> bool:
@@ -294,7 +295,7 @@ def _first_lines(error: Exception) -> str:
     return "; ".join(lines[:3])
 
 
-def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
+def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, program: str = "sparing train") -> int:
     """Hydra's own command line (--cfg, --info, --multirun, completion): `run` is called once per job."""
     import hydra
     from hydra.errors import HydraException
@@ -309,6 +310,9 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
             remedy = (f"write {key}=VALUE, without dashes" if key in (*_all_keys(), *_groups()) else
                       f"there are {', '.join(flag for flag in FLAGS if flag.startswith('--'))}")
             raise BadRequest(f"{flag}: no such flag; {remedy}")
+    for flag in {"--resolve", "--package", "-p"} & set(arguments):
+        if not {"--cfg", "-c"} & {text.split("=", 1)[0] for text in arguments}:
+            raise BadRequest(f"{flag}: is of what --cfg prints; use --cfg job {flag}")
     register()
     codes: list[int] = []
 
@@ -320,7 +324,7 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int]) -> int:
             codes.append(error.exit_code)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, not to Hydra's printer
-    before, sys.argv = sys.argv, ["sparing train", *_opened(arguments)]
+    before, sys.argv = sys.argv, [program, *_opened(arguments)]
     try:
         hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(conf_dir()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:

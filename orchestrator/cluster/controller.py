@@ -37,6 +37,7 @@ from orchestrator.train import storage
 from orchestrator.train.control import Recovery, steady
 from orchestrator.train.finish import finish_run
 from orchestrator.train.lineage import look_back
+from orchestrator.train.memory import check_state
 from orchestrator.train.metrics import append_event
 from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import STATUS, claim_run_dir, named
@@ -64,6 +65,7 @@ def train(config: Config) -> dict:
         gpu = has_gpus(config, progress, here=here)
         config = replace(config, hardware=resolve_hardware(config.hardware, gpu_name() if gpu else None))
         check_run(config)
+        check_state(config, on_gpus=gpu, here=here)
         check_data(config, progress, here=here)
         attempt = partial(run_attempt, checked_request(config, gpu=gpu, simulated=here))
         cause = stop_signals()

@@ -6,6 +6,7 @@ from itertools import count, groupby
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
 from orchestrator.train.finish import format_usd, headline, read_kept, read_summary
+from orchestrator.train.metrics import EVENTS, read_lines
 from orchestrator.train.run_dir import CONFIG, STATUS
 
 WIDTH = 150
@@ -40,8 +41,12 @@ def show_status(run_dir: str) -> None:
     console.print(line)
     if waiting:
         console.print(f"waits for {waiting}")
-    if lead.get("notice"):
-        console.print(lead["notice"])
+    for notice in lead.get("notices", ()):
+        console.print(notice)
+    if ended and summary["status"] == "failed":
+        console.print(f"failed: {_cause(run_dir)}")
+    if not any(row.get("stages") for row in status["ranks"]):
+        return
     rows = [_cells(row, live=not ended) for row in status["ranks"]]
     table = Table(*rows[0], box=None, pad_edge=False)
     for column in table.columns[:-1]:
@@ -51,6 +56,12 @@ def show_status(run_dir: str) -> None:
     console.print(table)
     if not ended and time.time() - status["time"] > 30:
         console.print(f"the controller has been silent for {time.time() - status['time']:.0f} s: it may be gone")
+
+
+def _cause(run_dir: str) -> str:
+    """Why the last attempt failed, as its end told."""
+    failures = [event for event in read_lines(run_dir, EVENTS) if event.get("kind") == "run_failed"]
+    return (failures[-1].get("cause") if failures else None) or "its events do not say why"
 
 
 def _cells(row: dict, *, live: bool) -> dict[str, str]:

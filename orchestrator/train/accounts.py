@@ -109,6 +109,11 @@ class Accounts:
         earlier = [number for at, number, _ in self.recovery.held if at < self.recovery.fault_at]
         return earlier[-1] if earlier else self.devices
 
+    @property
+    def notices(self) -> list[str]:
+        """What a person should be told once: of the data, and of a tracker that was given up."""
+        return [*filter(None, [self.corpus.notice]), *(self.tracker.failures if self.tracker is not None else ())]
+
     def step(self, sums, *, lr: float, seconds: float, data_s: float, parts_s: dict[str, float], saving: bool) -> dict:
         """Book one step and make its row. saving: a checkpoint was being written beside it."""
         config, progress = self.config, self.progress

@@ -64,7 +64,7 @@ class Control:
 
     def status(self) -> dict:
         """A copy: rank, phase, step, steps, loss, tokens_per_s, usd_total, stages, layers, experts,
-        tokens_per_expert, notice (of the data), silent_s (since the last progress), generation."""
+        tokens_per_expert, notices (`Accounts.notices`), silent_s (since the last progress), generation."""
         with self._lock:
             return self._fields | {"silent_s": time.monotonic() - self._moved_at, "generation": self.generation}
 

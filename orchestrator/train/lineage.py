@@ -49,7 +49,11 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
     # The ranks say so of a state that no run has written, and a damaged summary does not keep a run from going on.
     with contextlib.suppress(KeyError, TypeError, AttributeError, NotTrustworthy):
         check_same(config, path, state)
-        return _complete(config, progress, state["progress"]["step"])
+        step = 0 if state.get("weights_only") else state["progress"]["step"]
+        if config.resume != "auto" and step >= config.train.steps:
+            raise BadRequest(f"train.steps={config.train.steps}: resume={config.resume} is at step {step}, and no step "
+                             f"would be left; use {step + 1} or more")
+        return _complete(config, progress, step)
     return None
 
 
@@ -82,6 +86,9 @@ def tokenizer_of(path: str, state: dict) -> str:
 
 def newest_under(path: str) -> str | None:
     """What a person means by `path`: this checkpoint, or the newest of this directory of checkpoints or of this run."""
+    local = storage.local_path(path)
+    if local is not None and os.path.exists(local) and not os.path.isdir(local):
+        return None
     if storage.exists(storage.join(path, MANIFEST)):
         return path
     return find_latest(path) or find_latest(storage.join(path, "checkpoints"))

@@ -322,7 +322,7 @@ class Trainer:
         received = {name: self.hosted[self.moe_layers.index(name)][experts.start : experts.stop].tolist()
                     for name in names}
         self.control.update(rank=self.mesh.info.rank, step=self.progress.step, steps=self.config.train.steps,
-                            stages=list(self.pipeline.stage_ids), notice=self.corpus.notice,
+                            stages=list(self.pipeline.stage_ids), notices=self.accounts.notices,
                             layers=[int(i) for stage in self.pipeline.stages for i in stage.layers],
                             experts=[experts.start, experts.stop], tokens_per_expert=received, **fields)
 

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.count import parameters
+from orchestrator.config import ComputeDtype, Config
+from orchestrator.errors import NotFit
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,6 +48,22 @@ def total_bytes() -> int | None:
     """Memory that all programs of this machine, or of its container, may take together; None where nothing tells."""
     whole = _meminfo("MemTotal")
     return whole and min([whole, *(limit for limit, _, _ in _groups())])
+
+
+def check_state(config: Config, *, on_gpus: bool, here: bool) -> None:
+    """`NotFit` where weights, gradients and moments alone are more than all devices have: no layout helps. here: all
+    ranks share this machine. What nobody knows is no reason to refuse."""
+    moments = 2 if config.precision.moments is ComputeDtype.bf16 else 4
+    state = parameters(config.model, mtp=True).total * (4 + 4 + 2 * moments)
+    if on_gpus:
+        there, where = (config.hardware.memory_gib or 0) * 2**30 * config.layout.world_size, (
+            f"{config.layout.world_size} x {config.hardware.name} have")
+    else:
+        there, where = here and total_bytes() or 0, "this machine has"
+    if there and state > there:
+        raise NotFit(f"model={config.model.name}: its weights, gradients and moments alone take {state / 2**30:,.0f} "
+                     f"GiB, and {where} {there / 2**30:,.0f}; use a smaller model, or see what holds it: sparing plan "
+                     f"model={config.model.name} hardware=h100 gpus=fit tokens=1e9")
 
 
 def free_bytes(device: "torch.device | str") -> int | None:

@@ -58,7 +58,8 @@ class Progress:
 
     def show(self, status: dict) -> None:
         """status: of rank 0, see `Control.status`."""
-        self.warn(status.get("notice"))
+        for notice in status.get("notices", ()):
+            self.warn(notice)
         step, steps = status.get("step", 0), status.get("steps", 0)
         if status.get("phase") == "start":
             facts, description, step, steps = "", "starting", None, None

@@ -17,12 +17,13 @@ import torch
 from orchestrator.config import Config, from_dict, to_dict
 from orchestrator.errors import BadRequest, SparingError, words
 from orchestrator.parallel.mesh import open_store
-from orchestrator.parallel.rank_info import rank_from_env
+from orchestrator.parallel.rank_info import RankInfo, rank_from_env
 from orchestrator.plan.hardware import resolve_hardware
 from orchestrator.plan.layout import check_run, require
 from orchestrator.train.control import Control, steady
 from orchestrator.train.finish import finish_run
 from orchestrator.train.lineage import look_back
+from orchestrator.train.memory import check_state
 from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import Claim, claim_run_dir, read_config
 
@@ -47,7 +48,7 @@ def train_as_rank(config: Config) -> dict | None:
     with contextlib.ExitStack() as stack:
         if info.rank == 0:
             progress, ended = stack.enter_context(Progress()), threading.Event()
-            claim = _claimed(config, store, stack, progress)
+            claim = _claimed(config, info, store, stack, progress)
             stack.callback(ended.set)
             threading.Thread(target=progress.follow, args=(control.status, ended), daemon=True).start()
         else:
@@ -70,12 +71,13 @@ def train_as_rank(config: Config) -> dict | None:
         return sum_up(result, released_at=steady()) if info.rank == 0 else None
 
 
-def _claimed(config: Config, store, stack: contextlib.ExitStack, progress: Progress) -> Claim:
+def _claimed(config: Config, info: RankInfo, store, stack: contextlib.ExitStack, progress: Progress) -> Claim:
     """Rank 0's side: look back, name the hardware, claim the run directory; tell the others, also when that fails."""
     try:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         config = replace(config, hardware=resolve_hardware(config.hardware, name))
         check_run(config)
+        check_state(config, on_gpus=name is not None, here=info.local_world_size == info.world_size)
         look_back(config, progress, here=True)
         claim = stack.enter_context(claim_run_dir(config))
     except SparingError as error:

@@ -248,6 +248,8 @@ def run(*arguments: str, env: dict | None = None) -> subprocess.CompletedProcess
     (["train", "--train.steps=3"], 2, "--train.steps: no such flag; write train.steps=VALUE, without dashes"),
     (["train", "--verbose"], 2, "--verbose: no such flag; there are --cfg"),
     (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
+    (["train", "--resolve"], 2, "error: --resolve: is of what --cfg prints; use --cfg job --resolve"),
+    (["-sc", "install=csh"], 2, "error: --shell-completion: takes install=SHELL"),
     (["train", "--config-dir=/tmp", "--cfg", "job"], 2, "--config-dir=/tmp: configs come from conf/ alone"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, code, words, capfd):
@@ -265,6 +267,22 @@ def test_a_users_mistake_is_the_exit_code_of_the_command_too():
 def test_hydras_own_flags_work_behind_the_verb():
     done = run("train", "experiment=tiny", "--cfg", "job")
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["layout"]["pp"] == 2 and done.stderr == ""
+
+
+@pytest.mark.parametrize("line, choices", [
+    ("sparing pl", {"plan"}), ("sparing train layout.sched", {"layout.schedule="}), ("sparing status ", set()),
+    ("sparing plan cluster=h800_", {"cluster=h800_2048", "cluster=h800_256"})])
+def test_a_shell_completes_verbs_and_overrides(line, choices):
+    done = run("-sc", "query=bash", env=os.environ | {"COMP_LINE": line})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {word for word in done.stdout.split() if word.startswith(line.split(" ")[-1])} == choices
+
+
+def test_a_shell_takes_the_script_that_completes_for_it():
+    script = 'eval "$(cat)"; complete -p sparing'
+    done = subprocess.run(["bash", "-c", script], input=run("train", "--shell-completion", "install=bash").stdout,
+                          text=True, capture_output=True, timeout=60)
+    assert "hydra_bash_completion sparing" in done.stdout, done
 
 
 INTERRUPTING = """

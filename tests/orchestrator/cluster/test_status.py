@@ -42,11 +42,23 @@ def test_a_run_that_waits_for_a_place_says_for_which_ranks_and_how_long(tmp_path
 
 
 def test_status_says_what_every_run_on_the_data_is_told(tmp_path, capsys):
-    rank = {"rank": 0, "node_rank": 0, "host": "h", "pid": 7, "notice": "warning: data.path=x: 1 file is not UTF-8"}
+    rank = {"rank": 0, "node_rank": 0, "host": "h", "pid": 7, "notices": ["warning: data.path=x: 1 file is not UTF-8"]}
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "status.json").write_text(json.dumps({"time": 10.0, "attempt": 1, "ranks": [rank]}))
     show_status(str(tmp_path))
-    assert capsys.readouterr().out.splitlines()[1] == rank["notice"]
+    assert capsys.readouterr().out.splitlines()[1] == rank["notices"][0]
+
+
+def test_status_of_a_failed_run_says_why_and_no_empty_table(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    rank = {"rank": 0, "node_rank": 0, "host": "a", "pid": 7, "phase": "start"}
+    (tmp_path / "status.json").write_text(json.dumps({"time": 10.0, "attempt": 1, "ranks": [rank]}))
+    summary = {"status": "failed", "released_at": 11.0, "tokens_per_s": None, "usd_total": 0.01}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "events.jsonl").write_text('{"kind": "run_failed", "cause": "local rank 0: was to train on h100"}\n')
+    show_status(str(tmp_path))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}: failed, step 0 of ?, attempt 1", "failed: local rank 0: was to train on h100"]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "status.json"])

@@ -266,7 +266,7 @@ def test_bytes_that_are_not_utf8_are_read_and_every_run_on_them_is_told(folder):
     for _ in range(2):  # the second from the cache
         progress = Progress(said.append)
         check_data(Config(data=config, train=TrainConfig(seq_len=16)), progress, here=True)
-        progress.show({"phase": "step", "notice": corpus.notice})
+        progress.show({"phase": "step", "notices": [corpus.notice]})
     assert [line for line in said if "warning" in line] == [corpus.notice] * 2
     assert "1 file is not UTF-8 (a)" in texts.not_utf8("file=a", 1, "a")
 

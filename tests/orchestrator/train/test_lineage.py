@@ -125,6 +125,14 @@ def test_what_the_ranks_would_refuse_is_refused_before_anything_starts(run, text
     assert files(run) == before and not new.exists()
 
 
+@pytest.mark.parametrize("steps", [5, 8])
+def test_another_run_that_has_no_step_left_to_go_on_with_is_refused(run, text, tmp_path, capsys, steps):
+    """It would end at once, without a checkpoint of its own."""
+    assert main(["train", *words(text, tmp_path / "new"), f"resume={run}", f"train.steps={steps}"]) == 2
+    assert capsys.readouterr().err == (f"error: train.steps={steps}: resume={run} is at step 8, and no step would be "
+                                       "left; use 9 or more\n")
+
+
 def test_a_checkpoint_older_than_a_key_of_the_model_has_its_default(run):
     path = lineage.newest_under(str(run))
     config, state = compose_config(SMALL), manifest.read_manifest(path).state

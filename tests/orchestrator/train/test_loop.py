@@ -119,7 +119,7 @@ def test_a_rank_publishes_what_the_run_is_to_be_told_of_its_data(text, tmp_path)
     control = Control()
     train(RankInfo(), make_config(text, tmp_path / "run", data__path=f"{text}/*.txt,{tmp_path}/a.txt", train__steps=1,
                                   train__validate_every=0), control)
-    assert f"1 file is not UTF-8 ({tmp_path}/a.txt)" in control.status()["notice"]
+    assert f"1 file is not UTF-8 ({tmp_path}/a.txt)" in control.status()["notices"][0]
 
 
 def test_a_token_shard_that_is_altered_during_a_run_ends_it(text, tmp_path):

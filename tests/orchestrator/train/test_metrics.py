@@ -187,6 +187,7 @@ def test_online_without_a_key_goes_on_offline_without_asking(tmp_path, monkeypat
     tracker.finish({})
     (event,) = lines_of(tmp_path / "run", "events.jsonl")
     assert event["kind"] == "tracker_failed" and "WANDB_API_KEY" in event["cause"]
+    assert tracker.failures == [f"notice: {event['cause']}; all rows are in metrics.jsonl"]
     assert list((tmp_path / "run").glob("wandb/offline-run-*"))
 
 

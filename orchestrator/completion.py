@@ -1,0 +1,29 @@
+"""Verbs and overrides completed by a shell: Hydra's own completion, which knows no verbs, behind one."""
+
+import os
+
+from orchestrator.errors import BadRequest
+
+FLAGS = ("-sc", "--shell-completion")
+OVERRIDING = ("train", "plan", "prepare", "launch", "compare")
+"""Verbs that take keys of the config."""
+
+
+def complete(arguments: list[str], verbs: list[str]) -> int:
+    """What Hydra's script for a shell asks for (`query=bash`, the line so far in COMP_LINE), or the script itself
+    (`install=bash`, to be evaluated)."""
+    from orchestrator.compose import with_hydra_flags
+
+    command, _, shell = arguments[0].partition("=") if len(arguments) == 1 else ("", "", "")
+    if command not in ("install", "uninstall", "query") or shell not in ("bash", "fish", "zsh"):
+        raise BadRequest(f"{FLAGS[1]}: takes install=SHELL, one of bash, fish and zsh; use sparing -sc install=bash")
+    line = os.environ.get("COMP_LINE", "")
+    if line and command == "query":
+        words, begins = line.split(), line.endswith(" ")
+        if len(words) + begins < 3:
+            print(*verbs)
+            return 0
+        if words[1] not in OVERRIDING:
+            return 0
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]]) + " " * begins
+    return with_hydra_flags([FLAGS[0], *arguments], lambda config: 0, program="sparing")
