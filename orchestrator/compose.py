@@ -118,8 +118,10 @@ def check_overrides(overrides: list[str]) -> None:
         try:
             override = parser.parse_override(text)
         except HydraException:
-            raise BadRequest(f"{shown}: cannot be read; put quotes around a value with special characters, as in "
-                             "'data.path=\"a,b\"'") from None
+            key, _, value = text.partition("=")
+            example = "data.path=\"a,b\"" if shown == key or {"'", '"'} & set(value) else f"{key}=\"{value}\""
+            raise BadRequest(f"{shown}: cannot be read; put quotes around a value with special characters: "
+                             f"'{example}'") from None
         if "_target_" in text:
             raise BadRequest(f"{shown}: unknown key; a config names no code, only values")
         if PASSWORD.search(text):

@@ -16,6 +16,10 @@ def has_gpus(config: Config, progress: Progress, *, here: bool) -> bool:
     if not here and config.hardware.device == "cuda":
         return True
     there, ranks = int(ray.cluster_resources().get("GPU", 0)), config.layout.world_size
+    if config.hardware.device == "cuda" and there < ranks:
+        smaller = f"use a layout of {there} rank{'s' * (there > 1)}" if there else "see what nvidia-smi says"
+        raise NotFit(f"hardware={config.hardware.name}: {ranks} rank{'s' * (ranks > 1)} would train on the CPU at its "
+                     f"price: Ray sees {there or 'no'} GPU{'s' * (there != 1)} here; {smaller}, or hardware=cpu")
     if here and 0 < there < ranks:
         progress.say(f"{ranks} ranks and {there} GPU{'s' * (there > 1)}: running on the CPU; a layout of {there} or "
                      "fewer ranks takes the GPU")

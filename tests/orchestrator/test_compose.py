@@ -79,6 +79,7 @@ BAD = {
     "a number for names and numbers": (["cluster.resources=3"], r"cluster\.resources=3: must be names and numbers, as"),
     "several values": (["model=tiny,mini"], r"model=tiny,mini: names several values; give one"),
     "another name for a key": (["model.mtp_depth=0"], r"did you mean model\.mtp_loss_weight or model\.n_mtp_layers\?"),
+    "a path of other letters": (["run.dir=runs/a \u00e9"], "characters: 'run.dir=\"runs/a \u00e9\"'$"),
     "bad quoting": (["data.path='x"], r"cannot be read; put quotes"),
 }
 

@@ -187,6 +187,21 @@ def test_a_rank_on_a_gpu_is_ended_by_its_controller_alone():
     assert environment(gpu=False, beside_gpus=False) == {}
 
 
+@pytest.mark.parametrize("gpus, device, told", [
+    (0, "cuda", "hardware=h100: 4 ranks would train on the CPU at its price: Ray sees no GPUs here"),
+    (1, "cuda", "Ray sees 1 GPU here; .*use a layout of 1 rank, or hardware=cpu"), (4, "cuda", True), (0, "cpu", False),
+    (2, "cpu", False)])
+def test_a_machine_without_the_gpus_that_were_named_is_refused(monkeypatch, gpus, device, told):
+    config = Config()
+    config.layout.dp, config.hardware.device, config.hardware.name = 4, device, "h100"
+    monkeypatch.setattr(preflight.ray, "cluster_resources", lambda: {"GPU": float(gpus)} if gpus else {})
+    if isinstance(told, bool):
+        assert preflight.has_gpus(config, Progress(), here=True) is told
+    else:
+        with pytest.raises(NotFit, match=told):
+            preflight.has_gpus(config, Progress(), here=True)
+
+
 def test_nodes_on_their_way_are_asked_for_and_waited_for(monkeypatch):
     """By an autoscaler, which sees nothing else to start nodes for; and no longer than they are needed."""
     config, asked, now = Config(), [], [0.0]
@@ -202,7 +217,7 @@ def test_nodes_on_their_way_are_asked_for_and_waited_for(monkeypatch):
     monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     monkeypatch.setattr(preflight.ray, "cluster_resources", dict)
     gpu = preflight.has_gpus(config, Progress(), here=False)
-    assert gpu and not preflight.has_gpus(config, Progress(), here=True)
+    assert gpu
     request = preflight.checked_request(config, gpu=gpu, simulated=False)
     assert (request.bundles, request.ranks_per_bundle, now) == (2, 8, [20.0])
     assert asked == [[{"CPU": 1.0, "GPU": 1.0}] * 16, []]
