@@ -18,21 +18,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.parallel.rank_info import RankInfo
+from tests.posing import pose
 
 _MODULES: dict[str, object] = {}
 
 
 class Ranks:
-    """`run(function, ...)` calls `function(info, *args)` on `world` processes and returns their results in order."""
+    """`run(function, ...)` calls `function(info, *args)` on `world` processes and returns their results in order.
 
-    def __init__(self) -> None:
+    posing: the library with which they pose as GPUs (`tests.posing`).
+    """
+
+    def __init__(self, posing: str | None = None) -> None:
+        self.posing = posing
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[tuple] = []
 
     def run(self, function: Callable, *args, world: int, timeout_s: float = 150) -> list:
         while len(self.workers) < world:
             here, there = self.context.Pipe()
-            process = self.context.Process(target=_serve, args=(there, sys.path), daemon=True)
+            process = self.context.Process(target=_serve, args=(there, sys.path, self.posing), daemon=True)
             process.start()
             self.workers.append((process, here))
         import torch.distributed as dist
@@ -85,8 +90,10 @@ def free_port() -> int:
             return port
 
 
-def _serve(pipe, path: list[str]) -> None:
+def _serve(pipe, path: list[str], posing: str | None) -> None:
     sys.path[:] = path
+    if posing is not None:
+        pose(posing)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # the store is served by who started the ranks, as torchrun does
     import torch

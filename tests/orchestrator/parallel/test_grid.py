@@ -49,16 +49,16 @@ def make_config(pp: int, dp: int, ep: int, schedule: str, *, depths: int = 1, ti
     return config
 
 
-def train(info: RankInfo, config: Config) -> dict:
-    """Five steps on this rank's sequences; losses summed over ranks, counts over data-parallel ranks."""
-    mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
+def train(info: RankInfo, config: Config, device: str = "cpu", steps: int = STEPS) -> dict:
+    """Steps on this rank's sequences; losses summed over ranks, counts over data-parallel ranks."""
+    mesh = connect(layout_of(config), info, torch.device(device), timeout_s=60)
     pipeline = build_pipeline(config, mesh, torch.float32)
     optimizer = build_optimizer(pipeline.shards, config.optim)
     losses, counts, norms = [], {}, []
     share = SEQUENCES // mesh.layout.dp
-    for step in range(STEPS):
+    for step in range(steps):
         batch = torch.randint(0, VOCAB, (SEQUENCES, SEQ_LEN + 1 + config.model.n_mtp_layers),
-                              generator=torch.Generator().manual_seed(step))
+                              generator=torch.Generator().manual_seed(step)).to(device)
         mine = batch[mesh.coordinate.dp * share :][:share]
         sums = pipeline.train_step(mine, step_sequences=SEQUENCES).double()
         pipeline.finish_grads()
@@ -82,7 +82,8 @@ def train(info: RankInfo, config: Config) -> dict:
         dist.all_reduce(held_out)
     return {
         "losses": losses, "norms": norms, "counts": counts, "held_out": held_out.tolist(),
-        "weights": [(s.name, s.start, s.row, s.value.detach().clone().numpy(), s.is_copy) for s in pipeline.shards],
+        "weights": [(s.name, s.start, s.row, s.value.detach().clone().cpu().numpy(), s.is_copy)
+                    for s in pipeline.shards],
         "biases": {n: r.expert_bias.tolist() for stage in pipeline.stages for n, r in routers(stage)},
     }
 
