@@ -90,9 +90,11 @@ def tokenizer_named(named: dict[str, str]) -> str:
 
 
 def check_writable(named: dict[str, str], *keys: str) -> None:
-    """Long work must not end in a folder that is not there."""
+    """Long work must not end in a folder that is not there. An object store has none."""
     for key in set(keys) & named.keys():
-        file = Path(named[key])
+        if (path := storage.local_path(named[key])) is None:
+            continue
+        file = Path(path)
         if file.is_dir() or not (os.access(file, os.W_OK) if file.exists() else _takes_files(file.parent)):
             raise BadRequest(f"{key}={named[key]}: cannot be written; name a file in a folder that exists and may be "
                              "written")
@@ -103,7 +105,7 @@ def check_folder(named: dict[str, str], key: str) -> None:
     if key in named and (folder := storage.local_path(named[key])) is not None:
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
-        if not _takes_files(folder):
+        if not folder or not _takes_files(folder):
             raise BadRequest(f"{key}={named[key]}: is no folder that may be written; name another")
 
 

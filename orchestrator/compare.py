@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from html import escape
 
 from model import count
@@ -28,7 +29,7 @@ from orchestrator.report_plots import Series, line_chart
 from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import document, figure, table
 from orchestrator.train import storage
-from orchestrator.train.finish import earlier_end
+from orchestrator.train.finish import SUMMARY, earlier_end
 from orchestrator.train.run_dir import CONFIG
 from orchestrator.words import plain, quoted
 
@@ -65,6 +66,8 @@ def run(arguments: list[str]) -> int:
     at = plan_at(named["at"]) if "at" in named else None
     check_folder(named, "out")
     out = named.get("out") or f"runs/compare-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if any(storage.exists(storage.join(out, name)) for name in (CONFIG, SUMMARY)):
+        raise BadRequest(f"out={out}: is a run's own directory; name a new folder, or that of an earlier comparison")
     result = compare(_train_all(commands, seeds, out, steps=config.train.steps), configs)
     if at is not None:
         result["extrapolated"] = extrapolate(named["at"], *at, result)
@@ -149,7 +152,7 @@ def extrapolate(words: str, request: Request, data: dict, result: dict) -> dict:
     return {"at": words, "model": request.model.name, "devices": request.devices, "hardware": request.hardware.name,
             "tokens": request.tokens, "flops": model_flops(request.model, request.tokens, request.seq_len),
             "usd": data["bill"]["steady"]["usd"], "device_hours": data["bill"]["steady"]["gpu_hours"],
-            "dense": equal_loss_of(request, data["dense"], result)["measured"],
+            "twin": "equal_active", "dense": equal_loss_of(request, data["dense"], result)["measured"],
             "measured_flops": result["variants"]["moe"]["curves"]["flops"][0][-1][0]}
 
 
@@ -159,14 +162,28 @@ def lines(result: dict) -> list[str]:
     for name, found in result["variants"].items():
         loss = found["loss"]
         said.append(f"{name:14}{found['parameters']:>12,}{found['active_parameters']:>10,}{loss['median']:>9.4f}  "
-                    f"{loss['low']:.4f} to {loss['high']:.4f}")
+                    f"{_range(loss, '{:.4f}'.format)}")
     for twin, ratios in result["multiplier"].items():
         for cost, ratio in ratios.items():
-            verdict = "the mixture is cheaper" if ratio["low"] > 1 else (
-                "the dense model is cheaper" if ratio["high"] < 1 else "no clear winner")
             said.append(f"{twin}: at equal loss the dense model takes {ratio['median']:.2f}x the mixture's "
-                        f"{COSTS[cost]} ({ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['seeds']} seeds): {verdict}")
+                        f"{COSTS[cost]} ({_range(ratio, '{:.2f}'.format)}): {_verdict(ratio)}")
+    if result["variants"]["moe"]["loss"]["seeds"] == 1:
+        said.append("one seed has no range to judge by; give more, as in seeds=0,1,2")
     return said + extrapolated(result.get("extrapolated"))
+
+
+def _range(found: dict, said: Callable[..., str]) -> str:
+    """From the lowest to the highest of the seeds."""
+    if found["seeds"] == 1:
+        return "1 seed, no range"
+    return f"{said(found['low'])} to {said(found['high'])}, {found['seeds']} seeds"
+
+
+def _verdict(ratio: dict) -> str:
+    if ratio["seeds"] == 1:
+        return "no verdict"
+    return "the mixture is cheaper" if ratio["low"] > 1 else (
+        "the dense model is cheaper" if ratio["high"] < 1 else "no clear winner")
 
 
 def extrapolated(far: dict | None) -> list[str]:
@@ -175,10 +192,10 @@ def extrapolated(far: dict | None) -> list[str]:
     said = [f"{far['model']} on {far['devices']:,} x {far['hardware']}, {far['tokens']:.4g} tokens (predicted): "
             f"{dollars(far['usd'])}"]
     if far["dense"] is None:
-        return [*said, "          no multiplier was measured, so nothing is said of a dense model there"]
-    low, median, high = (dollars(far["dense"][key]["usd"]) for key in ("low", "median", "high"))
-    return [*said, f"          a dense model of equal loss: {median} ({low} to {high}), EXTRAPOLATED from runs of "
-                   f"{far['flops'] / far['measured_flops']:.0e} times fewer FLOPs: a multiplier seldom holds so far"]
+        return [*said, f"          no multiplier was measured against {far['twin']}, so no dense model is priced there"]
+    cost = f"{dollars(far['dense']['median']['usd'])} ({_range(far['dense'], lambda line: dollars(line['usd']))})"
+    return [*said, f"          a dense model of equal loss, by the FLOPs of {far['twin']}: {cost}, EXTRAPOLATED from "
+                   f"runs of {far['flops'] / far['measured_flops']:.0e} times fewer: a multiplier seldom holds so far"]
 
 
 def page(result: dict) -> str:
@@ -192,7 +209,7 @@ def page(result: dict) -> str:
         plots.append(figure(f"Loss against {unit}", "measured, kept steps only; every line is one seed",
                             line_chart(series, x_label=unit, y_label="nats / token")))
     head = ["", *COSTS.values()]
-    rows = [[twin, *(f"{ratios[cost]['median']:.2f} ({ratios[cost]['low']:.2f} to {ratios[cost]['high']:.2f})"
+    rows = [[twin, *(f"{ratios[cost]['median']:.2f} ({_range(ratios[cost], '{:.2f}'.format)})"
                      if cost in ratios else "unknown" for cost in COSTS)]
             for twin, ratios in result["multiplier"].items()]
     return document("comparison - Sparing", [

@@ -35,6 +35,7 @@ def test_the_twins_are_trained_with_the_parameters_they_are_named_for():
 
 @pytest.mark.parametrize("words, said", [
     (["out=/proc/c"], "out=/proc/c: is no folder that may be written; name another"),
+    (["out="], "out=: is no folder that may be written; name another"),
     (["seeds=0,0"], "seeds=0,0"), (["seeds=x"], "seeds=x"), (["run.dir=x"], "run.dir=x"),
     (["model.n_routed_experts=0", "model.n_activated_experts=0"], "has no experts")])
 def test_bad_input_is_refused_before_anything_is_trained(words, said, tmp_path, monkeypatch):
@@ -56,7 +57,10 @@ def test_another_size_is_one_plan_times_the_measured_multiplier():
     assert dense["flops"] == pytest.approx(1.5 * far["flops"])
     high = far["dense"]["high"]
     assert high["usd"] * high["mfu"] == pytest.approx(dense["usd"] * dense["mfu"] * 2 / 1.5)
-    assert "EXTRAPOLATED" in "\n".join(extrapolated(far))
+    said = "\n".join(extrapolated(far))
+    assert "EXTRAPOLATED" in said and "by the FLOPs of equal_active: $" in said and ", 2 seeds)" in said
+    measured["multiplier"]["equal_active"]["flops"] = ratio | {"seeds": 1}
+    assert " (1 seed, no range), EXTRAPOLATED" in extrapolated(extrapolate(at, request, data, measured))[1]
     never_met = measured | {"multiplier": {"equal_active": {}, "equal_total": {}}}
     assert "no multiplier was measured" in extrapolated(extrapolate(at, request, data, never_met))[1]
     with pytest.raises(BadRequest, match="llama_3_1_8b has no experts to compare"):
@@ -104,7 +108,8 @@ def process():
         yield pool
 
 
-def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatch, process):
+def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatch, process,
+                                                                                         capsys):
     trained = []
 
     def train(words: list[str]) -> int:
@@ -116,15 +121,20 @@ def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_
     words = ["data=text", f"data.path={tmp_path}/text.txt", f"data.cache_dir={tmp_path}/cache", "train.steps=2",
              "train.batch_size=2", "train.seq_len=64", "train.validate_sequences=2"]
     assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0
+    said, shown = capsys.readouterr().out, (tmp_path / "c/compare.html").read_text()
+    assert "(1 seed, no range): no verdict" in said and "give more, as in seeds=0,1,2" in said
+    assert "cheaper" not in said and "(1 seed, no range)" in shown
     result = json.loads((tmp_path / "c/compare.json").read_text())
     moe = read_run(f"{tmp_path}/c/moe-seed3")
     assert result["variants"]["moe"]["loss"]["median"] == moe.summary["loss"]["validation"]
     flops = [x for x, _ in curve_of(moe, compose_config(words).model, 64, "flops")]
     assert flops == [model_flops(compose_config(words).model, steps * 2 * 64, 64) for steps in (1, 2)]
     assert set(result["multiplier"]) == {"equal_active", "equal_total"} and len(trained) == 3
-    assert "<svg" in (tmp_path / "c/compare.html").read_text()
+    assert "<svg" in shown
     assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0 and len(trained) == 3
     file = tmp_path / "c/moe-seed3/summary.json"  # as of a run that was preempted
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "preempted"}))
     assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0 and len(trained) == 4
     assert json.loads(file.read_text())["status"] == "completed"
+    with pytest.raises(BadRequest, match="moe-seed3: is a run's own directory; name a new folder"):
+        run([*words, f"out={tmp_path}/c/moe-seed3"])

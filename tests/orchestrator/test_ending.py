@@ -72,7 +72,10 @@ def test_what_cannot_be_made_is_told_before_the_work(tmp_path):
         with pytest.raises(BadRequest, match=f"out={path}: "):
             check({"out": str(path)}, "out")
     check_folder({"out": f"{tmp_path}/new/folder"}, "out")
-    check_folder({"out": "s3://bucket/x"}, "out")
+    for check in (check_folder, check_writable):
+        check({"out": "s3://bucket/x"}, "out")
+        with pytest.raises(BadRequest, match="^out=: "):
+            check({"out": ""}, "out")
 
 
 PRINTING = (["train", "--help"], ["plan", "prices"], ["train", "--cfg", "job"])
