@@ -8,13 +8,14 @@ import os
 from dataclasses import replace
 from html import escape
 
+from orchestrator.arguments import check_writable
 from orchestrator.errors import BadRequest
 from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import Series, format_number, line_chart, load_heatmap, smoothed, stacked_bar
 from orchestrator.report_run import Run, Share, expert_load, headline_figures, interval_note, labelled, read_run, shares
 from orchestrator.report_style import details, document, figure, table
 from orchestrator.train import storage
-from orchestrator.train.finish import format_usd, since
+from orchestrator.train.finish import format_usd, is_dense, since
 
 MAX_EVENTS = 200
 
@@ -26,9 +27,10 @@ def write_report(run_dirs: list[str], out: str | None = None) -> str:
     """
     if not run_dirs:
         raise BadRequest("report: no run directory was given; name one or more, as in `sparing report runs/NAME`")
-    if out is not None and not out.endswith(".html"):
+    if out and not out.endswith(".html"):
         use = storage.join(out, "report.html") if os.path.isdir(out) else f"{out}.html"
         raise BadRequest(f"out={out}: must be the name of a file that ends in .html; use out={use}")
+    check_writable({} if out is None else {"out": out}, "out")
     once = {os.path.realpath(storage.local_path(path) or path): path for path in run_dirs}
     runs = labelled([read_run(path) for path in once.values()])
     out = out or storage.join(run_dirs[0], "report.html")
@@ -119,16 +121,17 @@ def _throughput(runs: list[Run]) -> str:
 
 
 def _cost(runs: list[Run]) -> str:
-    is_priced = all(any(v is not None for v in run.column("cost/usd_total")) for run in runs)
+    is_priced = all(any(v is not None for v in run.column("cost/usd_total")) for run in runs if run.rows)
     own, unit = ("cost/usd_total", "usd") if is_priced else ("cost/device_hours", "device_hours")
     series = [Series(run.label if len(runs) > 1 else "this run, all that was charged", run.column("tokens/total"),
                      run.column(own), i) for i, run in enumerate(runs)]
-    if len(runs) == 1:
+    beside_dense = len(runs) == 1 and not is_dense(runs[0].summary)
+    if beside_dense:
         series += [Series(f"dense, equal {name} parameters", runs[0].column("tokens/total"),
                           runs[0].column(f"cost/dense_equal_{name}_{unit}"), colour, "dashed")
                    for name, colour in (("total", 2), ("active", 3))]
     subtitle = ("dollars" if is_priced else "device-hours (the price is unknown)") + " for the tokens so far"
-    if len(runs) == 1:
+    if beside_dense:
         subtitle += "; dense models at this run's own MFU, no overhead: the gap above 'equal active' is overhead"
     return figure("Cost", subtitle,
                   line_chart(series, x_label="tokens", y_label="US$" if is_priced else "device-hours",
@@ -204,7 +207,7 @@ def _experts(run: Run, *, many: bool) -> str:
 
 def _dense(run: Run, *, many: bool) -> str:
     summary = run.summary
-    if summary["dense"]["equal_total"].get("device_hours") is None:
+    if summary["dense"]["equal_total"].get("device_hours") is None or is_dense(summary):
         return ""
     names = {"equal_total": "dense, equal total parameters", "equal_active": "dense, equal active parameters"}
     model = summary["model"]

@@ -14,7 +14,8 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 MAX_POINTS, MAX_TITLES = 800, 50
 AXIS_TITLE, TICK_CHARACTER = 26, 6.6
 """Width of the upright title of an axis with its gaps, and of a character in a tick's label (11 px)."""
-LABEL_HEIGHT = 13
+LABEL_WIDTH, LABEL_HEIGHT = 80, 13
+"""Room of a level's label."""
 IN_BAR_CHARACTER = 7.5
 """Width of a character in a bar's label (13 px, bold), so that a part too narrow for its label has none."""
 LOAD_EDGES = (0.25, 0.5, 0.7, 0.9, 1.1, 1.4, 2.0, 4.0)
@@ -52,7 +53,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, levels: 
     y_scale = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{y_label} over {x_label}")}">',
              _axes(left, x_ticks, y_ticks, x_scale, y_scale, x_label, y_label, y_format)]
-    parts += _levels(levels, left, y_scale, y_format)
+    ends = [y_scale(y) for s in drawn for x, y in zip(s.xs, s.ys, strict=True)
+            if x_scale(x) > WIDTH - RIGHT - LABEL_WIDTH]
+    parts += _levels(levels, left, ends, y_scale, y_format)
     parts += [*(_draw(s, x_scale, y_scale) for s in drawn),
               *(_titles(s, x_scale, y_scale, x_label, y_format) for s in drawn if s.style != "faint"), "</svg>"]
     return "".join(parts) + legend([(s.label, f"c{s.colour}", s.style) for s in drawn if s.in_legend])
@@ -182,14 +185,17 @@ def _axes(left: float, x_ticks, y_ticks, x_scale, y_scale, x_label: str, y_label
     return "".join(parts)
 
 
-def _levels(levels: Sequence[tuple[str, float]], left: float, y_scale, y_format) -> list[str]:
-    """Labelled lines from the top down; the label of one that is close to the one before goes below it."""
+def _levels(levels: Sequence[tuple[str, float]], left: float, ends: Sequence[float], y_scale, y_format) -> list[str]:
+    """Lines from the top down, labelled on the right, or on the left where a curve ends; the label of one that is close
+    to the one before goes below it. ends: heights that curves have on the right."""
     parts, lowest = [], -math.inf
     for label, y in sorted(levels, key=lambda level: -level[1]):
         at = y_scale(y)
         lowest = max(at - 5, lowest + LABEL_HEIGHT)
+        covered = any(abs(lowest - LABEL_HEIGHT / 2 - end) < LABEL_HEIGHT for end in ends)
+        x, anchor = (left + 4, "start") if covered else (WIDTH - RIGHT - 2, "end")
         parts += [_line("level", left, WIDTH - RIGHT, at, at),
-                  _text("level-label", WIDTH - RIGHT - 2, lowest, f"{label} {y_format(y)}", anchor="end")]
+                  _text("level-label", x, lowest, f"{label} {y_format(y)}", anchor=anchor)]
     return parts
 
 

@@ -6,7 +6,7 @@ from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.plan.cost import BUCKETS
 from orchestrator.report_plots import format_number
 from orchestrator.train import storage
-from orchestrator.train.finish import SUMMARY, format_usd, read_summary, since
+from orchestrator.train.finish import SUMMARY, format_usd, is_dense, read_summary, since
 from orchestrator.train.metrics import EVENTS, METRICS, read_lines
 from orchestrator.train.run_dir import CONFIG
 
@@ -87,6 +87,7 @@ def headline_figures(summary: dict) -> list[Figure]:
         Figure("Cost", format_usd(summary["usd_total"]), _price_note(summary["hardware"])),
         Figure("Per million tokens", format_usd(summary["usd_per_million_tokens"]),
                f"{format_number(summary['tokens'])} tokens in {summary['steps']:,} steps"),
+        Figure("Dense of equal total", "-", "the model is dense") if is_dense(summary) else
         Figure("Dense of equal total", format_usd(twin.get("usd")),
                f"same tokens at this run's own MFU{since(summary)}; "
                f"{format_number(twin.get('device_hours'))} device-hours"),

@@ -184,7 +184,7 @@ def headline(summary: dict) -> list[str]:
     if summary["usd_per_million_tokens"] is not None:
         lines.append(f"          {format_usd(summary['usd_per_million_tokens'])} per million tokens")
     for name, twin in (("total", summary["dense"]["equal_total"]), ("active", summary["dense"]["equal_active"])):
-        if twin["device_hours"] is not None:
+        if twin["device_hours"] is not None and not is_dense(summary):
             lines.append(f"dense     {format_usd(twin['usd'])}, {twin['device_hours']:.4g} {unit} for equal {name} "
                          f"parameters, same tokens, this MFU{since(summary)}")
     saved = summary["checkpoint"]
@@ -192,6 +192,12 @@ def headline(summary: dict) -> list[str]:
         lines.append(f"NOT SAVED {saved['error']}; " + (f"the newest checkpoint is of step {saved['step']}"
                                                         if saved["step"] is not None else "there is no checkpoint"))
     return lines
+
+
+def is_dense(summary: dict) -> bool:
+    """Whether the model is its own dense twin, as one without experts is."""
+    total, active = (summary["dense"].get(name, {}).get("device_hours") for name in ("equal_total", "equal_active"))
+    return total is not None and total == active
 
 
 def since(summary: dict) -> str:

@@ -196,6 +196,28 @@ def test_an_unknown_price_is_never_shown_as_a_number(write_run):
     assert not re.search(r"\$\d", page)
 
 
+def test_a_run_that_has_no_step_does_not_hide_what_the_others_cost(write_run, tmp_path):
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "config.yaml").write_text("seed: 0\n")
+    page, _ = read_page(write_report([write_run(), str(tmp_path / "failed")]))
+    assert "dollars for the tokens so far" in page and "the price is unknown" not in page
+
+
+@pytest.mark.parametrize("summary", [True, False])
+def test_a_dense_run_is_not_held_beside_itself(write_run, summary):
+    run = pathlib.Path(write_run(summary=summary))
+    for file in run.glob("*.json*"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            for key in [key for key in line if key.startswith("cost/dense_equal_total")]:
+                line[key] = line[key.replace("total", "active")]
+            if "dense" in line:
+                line["dense"]["equal_total"] = line["dense"]["equal_active"]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page, _ = read_page(write_report([str(run)]))
+    assert "dense, equal" not in page and "dense models" not in page and "the model is dense" in page
+
+
 @pytest.mark.parametrize("left", ["metrics.jsonl", "config.yaml", "events.jsonl"])
 def test_an_unfinished_run_still_gives_a_page(write_run, left):
     run = write_run(summary=False)
@@ -236,6 +258,13 @@ def test_a_run_that_is_named_twice_is_one_run(write_run):
     run = write_run()
     alone = pathlib.Path(write_report([run])).read_text()
     assert pathlib.Path(write_report([run, f"{run}/", run])).read_text() == alone
+
+
+@pytest.mark.parametrize("out", ["", "/nonexistent/a.html"])
+def test_a_report_makes_no_folder(write_run, out):
+    with pytest.raises(BadRequest, match=f"out={out}: cannot be written; name a file in a folder that exists"):
+        write_report([write_run()], out=out)
+    assert not pathlib.Path("/nonexistent").exists()
 
 
 @pytest.mark.parametrize("out, use", [("x.pdf", "x.pdf.html"), ("", "/report.html")])
@@ -292,6 +321,13 @@ def test_ticks_are_round_and_enclose_the_data(low, high):
 def test_a_chart_of_nothing_says_so():
     assert "no data" in line_chart([Series("a", [1, 2], [None, float("nan")])], x_label="x", y_label="y")
     assert "<svg" in line_chart([Series("a", [1], [2.0])], x_label="x", y_label="y")
+
+
+@pytest.mark.parametrize("last, anchor", [(3.73, "start"), (2.5, "end"), (5.5, "end")])
+def test_a_levels_label_stands_where_no_curve_ends(last, anchor):
+    drawn = line_chart([Series("a", [5, 40], [6.0, last], style="points")], x_label="x", y_label="y",
+                       levels=[("bigram", 3.58)])
+    assert re.search(r'class="level-label"[^>]*text-anchor="(\w+)"', drawn)[1] == anchor
 
 
 def test_spikes_survive_thinning():

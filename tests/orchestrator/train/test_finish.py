@@ -89,6 +89,15 @@ def test_mfu_and_dense_equivalents_follow_from_the_measured_rate(tmp_path):
     assert "own MFU" in summary["dense"]["at"]
 
 
+def test_a_model_without_experts_is_not_held_beside_itself(tmp_path):
+    config = config_for(tmp_path)
+    assert sum(line.startswith("dense") for line in headline(finish(config, result_of(config)))) == 2
+    config.model = count.dense_equal_active(config.model)
+    summary = finish(config, result_of(config))
+    assert set(summary["dense"]) == {"at", "equal_total", "equal_active"}
+    assert not any(line.startswith("dense") for line in headline(summary))
+
+
 def test_the_peak_behind_mfu_is_named(tmp_path):
     config = config_for(tmp_path)
     assert finish(config, result_of(config))["measured"]["peak_source"] == "measured GEMM"
