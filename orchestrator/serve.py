@@ -39,6 +39,8 @@ TOKEN = "SPARING_API_TOKEN"
 def run(arguments: list[str]) -> int:
     named, rest = options("serve", arguments, OPTIONS, HELP)
     (path,) = positional("serve", rest, 1, HELP)
+    if named.get("name") == "":
+        raise BadRequest("name=: is empty; give what clients are to call the model, or leave it out")
     host, token = _host(named.get("host", "127.0.0.1")), os.environ.get(TOKEN)
     slots, waiting = int(number(named, "slots", 8, 1, 1024)), int(number(named, "waiting", 64, 0, 100_000))
     speculative = choice(named, "speculative", ("false", "true")) == "true"

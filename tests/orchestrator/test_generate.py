@@ -182,6 +182,9 @@ def test_a_path_without_a_model_is_one_line(tmp_path, capsys):
     assert "no whole checkpoint there" in generate(capsys, tmp_path, "prompt=x", code=2)[1]
     (tmp_path / "config.json").write_text("{}")
     assert generate(capsys, tmp_path, "prompt=x", code=2)[1].count("\n") == 1
+    assert "config.json: no whole checkpoint there; name" in generate(capsys, tmp_path / "config.json", "prompt=x",
+                                                                      code=2)[1]
+    assert main(["export", f"{tmp_path}/config.json", f"{tmp_path}/out"]) == 2
 
 
 def test_a_tokenizer_travels_with_its_weights(checkpoint, tmp_path, capsys):

@@ -237,8 +237,8 @@ def test_usage_prices_input_and_output_by_the_seconds_they_took(server):
 @pytest.mark.parametrize("words, said", [
     (["x", "host=0.0.0.0"], "host=0.0.0.0: others reach that address; set the environment variable SPARING_API_TOKEN"),
     (["x", "host=here"], "host=here: must be an IP address"), (["x", "prot=1"], "did you mean port"),
-    (["x", "slots=0"], "slots=0: must be a whole number"), ([], "takes 1 argument,"),
-    (["/nowhere/run", "port=0"], "no whole checkpoint there")])
+    (["x", "slots=0"], "slots=0: must be a whole number"), (["x", "name="], "name=: is empty"),
+    ([], "takes 1 argument,"), (["/nowhere/run", "port=0"], "no whole checkpoint there")])
 def test_bad_words_are_refused_before_anything_listens(words, said, monkeypatch):
     monkeypatch.delenv("SPARING_API_TOKEN", raising=False)
     with pytest.raises(BadRequest, match=said):
