@@ -219,12 +219,15 @@ def test_deepseeks_serving_day():
 
 
 def test_every_published_figure_says_whence_and_what_it_is():
-    data = published()
+    data, keys = published(), {"name", "kind", "device", "devices", "gpu_hours", "flops", "usd", "source", "date"}
     for row in data["budgets"]:
+        assert row.keys() <= keys | {"pre_training_gpu_hours"}, row
         assert row["kind"] in ("disclosure", "estimate", "derived") and row["source"] and row["date"], row
         assert "usd" in row or "gpu_hours" in row
+    for row in data["api_prices"]:
+        assert row.keys() == {"name", "cached", "input", "output", "source", "date"}, row
     for row in data["api_prices"] + data["serving"]:
-        assert row["source"] and row["date"], row
+        assert row["source"] and row["date"] and None not in row.values(), row
 
 
 @pytest.fixture(scope="module")
