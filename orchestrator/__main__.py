@@ -70,8 +70,8 @@ usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8|any] [mark
 Keys and groups are those of train. The batch is 8 sequences a GPU, at most 15,360, unless train.batch_size says
 otherwise. stack= names the software (conf/stacks.yaml), routing= how even it is (balanced, bias,
 unbalanced, or a run).
-layout.* holds for every layout, and tp= cp= zero= for what `train` has no key for. calibrate=RUN takes what a finished
-run on the same kind of device measured.
+layout.* holds for every layout; tp= cp= zero= and layout.schedule=dualpipe do too, which `train` does not run.
+calibrate=RUN takes what a finished run on the same kind of device measured.
 multiplier_from=compare.json adds the dense model of equal loss that `sparing compare` measured.
 The expected bill takes failures= and preemptions= (per 1,000 node-days), recovery_s= checkpoint_stall_s= start_up_s=
 server_factor= power_share= pue= other_gpu_hours= extension=STEPSxSEQUENCESxTOKENS+... and, of train, batch_start,

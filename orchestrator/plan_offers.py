@@ -53,7 +53,7 @@ class Told:
     def show(self, offers: list[Offer], best: Offer | None) -> None:
         """The table of these by number of GPUs, with the price of each kind; below it what cannot be planned."""
         out = console(markup=False)
-        table = grid("<hardware", "GPUs", "batch", "days", "GPU-hours", "USD", "<layout", "<")
+        table = grid("<hardware", "GPUs", "tokens\na step", "days", "GPU-hours", "USD", "<layout", "<")
         pareto, compared = front(offers), comparable(offers)
         names = list(dict.fromkeys(each.request.hardware.name for each in offers))
         offers = sorted(offers, key=lambda each: (names.index(each.request.hardware.name), each.request.devices))

@@ -13,7 +13,6 @@ cheapest go by the expected bill.
 from dataclasses import dataclass, replace
 from itertools import product
 
-from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.hardware import MARKETS, catalogue, hardware_named
 from orchestrator.plan.questions import (
@@ -35,6 +34,8 @@ from orchestrator.report_plots import format_number
 NOT_HELD = "no cluster holds it"
 OPTIONS = ("objective", "deadline_days", "budget_usd")
 MANY = ("hardware", "cluster", "gpus")
+MOST_HOURS = 1e12
+"""That a budget may buy: more is a price of nothing, or a slip of the keyboard, and would be counted to."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _compared(options: dict[str, str], overrides: list[str], words: dict, object
 
 def _tokens_for(options: dict[str, str], overrides: list[str], budget: float) -> Answer:
     one = offer(_request(options | {"tokens": "1e12"}, overrides))
-    _need_price(one.request, "budget_usd")
+    _check_buys(one.request, budget)
     if one.best is None:
         raise NotFit(f"gpus={one.request.devices}: {one.reason or 'no layout fits'}")
     tokens = tokens_for(one, budget)
@@ -153,8 +154,8 @@ def _limited(options: dict[str, str], overrides: list[str], asked: str | None, l
             continue
         if len(names) == 1 and str(limit) == "gpus=fit":
             return _fit(options, words, start)
-        if len(names) == 1 and limit.budget is not None:
-            _need_price(start, "budget_usd")
+        if limit.budget is not None and (len(names) == 1 or start.hardware.usd_per_h is not None):
+            _check_buys(start, limit.budget)
         for each in _offers(start, limit, told):
             known[each] = words
     offers = list(known)
@@ -253,7 +254,7 @@ def _sized(overrides: list[str]) -> list[str]:
     if cluster is None:
         return overrides
     kept = [word for word in overrides if word.split("=", 1)[0] != "cluster"]
-    return kept if _value(kept, "hardware") else [*kept, f"hardware={compose_config(overrides).hardware.name}"]
+    return kept if _value(kept, "hardware") else [*kept, f"hardware={compose_plan(overrides)[0].hardware.name}"]
 
 
 def _value(overrides: list[str], key: str) -> str | None:
@@ -265,6 +266,14 @@ def _need_price(request: Request, key: str) -> None:
         raise BadRequest(f"hardware.usd_per_h: is not known for hardware={request.hardware.name}, and {key} needs it; "
                          "set hardware.usd_per_h=DOLLARS, or choose one that has a price of "
                          f"market={request.hardware.market}: {', '.join(_with_price(request.hardware.market))}")
+
+
+def _check_buys(request: Request, budget: float) -> None:
+    _need_price(request, "budget_usd")
+    price = request.hardware.usd_per_h
+    if budget > MOST_HOURS * price:
+        raise BadRequest(f"budget_usd={budget:g}: buys more than {MOST_HOURS:g} GPU-hours at hardware.usd_per_h="
+                         f"{price:g}; set that to what one costs, or give less money")
 
 
 def _with_price(market: str) -> list[str]:

@@ -30,13 +30,16 @@ PINNED = ("pp", "dp", "ep", "schedule", "stages_per_rank", "microbatches", "reco
 
 PLANNED = ("train.batch_size", "train.seq_len")
 """Keys that a plan sets itself."""
+DUALPIPE = "layout.schedule=dualpipe"
+"""A schedule that is priced, and that no config has since `train` does not run it."""
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
 """What a bill counts, by the words of a plan; validation and the batch's ramp are keys of train."""
 
 
 def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
     """The config, and the words that were given, by key: those of a plan's own choice also by an experiment."""
-    config, given = compose_config(overrides), {text.split("=", 1)[0]: text for text in overrides}
+    config = compose_config([text for text in overrides if text != DUALPIPE])
+    given = {text.split("=", 1)[0]: text for text in overrides}
     word = given.get("experiment", "")
     chosen = {key: word for key in _keys_of(word.partition("=")[2]) if key in PLANNED or key.startswith("precision")}
     return config, chosen | given
@@ -206,6 +209,8 @@ def _pinned(options: dict[str, str], config: Config, given: dict[str, str]) -> t
             require(value >= 1, f"layout.{key}", value, "must be at least 1", "use 1 or more, or leave it to the plan")
     if "stages_per_rank" in values:
         check_stages_per_rank(config.layout.schedule, values["stages_per_rank"])
+    if given.get("layout.schedule") == DUALPIPE:
+        values["schedule"] = "dualpipe"
     for key in (*DEGREES, "zero"):
         if key in options:
             values[key] = int(number(key, options[key], whole=True, example="1"))

@@ -4,7 +4,7 @@ import json
 from html import escape
 
 from orchestrator.arguments import check_writable, write_file
-from orchestrator.compose import combinations, compose_config
+from orchestrator.compose import combinations
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.questions import assumed
 from orchestrator.plan_format import console as console_of
@@ -12,6 +12,7 @@ from orchestrator.plan_format import days, dollars, usd_range
 from orchestrator.plan_offers import price_lines
 from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
+from orchestrator.plan_request import compose_plan
 from orchestrator.report_style import document, figure, table
 from orchestrator.words import plain
 
@@ -37,7 +38,7 @@ def plan_sweep(arguments: list[str]) -> None:
             raise BadRequest(f"{key}={fixed[key]}: goes with one plan, not with -m; leave it out, or plan one of them")
     jobs = combinations([word for word in plain(arguments) if not word.startswith(("out=", "html="))])
     for words in jobs:
-        compose_config(split_words(words)[1])
+        compose_plan(split_words(words)[1])
     varied = [[word for word in words if any(word not in other for other in jobs)] for words in jobs]
     log = Console(stderr=True)
     shown = track(jobs, "planning", console=log, transient=True, disable=not log.is_terminal)

@@ -5,7 +5,7 @@ from datetime import date
 
 from orchestrator.plan.hardware import GIVEN, age_days
 from orchestrator.plan.money import ITSELF
-from orchestrator.plan.search import Plan
+from orchestrator.plan.search import PARTICULAR, Plan
 from orchestrator.plan_format import console as console_of
 from orchestrator.plan_format import days, dollars, first_runnable, gib, hours, train_note, usd_range
 from orchestrator.report_plots import format_number
@@ -206,7 +206,13 @@ def between_words(loss: dict) -> str:
 def _print_train(console, data: dict) -> None:
     runs = first_runnable(data["candidates"])
     if runs is None:
-        console.print(f"\ntrain     cannot run what fits: {data['candidates'][0]['train_not']}")
+        console.print("\ntrain     cannot run what fits, for these reasons:")
+        kinds: dict[str, dict] = {}
+        for row in [*filter(None, [data.get("but_for_ramp")]), *data["candidates"]]:
+            kinds.setdefault(PARTICULAR.sub("", row["train_not"]), row)
+        for row in kinds.values():
+            console.print(f"          {layout_words(row['layout'])}: {row['train_not']}", markup=False)
+        console.print()
     else:
         console.print(f"\ntrain     {train_note(data)}\nsparing train {shlex.join(runs['train'])}\n", markup=False)
 

@@ -8,9 +8,10 @@ from orchestrator.arguments import check_writable, positional, taken, write_file
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import bill_of, money, terms_for
-from orchestrator.plan.planner import to_dict
+from orchestrator.plan.planner import price, to_dict
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
 from orchestrator.plan.request import DEGREES, Request
+from orchestrator.plan.runs import cannot_run
 from orchestrator.plan.search import Plan, layouts, search
 from orchestrator.plan.workload import MOST_MICROBATCHES
 from orchestrator.plan_explain import print_explained
@@ -88,6 +89,8 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
                 own = found.candidates[data["candidates"].index(runs)]
                 bill = bill_of(request, own, terms_for(request, own.work))["expected"]
                 runs["expected"] = {"days": bill["days"], "usd": bill["usd"]}
+            elif row := _but_for_ramp(request):
+                data["but_for_ramp"] = row
             if compared and data["dense"]["equal_loss"]["measured"] is None:
                 data["dense"]["equal_loss"]["measured_not"] = (
                     f"{options['multiplier_from']} has no multiplier: the losses of mixture and dense twin never met")
@@ -96,6 +99,16 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
     except ValueError as error:
         raise BadRequest(str(error)) from None
     return found, data
+
+
+def _but_for_ramp(request: Request) -> dict | None:
+    """Of the fastest layouts that `train` would run but for the batch ramp, the one that suits ramps best, with what it
+    has against this one; none without a ramp."""
+    if not request.terms.batch_start:
+        return None
+    found = search(replace(request, terms=replace(request.terms, batch_start=0, ramp_steps=0))).candidates
+    runs = [each for each in found if not cannot_run(each.work)]
+    return price(min(runs, key=lambda each: each.work.dp * each.work.microbatches), request) if runs else None
 
 
 def no_layout(request: Request) -> NotFit:

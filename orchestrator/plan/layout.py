@@ -311,7 +311,8 @@ def ramp_fault(start: int, batch_size: int, quantum: int, product: str) -> tuple
 
 def _multiples(value: int, quantum: int) -> str:
     """The nearest ones."""
-    return f"{max(quantum, value // quantum * quantum)} or {(value // quantum + 1) * quantum}"
+    below = value // quantum * quantum
+    return f"{below} or {below + quantum}" if below else f"{quantum}"
 
 
 def batch_size_at(step: int, train: TrainConfig) -> int:

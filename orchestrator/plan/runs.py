@@ -45,7 +45,7 @@ def cannot_grow(work: Workload, batch_start: int) -> str | None:
     """Why `train` cannot begin this layout with so few sequences a step, or None; 0 is no ramp."""
     quantum = work.dp * work.microbatches
     fault = ramp_fault(batch_start, work.batch_size, quantum, f"dp x microbatches = {quantum}")
-    return f"train.batch_start={batch_start}: {fault[0]}" if fault else None
+    return f"train.batch_start={batch_start}: {fault[0]}; {fault[1]}, or no ramp" if fault else None
 
 
 def steps_for(tokens: float, train: TrainConfig) -> int:

@@ -191,7 +191,9 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
         if recompute is enough:
             refused.append(Refused(layout_of(each), UNNEEDED))
             continue
-        reason = illegal(each) or ("no replicas" if zero > 1 and work.replicas == work.expert_replicas == 1 else None)
+        reason = illegal(each)
+        if reason is None and zero > 1 and work.replicas == work.expert_replicas == 1:
+            reason = f"ZeRO stage {zero} shards over data-parallel replicas, and this layout has none"
         if not request.asks(each, "recompute", "zero"):
             reason = "another recompute was asked for"
         if reason is None:

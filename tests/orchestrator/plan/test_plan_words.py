@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 
 import pytest
@@ -149,6 +150,31 @@ def test_a_batch_ramp_that_a_layout_cannot_begin_is_told_and_not_printed():
     assert any(wrong in (row["train_not"] or "") for row in rows)
 
 
+def test_a_ramp_that_keeps_all_layouts_from_train_is_told_with_a_remedy(capsys):
+    """Beside other reasons, of layouts that are faster."""
+    words = ["model=moonlight_16b", H100, "gpus=64", "tokens=1e10", "train.batch_size=512", "layout.pp=8",
+             "train.batch_ramp_steps=9"]
+    run([*words, "train.batch_start=96"])
+    told = capsys.readouterr().out.split("cannot run what fits, for these reasons:")[1].split("refused  ")[0]
+    assert "train has no schedule dualpipe" in told and "\nsparing train" not in told
+    rule = re.search("train.batch_start=96: must be a multiple of dp x microbatches = 256; use (256), or no ramp", told)
+    run([*words, f"train.batch_start={rule[1]}"])
+    assert "\nsparing train" in capsys.readouterr().out
+
+
+def test_a_plan_takes_dualpipe_which_train_refuses():
+    asked = read_request({"gpus": "8", "tokens": "1e9"}, *compose_plan([*SMALL, "layout.schedule=dualpipe"]))
+    assert {each.work.schedule for each in offer(asked).plan.candidates} == {"dualpipe"} and fits(asked)
+    with pytest.raises(BadRequest, match="layout.schedule=dualpipe: must be one of .*; use layout.schedule=dualpipev"):
+        compose_config(["layout.schedule=dualpipe"])
+
+
+def test_a_zero_stage_without_replicas_is_refused_in_words():
+    alone = read_request({"gpus": "1", "tokens": "1e9"}, *compose_plan(SMALL))
+    assert "ZeRO stage 3 shards over data-parallel replicas, and this layout has none" in {
+        each.reason for each in search(alone).refused}
+
+
 @pytest.mark.parametrize("words, batch, printed", [
     (["experiment=tiny"], (16, 256), set()),
     (["experiment=tiny", "train.seq_len=128"], (16, 128), set()),
@@ -238,6 +264,10 @@ def test_the_stack_and_the_routing_of_a_run_are_what_every_layout_is_priced_with
     (["hardware=h100", "gpus=8", "tokens=1e9", "deadline_days=1"], BadRequest, "gpus=8: does not go with deadline"),
     (["hardware=h100", "gpus=8", "tokens=1e9", "budget_usd=9"], BadRequest, "leave one of them out, or tokens, to ask"),
     (["hardware=h100,a100", "gpus=8", "budget_usd=9"], BadRequest, "budget_usd=9: buys tokens on one kind of GPU"),
+    (["hardware=h100", "gpus=4", "budget_usd=100", "hardware.usd_per_h=0"], BadRequest,
+     "budget_usd=100: buys more than 1e.12 GPU-hours at hardware.usd_per_h=0; set that to what one costs, or give"),
+    (["hardware=h100,h200", "tokens=1e9", "budget_usd=100", "hardware.usd_per_h=0"], BadRequest, "usd=100: buys"),
+    (["hardware=h100", "gpus=4", "budget_usd=1e29"], BadRequest, "budget_usd=1e.29: buys more than 1e.12 GPU-hours at"),
     (["hardware=h100", "gpus=8", "budget_usd=0.001"], NotFit, "budget_usd=0.001: does not pay for start-up and one"),
     (["hardware=h100", "tokens=1e9", "deadline_days=none"], BadRequest, "a positive number; use deadline_days=30"),
     (["hardware=h100", "tokens=1e12", "deadline_days=1e-4"], NotFit,

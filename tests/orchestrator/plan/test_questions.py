@@ -206,6 +206,7 @@ def test_offers_stand_by_their_number_with_their_batch_and_what_lacks_is_told_on
     found = [offer(resized(each, devices)) for each in (free, lacking) for devices in (32, 8, 16)]
     Told().show(found, found[1])
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(0).strip() == "tokens" and "GPUs  a step" in lines[0]
     assert [line.split()[:3] for line in lines[1:4]] == [
         ["h100", "8", "131.1K"], ["h100", "16", "262.1K"], ["h100", "32", "524.3K"]]
     assert lines[4] == "not planned: rtx_3090: hardware.bf16_tflops: is not known"
