@@ -1,17 +1,21 @@
 """`sparing plan diff A B`: what a change of configuration does to days and dollars, by term, from two plan.json."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.errors import BadRequest
 from orchestrator.plan_format import console as console_of
 from orchestrator.plan_format import dollars
+from orchestrator.plan_request import TERMS, option_of
 from orchestrator.report_plots import format_number
 
 USAGE = "usage: sparing plan diff A.json B.json"
 SMALL = 0.1
 UNTOLD = ("match", "reserved", "spot", "source", "date")
-REQUEST = ("model", "devices", "tokens", "seq_len", "batch_size", "dtype", "stack", "routing")
+REQUEST = {"model": "model", "devices": "gpus", "tokens": "tokens", "seq_len": "train.seq_len",
+           "batch_size": "train.batch_size", "dtype": "dtype", "stack": "stack", "routing": "routing"}
+"""What was asked for, by the key that asks for it."""
 
 
 def plan_diff(paths: list[str]) -> None:
@@ -22,13 +26,13 @@ def plan_diff(paths: list[str]) -> None:
 
 
 def difference(a: dict, b: dict) -> dict:
-    """`changed` (key: before, after), and `step`, `memory`, `bill`: rows of (term, before, after), in seconds, GiB and
-    (GPU-hours, USD). The terms of a bill sum to its total, so the rows sum to the change."""
-    changed = {key: (a.get(key), b.get(key)) for key in REQUEST if a.get(key) != b.get(key)}
-    changed |= _unequal("hardware", *({key: value for key, value in plan["hardware"].items() if key not in UNTOLD}
-                                      for plan in (a, b)))
-    changed |= _unequal("layout", a["best"]["layout"], b["best"]["layout"])
-    changed |= _unequal("bill", a["bill"]["terms"], b["bill"]["terms"])
+    """`changed` (key of the command: before, after), and `step`, `memory`, `bill`: rows of (term, before, after), in
+    seconds, GiB and (GPU-hours, USD). The terms of a bill sum to its total, so the rows sum to the change."""
+    changed = {asked: (a.get(key), b.get(key)) for key, asked in REQUEST.items() if a.get(key) != b.get(key)}
+    changed |= _unequal("hardware.{}".format, *({key: value for key, value in plan["hardware"].items()
+                                                 if key not in UNTOLD} for plan in (a, b)))
+    changed |= _unequal(option_of, a["best"]["layout"], b["best"]["layout"])
+    changed |= _unequal(_term_key, a["bill"]["terms"], b["bill"]["terms"])
     return {"changed": changed,
             "step": _paired(a["best"]["parts_s"] | {"step": a["best"]["step_time_s"]},
                             b["best"]["parts_s"] | {"step": b["best"]["step_time_s"]}, 0.0),
@@ -41,7 +45,7 @@ def print_diff(a: dict, b: dict, names: list[str]) -> None:
 
     found, console = difference(a, b), console_of(width=120)
     for key, (before, after) in found["changed"].items():
-        note = " (multiples of each layout's dp x microbatches)" * (key == "bill.validate_sequences")
+        note = " (multiples of each layout's dp x microbatches)" * (key == "train.validate_sequences")
         console.print(f"changed   {key}: {_told(before)} -> {_told(after)}{note}", markup=False)
     if not found["changed"] and a["bill"] == b["bill"]:
         console.print("no difference")
@@ -101,12 +105,20 @@ def _paired(a: dict, b: dict, absent) -> list[tuple]:
     return [(name, a.get(name, absent), b.get(name, absent)) for name in dict.fromkeys([*a, *b])]
 
 
-def _unequal(prefix: str, a: dict, b: dict) -> dict[str, tuple]:
-    return {f"{prefix}.{name}": (before, after) for name, before, after in _paired(a, b, None) if before != after}
+def _unequal(key: Callable[[str], str], a: dict, b: dict) -> dict[str, tuple]:
+    return {key(name): (before, after) for name, before, after in _paired(a, b, None) if before != after}
+
+
+def _term_key(name: str) -> str:
+    """What a term of the bill is set by."""
+    return name if name in TERMS else f"train.{name.replace('ramp_steps', 'batch_ramp_steps')}"
 
 
 def _told(value) -> str:
-    return format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    """Whole numbers are not rounded."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    return f"{value:,.0f}" if float(value).is_integer() else format_number(value)
 
 
 def _numbers(before: float, after: float) -> list[str]:
@@ -136,6 +148,9 @@ def _share(before: float | None, after: float | None) -> str:
 def _read(path: str) -> dict:
     try:
         data = json.loads((Path(path) / "plan.json" if Path(path).is_dir() else Path(path)).read_text())
+        if isinstance(data, list):
+            raise BadRequest(f"plan diff: {path}: holds several plans, as `sparing plan -m` writes them; give a file "
+                             "of one, written without -m")
         if data["best"] is None:
             raise BadRequest(f"plan diff: {path}: is a plan in which no layout fits; give one with a best layout")
         data["bill"]["terms"]

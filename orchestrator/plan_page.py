@@ -16,7 +16,7 @@ from orchestrator.plan_plots import STYLE as PLOT_STYLE
 from orchestrator.plan_plots import cost_chart, memory_chart, timeline_chart
 from orchestrator.plan_table import band_words, layout_words, mfu_words, peak_words, price_words
 from orchestrator.report_plots import format_number, stacked_bar
-from orchestrator.report_style import details, document, figure, table
+from orchestrator.report_style import details, document, figure, marked, table
 
 SHOWN, ZOOM_SLOTS = 12, 45
 NUMBERED_CELLS = 78
@@ -84,6 +84,7 @@ def _memory(data: dict) -> str:
     rows = [[f'<i class="key box {css}"></i>{escape(name)}', gib(size), f"{size / have:.0%}"]
             for name, size, css in [*parts, ("free", free, "b7")]]
     bar = stacked_bar([*parts, ("free", free, "b7")], "share of the device's memory")
+    bar = f'<div class="whole">{bar}</div>'
     return figure("Memory of the fullest rank", f"{gib(sizes['total'])} of {gib(have)} GiB",
                   bar + table(["", "GiB", "of the device"], rows), wide=True)
 
@@ -103,7 +104,7 @@ def _memory_over_time(data: dict, work: Workload) -> str:
 def _layouts(data: dict) -> str:
     rows = []
     for row in data["candidates"][:SHOWN]:
-        rows.append([f"{escape(layout_words(row['layout']))}<small>{escape(row['why'])}</small>",
+        rows.append([f"{escape(layout_words(row['layout']))}<small>{marked(row['why'])}</small>",
                      f"{row['step_time_s']:.2f}",
                      f"{row['bubble_fraction']:.0%}", gib(row["memory_gib"]["total"]), f"{row['mfu']:.1%}",
                      days(row["days"]), dollars(row["usd_total"])])
@@ -155,7 +156,7 @@ def _dense(data: dict) -> str:
     rows = [["<b>this plan, pre-training</b>", f"<b>{hours(steady['gpu_hours'])}</b>",
              f"<b>{dollars(steady['usd'])}</b>", "1.00"]]
     for name, entries, how in dense_rows(data):
-        rows.append([f"{escape(name)}<small>{escape(how)}</small>",
+        rows.append([f"{marked(name)}<small>{marked(how)}</small>",
                      " to ".join(hours(each["device_hours"]) for each in entries),
                      " to ".join(dollars(each["usd"]) for each in entries),
                      " to ".join(f"{each['device_hours'] / steady['gpu_hours']:.2f}" for each in entries)])
@@ -198,7 +199,7 @@ def _assumptions(data: dict) -> str:
             for group in groups for name, value in group.items()]
     runs = first_runnable(data["candidates"])
     command = "" if runs is None else details("The best layout that `sparing train` runs",
-                                              f"<p>{escape(train_note(data))}</p>"
+                                              f"<p>{marked(train_note(data))}</p>"
                                               f"<pre>sparing train {escape(shlex.join(runs['train']))}</pre>")
     return details("What was assumed", table(["", ""], rows)) + command
 

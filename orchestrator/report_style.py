@@ -4,6 +4,7 @@ Light and dark by the reader's preference, in colours that colour-blind readers 
 Lines and buckets use the Okabe-Ito palette (Nature Methods 8, 441), expert load a blue-neutral-orange scale.
 """
 
+import re
 from html import escape
 
 STYLE = """
@@ -73,7 +74,10 @@ code { font: 0.93em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 footer p { margin-bottom: 4px; }
 @media (max-width: 800px) { .grid { grid-template-columns: minmax(0, 1fr); }
   .tiles { grid-template-columns: 1fr 1fr; }
-  figure.wide { overflow-x: auto; } figure.wide > svg { min-width: 760px; } }
+  .pan { overflow-x: auto; } .pan > svg { min-width: 760px; } .pan > .legend,
+  .pan > .bar-label { position: sticky; left: 0; }
+  .whole .inbar { display: none; } }
+@media (max-width: 480px) { main { padding: 24px 14px 40px; } .tiles { grid-template-columns: 1fr; } }
 @media print { main { max-width: none; padding: 0; } figure, details { break-inside: avoid; } }
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); --k: var(--c{i}); }} .dot.c{i}, .hit.c{i} {{ fill: var(--c{i}); }} "
               f".b{i} {{ fill: var(--b{i}); --k: var(--b{i}); }}\n" for i in range(9)) + "".join(
@@ -88,12 +92,18 @@ def document(title: str, body: list[str], *, style: str = "") -> str:
 
 
 def figure(title: str, subtitle: str, body: str, *, wide: bool = False) -> str:
-    return (f'<figure{" class=wide" if wide else ""}><figcaption><h2>{escape(title)}</h2><p>{escape(subtitle)}</p>'
-            f"</figcaption>{body}</figure>")
+    """A wide one is scrolled where a screen is narrow, but for what is in a `div` of class `whole`."""
+    body = f'<div class="pan">{body}</div>' if wide else body
+    return f"<figure><figcaption><h2>{escape(title)}</h2><p>{marked(subtitle)}</p></figcaption>{body}</figure>"
+
+
+def marked(text: str) -> str:
+    """As HTML, with what stands between backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def details(title: str, body: str, *, is_open: bool = False) -> str:
-    return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>{body}</details>"
+    return f"<details{' open' if is_open else ''}><summary>{marked(title)}</summary>{body}</details>"
 
 
 def table(head: list[str], rows: list[list[str]], *, numeric_from: int = 1, css: str = "") -> str:

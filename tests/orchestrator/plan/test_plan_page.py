@@ -51,7 +51,7 @@ def pipelined() -> Workload:
 
 def test_the_page_is_one_whole_file_that_asks_the_network_for_nothing(small):
     text = page(*small)
-    assert not re.search(r"<script|<link|@import|src=|url\(", text)
+    assert not re.search(r"<script|<link|@import|src=|url\(|`", text)
     opened, parser = [], HTMLParser()
     parser.handle_starttag = lambda tag, _: opened.append(tag) if tag != "meta" else None
     parser.handle_endtag = lambda tag: opened.pop() if opened[-1:] == [tag] else opened.append(f"/{tag}")
@@ -60,6 +60,7 @@ def test_the_page_is_one_whole_file_that_asks_the_network_for_nothing(small):
     assert opened == []
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
+    assert '</figcaption><div class="pan"><svg' in text and '<div class="whole"><svg' in text  # on a telephone
     for words in ("One step, rank by rank", "Memory over a step", "Two bills, never one", "Beside dense models"):
         assert words in text
 
@@ -163,7 +164,7 @@ def test_a_difference_is_told_by_term_and_sums_to_the_change(small):
     b = a | money(request, plan.candidates[0], Terms(failures=20))
     found = difference(a, b)
     rows = {name: (before, after) for name, before, after in found["bill"]}
-    assert found["changed"]["bill.failures"] == (3.8, 20) and not any(x - y for _, x, y in found["step"])
+    assert found["changed"]["failures"] == (3.8, 20) and not any(x - y for _, x, y in found["step"])
     change = sum(after[1] - before[1] for name, (before, after) in rows.items() if not name.endswith(" bill"))
     assert change == pytest.approx(rows["expected bill"][1][1] - rows["expected bill"][0][1])
     assert sum(by_cause(a["bill"], b["bill"]).values()) == pytest.approx(change)
@@ -188,11 +189,12 @@ def test_a_difference_is_told_in_figures_that_show_it(small, capsys):
     tiny = json.loads(json.dumps(data)) | {"tokens": 819200}
     tiny["best"]["memory_gib"]["weights"] = 0.00321
     tiny["bill"]["steady"]["days"], tiny["bill"]["steady"]["usd"] = 0.0021, 0.0456
-    tiny["bill"]["terms"]["validate_sequences"] = 64
+    tiny["bill"]["terms"] |= {"validate_sequences": 64, "ramp_steps": 12424}
     print_diff(data, tiny, ["a", "b"])
     out = capsys.readouterr().out
-    assert "tokens: 100B -> 819.2K" in out and "0.00321" in out and "0.0021" in out and "$0.0456" in out
-    assert "bill.validate_sequences: 0 -> 64 (multiples of each layout's dp x microbatches)" in out
+    assert "tokens: 100,000,000,000 -> 819,200" in out and "train.batch_ramp_steps: 0 -> 12,424" in out
+    assert "0.00321" in out and "0.0021" in out and "$0.0456" in out
+    assert "changed   train.validate_sequences: 0 -> 64 (multiples of each layout's dp x microbatches)" in out
 
 
 def test_microbatches_have_their_numbers_where_the_clock_begins(small):
@@ -277,7 +279,7 @@ def test_a_ranks_bubble_and_all_ranks_idle_time_have_two_names(small, capsys):
     assert f"ranks idle {data['best']['bubble_fraction']:.0%}" in page(plan, data)
 
 
-@pytest.mark.parametrize("schedule, said", [("dualpipe", "of its paper, which `train` does not run"),
+@pytest.mark.parametrize("schedule, said", [("dualpipe", "of its paper, which <code>train</code> does not run"),
                                             ("1f1b", "the action table that is executed")])
 def test_the_timeline_says_whether_its_table_is_executed(small, pipelined, schedule, said):
     plan, data = small
@@ -344,9 +346,11 @@ def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
     monkeypatch.setattr(plan_sweep, "_one", lambda words: asked.append(words) or {"error": "-"})
     assert main(["plan", "-m", "model=tiny,mini", "gpus=8", "+model=mini", "gpus=16,32", "tokens=1e9"]) == 3
     assert asked == [["model=mini", f"gpus={number}", "tokens=1e9"] for number in (16, 32)]
+    assert main(["plan", "-m", "model=tiny", "gpus=8", "layout.schedule=dualpipe,zbv", "tokens=1e9"]) == 3
 
 
 @pytest.mark.parametrize("words, said", [
+    (["diff", "several.json", "b.json"], "several.json: holds several plans, as `sparing plan -m` writes them; give"),
     (["diff", "a.json"], "takes two files"), (["diff", "a.json", "b.json"], "a.json: cannot be read"),
     (["-m", "model=tiny", "explain=true"], "goes with one plan"),
     (["-m", "model=tinny", "gpus=8,16"], "no such option"),
@@ -365,6 +369,7 @@ def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
     (["model=olmoe_1b_7b", "hardware=v100", "gpus=8", "tokens=1e9", "market=spot"], "market=spot: no such price")])
 def test_what_cannot_be_is_answered_in_one_line(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "several.json").write_text("[]")
     (tmp_path / "foreign.json").write_text(json.dumps({"predicted": True, "dense": {"equal_active": {}}}))
     assert main(["plan", *words]) == 2
     error = capsys.readouterr().err
