@@ -56,6 +56,7 @@ def slurm(nodes: int = 1, *, cpus: int = 2) -> Iterator[dict[str, str]]:
     """The environment in which Slurm's commands speak to this cluster."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-slurm-")))
+        stack.callback(_end_steps, str(folder))
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RAY_"))}
         environment |= {"PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         ports = [free_port() for _ in range(nodes)]
@@ -98,6 +99,14 @@ def _end_jobs(environment: dict[str, str]) -> None:
     with contextlib.suppress(AssertionError):
         wait_until(lambda: not subprocess.run(["squeue", "--noheader"], env=environment, text=True,
                                               capture_output=True).stdout.strip(), 20, "", every_s=0.2)
+
+
+def _end_steps(folder: str) -> None:
+    """The daemons of steps, which tell a slurmd of their end and go on trying when it is gone."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "comm").read_text() == "slurmstepd\n" and os.readlink(process / "cwd").startswith(folder):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _path() -> str:
