@@ -10,7 +10,6 @@ from orchestrator.plan_format import dollars
 from orchestrator.plan_request import TERMS, option_of
 from orchestrator.report_plots import format_number
 
-USAGE = "usage: sparing plan diff A.json B.json"
 SMALL = 0.1
 UNTOLD = ("match", "reserved", "spot", "source", "date")
 REQUEST = {"model": "model", "devices": "gpus", "tokens": "tokens", "seq_len": "train.seq_len",
@@ -18,11 +17,9 @@ REQUEST = {"model": "model", "devices": "gpus", "tokens": "tokens", "seq_len": "
 """What was asked for, by the key that asks for it."""
 
 
-def plan_diff(paths: list[str]) -> None:
+def plan_diff(a: str, b: str) -> None:
     """Print it."""
-    if len(paths) != 2:
-        raise BadRequest(f"plan diff: takes two files, {len(paths)} were given; {USAGE}")
-    print_diff(*(_read(path) for path in paths), names=paths)
+    print_diff(_read(a), _read(b), names=[a, b])
 
 
 def difference(a: dict, b: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from orchestrator.arguments import check_writable, positional, taken, write_file
@@ -26,18 +27,15 @@ from orchestrator.words import plain
 OPTIONS = ("tokens", "gpus", "dtype", "stack", "routing", "out", "html", "explain", "market", "multiplier_from",
            "calibrate", *DEGREES, "zero", *QUESTIONS, *TERMS)
 
+PARTS = {"diff": "usage: sparing plan diff A B\n\nEach is a file of `sparing plan out=FILE.json`, or a run directory.",
+         "prices": "usage: sparing plan prices\n\nPublished API prices beside what serving costs.",
+         "budgets": "usage: sparing plan budgets\n\nPublished training budgets, each with its source."}
+
 
 def run(arguments: list[str]) -> int:
     """`sparing plan ARGUMENTS`; returns the exit code."""
-    if arguments[:1] in (["prices"], ["budgets"]):
-        from orchestrator.plan_published import print_budgets, print_prices
-
-        positional(f"plan {arguments[0]}", arguments[1:], 0, f"usage: sparing plan {arguments[0]}")
-        {"prices": print_prices, "budgets": print_budgets}[arguments[0]]()
-    elif arguments[:1] == ["diff"]:
-        from orchestrator.plan_diff import plan_diff
-
-        plan_diff(arguments[1:])
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        _part(*arguments)
     elif {"-m", "--multirun"} & set(arguments):
         from orchestrator.plan_sweep import plan_sweep
 
@@ -45,6 +43,22 @@ def run(arguments: list[str]) -> int:
     else:
         plan(*split_words(arguments))
     return 0
+
+
+def _part(name: str, *arguments: str) -> None:
+    """`diff`, `prices` or `budgets`."""
+    if name not in PARTS:
+        near = get_close_matches(name, PARTS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "write KEY=VALUE, as in gpus=64"
+        raise BadRequest(f"plan {name}: there are plan {', plan '.join(PARTS)}, and overrides; {hint}")
+    if arguments[:1] in (("-h",), ("--help",)):
+        print(PARTS[name])
+        return
+    from orchestrator.plan_diff import plan_diff
+    from orchestrator.plan_published import print_budgets, print_prices
+
+    given = positional(f"plan {name}", list(arguments), 2 if name == "diff" else 0, PARTS[name])
+    {"diff": plan_diff, "prices": print_prices, "budgets": print_budgets}[name](*given)
 
 
 def split_words(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -351,7 +351,8 @@ def test_a_what_if_takes_the_last_of_a_repeated_key(monkeypatch):
 
 @pytest.mark.parametrize("words, said", [
     (["diff", "several.json", "b.json"], "several.json: holds several plans, as `sparing plan -m` writes them; give"),
-    (["diff", "a.json"], "takes two files"), (["diff", "a.json", "b.json"], "a.json: cannot be read"),
+    (["diff", "a.json"], "takes 2 arguments, not 1"), (["diff", "a.json", "b.json"], "a.json: cannot be read"),
+    (["price"], "plan price: there are plan diff, plan prices, plan budgets, and overrides; did you mean prices?"),
     (["-m", "model=tiny", "explain=true"], "goes with one plan"),
     (["-m", "model=tinny", "gpus=8,16"], "no such option"),
     (["model=tiny", "explain=maybe"], "explain=maybe: must be true or false"),

@@ -126,7 +126,7 @@ def test_a_run_leaves_a_plan_of_its_own_layout(tmp_path, capsys):
         assert plan["tokens"] == 200 * config.train.batch_size * config.train.seq_len
         assert plan["bill"]["steady"]["usd"] == pytest.approx(found["steps_usd"])
         assert 0 < plan["best"]["memory_gib"]["total"] < 1 and plan["best"]["memory_gib"]["framework"] == 0
-    plan_diff([f"{tmp_path}/one", f"{tmp_path}/two"])
+    plan_diff(f"{tmp_path}/one", f"{tmp_path}/two")
     assert "expected bill" in capsys.readouterr().out
 
 
