@@ -136,9 +136,13 @@ def equal_loss_of(request: Request, twins: dict, compared: dict | None) -> dict:
         usd = None if hardware.usd_per_h is None else hours * hardware.usd_per_h
         return {"multiplier": multiplier, "flops": flops * multiplier, "device_hours": hours, "usd": usd, "mfu": mfu}
 
-    spread = measured_multiplier(compared or {})
-    measured = None if spread is None else {key: priced(spread[key]) for key in ("low", "median", "high")} | {
-        "seeds": spread.get("seeds"), "note": "measured by `compare` at its own size; applied here as an extrapolation"}
+    measured, spread = None, measured_multiplier(compared or {})
+    if spread is not None:
+        seeds = spread.get("seeds")
+        by = {None: "", 1: ", by 1 seed, which has no range"}.get(seeds, f", by {seeds} seeds")
+        measured = {key: priced(spread[key]) for key in ("low", "median", "high")} | {
+            "seeds": seeds, "note": f"measured by `compare` over equal active at its own size{by}; applied here as an "
+                                    "extrapolation"}
     return {"low": priced(laws["low"]), "high": priced(laws["high"]), "inside_fits": laws["inside_fits"],
             "laws": [law | priced(law["multiplier"]) for law in laws["laws"]], "measured": measured,
             "how": "multiplier x this run's FLOPs, at an MFU between the twins' by log FLOPs: " + ", ".join(
