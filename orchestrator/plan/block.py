@@ -136,11 +136,11 @@ def _cheap_again(work: Workload, rates: Rates, moe: bool) -> float:
 
 
 def _own_again(work: Workload, rates: Rates, moe: bool) -> float:
-    """What `model.recompute` does: nearly every operator between a block's products; and products of attention's input,
-    but for the queries', where norms are computed again."""
+    """What `model.recompute` does, each for what it takes in forward (`_light_bytes`): nearly every operator between a
+    block's products; and products of attention's input, but for the queries', where norms are computed again."""
     model, tokens, low = work.model, work.microbatch_tokens / work.tp, work.dtype != "bf16"
     norms, mla = 0 if low else 1 if moe else 2, model.attention is Attention.mla
-    moved = 4 * norms * model.dim + 8 * _head_elements(model) + 6 * _activated(work, moe)
+    moved = 6 * norms * model.dim + 8 * _head_elements(model) + 12 * _activated(work, moe)
     again = tokens * moved / rates.bytes_per_s + work.assumptions.operators * work.assumptions.gap_s
     if norms:
         first = model.kv_lora_rank + model.qk_rope_head_dim if mla else 2 * model.n_kv_heads * model.head_dim
