@@ -39,13 +39,12 @@ def reference():
     return train(RankInfo(), make_config(1, 1, 1, "1f1b"), steps=1)
 
 
-@pytest.mark.parametrize("pp, dp, ep, schedule, per_node", [
-    (1, 4, 4, "1f1b", 2), (2, 2, 2, "dualpipev", 0)])
-def test_ranks_that_pose_as_gpus_equal_the_one_process_run(posing, reference, pp, dp, ep, schedule, per_node):
-    config = make_config(pp, dp, ep, schedule)
-    config.layout.ep_per_node = per_node
+def test_ranks_that_pose_as_gpus_equal_the_one_process_run(posing, reference):
+    """Stages, replicas, experts that overlap with another microbatch, tokens that go by node."""
+    config = make_config(2, 2, 2, "dualpipev")
+    config.layout.ep_per_node = 1
     check_run(config)
-    assert_equal_to_one_process(posing.run(train, config, "cuda:0", 1, world=pp * dp), reference)
+    assert_equal_to_one_process(posing.run(train, config, "cuda:0", 1, world=4), reference)
 
 
 def built(info: RankInfo, dtype: torch.dtype, fp8: bool, recompute: str, device: str = "cuda:0") -> Pipeline:
