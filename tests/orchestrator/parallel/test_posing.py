@@ -44,7 +44,7 @@ def test_ranks_that_pose_as_gpus_equal_the_one_process_run(posing, reference):
     config = make_config(2, 2, 2, "dualpipev")
     config.layout.ep_per_node = 1
     check_run(config)
-    assert_equal_to_one_process(posing.run(train, config, "cuda:0", 1, world=4), reference)
+    assert_equal_to_one_process(posing.run(train, config, "cuda:0", 1, world=4, timeout_s=400), reference)
 
 
 def built(info: RankInfo, dtype: torch.dtype, fp8: bool, recompute: str, device: str = "cuda:0") -> Pipeline:
