@@ -45,7 +45,7 @@ def show_status(run_dir: str) -> None:
         console.print(notice)
     if ended and summary["status"] == "failed":
         console.print(f"failed: {_cause(run_dir)}")
-    if not any(row.get("stages") for row in status["ranks"]):
+    if ended and not any(row.get("stages") for row in status["ranks"]):
         return
     rows = [_cells(row, live=not ended) for row in status["ranks"]]
     table = Table(*rows[0], box=None, pad_edge=False)

@@ -49,6 +49,16 @@ def test_status_says_what_every_run_on_the_data_is_told(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1] == rank["notices"][0]
 
 
+def test_a_run_that_starts_shows_its_ranks_and_whether_its_controller_lives(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    rank = {"rank": 0, "node_rank": 0, "host": "a", "pid": 7, "phase": "start"}
+    (tmp_path / "status.json").write_text(json.dumps({"time": time.time() - 60, "attempt": 1, "ranks": [rank]}))
+    show_status(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": starting, step 0 of ?, attempt 1") and lines[2].split()[:4] == ["0", "0", "a", "7"]
+    assert lines[3].startswith("the controller has been silent for 60 s")
+
+
 def test_status_of_a_failed_run_says_why_and_no_empty_table(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("")
     rank = {"rank": 0, "node_rank": 0, "host": "a", "pid": 7, "phase": "start"}
