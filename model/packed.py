@@ -26,10 +26,9 @@ def packed_bytes(rows: int, columns: int, form: str) -> int:
 def unpacking_bytes(rows: int, columns: int, form: str, dtype: torch.dtype) -> int:
     """Bytes that `unpack` fills in its room: of 8 or 4 bits indices and fp32, and what is asked for where it is neither
     that nor what is packed."""
-    looked_up = {"fp8": rows * columns, "int4": rows * (columns // 2)}.get(form)
-    has = torch.bfloat16 if form == "bf16" else torch.float32
-    return ((0 if looked_up is None else 4 * looked_up + 4 * rows * columns)
-            + (0 if has == dtype else dtype.itemsize * rows * columns))
+    size, has = rows * columns, torch.bfloat16 if form == "bf16" else torch.float32
+    looked_up = {"fp8": 4 * size + 4 * size, "int4": 4 * (size // 2) + 4 * size}.get(form, 0)
+    return looked_up + (0 if has == dtype else dtype.itemsize * size)
 
 
 def pack(weight: Tensor, form: str) -> Tensor:

@@ -4,7 +4,6 @@ import os
 
 from orchestrator.errors import BadRequest
 
-FLAGS = ("-sc", "--shell-completion")
 OVERRIDING = ("train", "plan", "prepare", "launch", "compare")
 """Verbs that take keys of the config."""
 
@@ -16,7 +15,8 @@ def complete(arguments: list[str], verbs: list[str]) -> int:
 
     command, _, shell = arguments[0].partition("=") if len(arguments) == 1 else ("", "", "")
     if command not in ("install", "uninstall", "query") or shell not in ("bash", "fish", "zsh"):
-        raise BadRequest(f"{FLAGS[1]}: takes install=SHELL, one of bash, fish and zsh; use sparing -sc install=bash")
+        raise BadRequest("--shell-completion: takes install=SHELL, one of bash, fish and zsh; use sparing -sc "
+                         "install=bash")
     line = os.environ.get("COMP_LINE", "")
     if line and command == "query":
         words, begins = line.split(), line.endswith(" ")
@@ -26,4 +26,4 @@ def complete(arguments: list[str], verbs: list[str]) -> int:
         if words[1] not in OVERRIDING:
             return 0
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]]) + " " * begins
-    return with_hydra_flags([FLAGS[0], *arguments], lambda config: 0, program="sparing")
+    return with_hydra_flags(["-sc", *arguments], lambda config: 0, program="sparing")

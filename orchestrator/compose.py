@@ -306,14 +306,14 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, prog
     for flag in filter(FOREIGN.match, arguments):
         raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours "
                          "into conf/experiment/")
-    for flag in (text.split("=", 1)[0] for text in arguments if text.startswith("-")):
+    flags = [text.split("=", 1)[0] for text in arguments if text.startswith("-")]
+    for flag in flags:
         if flag not in FLAGS:
             key = flag.lstrip("-")
             remedy = (f"write {key}=VALUE, without dashes" if key in (*_all_keys(), *_groups()) else
                       f"there are {', '.join(flag for flag in FLAGS if flag.startswith('--'))}")
             raise BadRequest(f"{flag}: no such flag; {remedy}")
-    for flag in {"--resolve", "--package", "-p"} & set(arguments):
-        if not {"--cfg", "-c"} & {text.split("=", 1)[0] for text in arguments}:
+        if flag in ("--resolve", "--package", "-p") and not {"--cfg", "-c"} & set(flags):
             raise BadRequest(f"{flag}: is of what --cfg prints; use --cfg job {flag}")
     register()
     codes: list[int] = []

@@ -50,8 +50,7 @@ def busy_s(work: Workload, times: list[StageTime] | None = None) -> list[float]:
     times = times or stage_times(work, stage_layers(work))
     overlaps = work.pp > 1 and work.schedule in ("dualpipe", "dualpipev")
     split = work.pp > 1 and work.schedule in SPLIT and not overlaps
-    each = [time.forward + time.backward + time.weight + (time.again if split else 0.0)
-            for time in times]
+    each = [time.forward + time.backward + time.weight + (time.again if split else 0.0) for time in times]
     if overlaps:
         each = [min(alone, time.overlapped or alone) for alone, time in zip(each, times, strict=True)]
     return [sum(each[stage] for stage in stages_on(work, rank)) / work.copies for rank in range(work.pp)]

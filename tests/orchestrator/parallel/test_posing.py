@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.config import Recompute
 from orchestrator.parallel.mesh import connect
@@ -12,6 +11,7 @@ from orchestrator.parallel.pipeline import Pipeline, build_pipeline
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.plan.layout import check_run, layout_of
 from tests.harness import Ranks
+from tests.model.test_recompute import Counted
 from tests.orchestrator.parallel.test_grid import (
     SEQ_LEN,
     SEQUENCES,
@@ -75,19 +75,11 @@ def casts(info: RankInfo) -> list[int]:
     with torch.autocast("cuda", enabled=False):
         for _ in range(3):
             tokens = TOKENS[:2].to("cuda:0")
-            with Casts() as counted:
+            with Counted() as counted:
                 loss = stage(tokens, tokens).sum()
-            made.append(counted.number)
+            made.append(counted.calls["_to_copy"])
             loss.backward()
     return made
-
-
-class Casts(TorchDispatchMode):
-    number = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.number += operator is torch.ops.aten._to_copy.default
-        return operator(*args, **(kwargs or {}))
 
 
 def test_recompute_in_autograds_thread_leaves_the_casts_of_weights(posing):
