@@ -56,7 +56,7 @@ def main() -> None:
         model, loss_of = ours(config)
         model.train().recompute = how is Recompute.full
         if how is Recompute.selective:
-            model.keep_less(norms=True)
+            model.keep_less()
         kept[how] = kept_bytes(model, tokens)
         counted[how] = counted_bytes(Workload(config, HardwareConfig(), args.seq_len, args.sequences, 1, 1, 1, "1f1b",
                                               1, recompute=how, keeping=own("fp32", cpu=True)))

@@ -109,8 +109,8 @@ class ColdExperts(nn.Module):
         self.layer, self.stores, self.hot = layer, stores, hot
         self.ahead: Ahead | None = None
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [R, D] sorted by expert, counts [E] rows of each -> [R, D]."""
+    def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        """x [R, D] sorted by expert, counts [E] rows of each, weights [R, 1] -> weighted [R, D]."""
         if self.ahead is not None:
             self.ahead.experts.expect(self.ahead.router(x[None])[0].indices.unique().tolist())
         out, start = torch.empty_like(x), 0
@@ -119,7 +119,7 @@ class ColdExperts(nn.Module):
                 rows = slice(start, start + number)
                 w13, w2 = (unpack(data, *store.shape, store.form, x.dtype, self.hot.room) for data, store in
                            zip(self.hot.get(self.layer, expert, self.stores), self.stores, strict=True))
-                out[rows] = F.linear(swiglu(F.linear(x[rows], w13)), w2)
+                out[rows] = F.linear(swiglu(F.linear(x[rows], w13), weights[rows]), w2)
                 start += number
         return out
 

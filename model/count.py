@@ -179,9 +179,9 @@ def _experts_width(config: ModelConfig, wide: float, in_turn: bool) -> float:
     dim, rows, inter = config.dim, config.n_activated_experts, config.moe_inter_dim
     shared = config.n_shared_experts * 3 * inter + dim
     kept = dim if config.n_shared_experts else 0
-    one = 2 * dim + 3 * inter
-    routed = kept + (2 * rows * dim + one if in_turn else rows * one)
-    combined = kept + 3 * rows * dim + dim
+    one = dim + 3 * inter
+    routed = kept + rows * dim + (rows * dim + one if in_turn else rows * one)
+    combined = kept + 2 * rows * dim + dim
     places = 12 * wide * rows  # indices and weights of the rows
     return max(wide * (dim + 4 * config.n_routed_experts), places + max(rows * dim + shared, routed, combined))
 

@@ -4,7 +4,7 @@ Every linear product of a block runs on E4M3 operands, three times a step: forwa
 Operands are quantised online: activations and their gradients in 1x128 tiles along the axis that is summed over,
 weights in 128x128 blocks (once a step, for all its microbatches), each with the scale that puts its largest magnitude
 at 448. What backward needs is kept in FP8: a product's input, or the input of the SwiGLU whose output is then computed
-again. Embedding, head, MTP projection, router, norms and the attention core stay as they were; so do master weights
+again; but for inputs that are there anyway (attention's output) or made again (`keeps_input`). Embedding, head, MTP projection, router, norms and the attention core stay as they were; so do master weights
 and gradients, fp32.
 
 The products run on FP8 tensor cores where there are some (`fp8_kernels`). Elsewhere they multiply dequantised values:
@@ -61,15 +61,19 @@ def to_fp8(model: nn.Module, *, power_of_two: bool = False) -> None:
             # As fully_shard does it: names, parameters and hooks stay what they are.
             child.__class__ = kind
             child.power_of_two = power_of_two or name == "wo"
+            child.keeps_input = getattr(child, "keeps_input", False) or name == "wo"
         if isinstance(module, MoE) and type(module.dispatcher) is LocalDispatcher:
             module.dispatcher = Fp8LocalDispatcher(module.dispatcher.n_routed_experts)
 
 
 class Fp8Linear(nn.Linear):
     power_of_two = False
+    keeps_input = False
+    """The input is kept as it is, for it costs nothing, and quantised once more in backward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Product.apply(x.flatten(0, -2), self.weight, None, self.power_of_two, self.power_of_two)
+        out = _Product.apply(x.flatten(0, -2), self.weight, None, self.power_of_two, self.power_of_two,
+                             self.keeps_input)
         out = out.unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -79,7 +83,8 @@ class Fp8FeedForward(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.w13(x)
-        out = _SwiGLUProduct.apply(hidden.flatten(0, -2), self.w2.weight, None, self.power_of_two, self.power_of_two)
+        out = _SwiGLUProduct.apply(hidden.flatten(0, -2), None, self.w2.weight, None, self.power_of_two,
+                                   self.power_of_two)
         return out.unflatten(0, x.shape[:-1])
 
 
@@ -89,9 +94,9 @@ class Fp8GroupedExperts(GroupedExperts):
 
     power_of_two = False
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         hidden = _Product.apply(x, self.w13, counts, True, self.power_of_two)
-        return _SwiGLUProduct.apply(hidden, self.w2, counts, self.power_of_two, True)
+        return _SwiGLUProduct.apply(hidden, weights, self.w2, counts, self.power_of_two, True)
 
 
 class Fp8LocalDispatcher(LocalDispatcher):
@@ -99,8 +104,8 @@ class Fp8LocalDispatcher(LocalDispatcher):
     bf16 on the way back, in backward as in forward (report section 3.3.3)."""
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Sorted:
-        rows, counts, permutation = permute(tokens, routing, self.n_routed_experts)
-        return Sorted(_Wire.apply(rows, _through_fp8, _through_bf16), counts, permutation)
+        received, permutation = permute(tokens, routing, self.n_routed_experts)
+        return Sorted(received._replace(rows=_Wire.apply(received.rows, _through_fp8, _through_bf16)), permutation)
 
     def combine(self, out: Tensor, handle: Sorted) -> Tensor:
         return super().combine(_Wire.apply(out, _through_bf16, _through_fp8), handle)
@@ -164,42 +169,46 @@ class _Wire(torch.autograd.Function):
 class _Product(torch.autograd.Function):
     """x [R, K] times weight [N, K] or [E, N, K] transposed -> [R, N]; counts [E] rows of each expert, or none.
 
-    The last two arguments: whether scales of x, and of the output's gradient, are powers of two.
+    of_x, of_grad: whether scales of x, and of the output's gradient, are powers of two. keeps_x: rather than FP8.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
+                keeps_x: bool = False) -> Tensor:
         rows = _quantized(x, of_x)
-        ctx.save_for_backward(*rows, weight, counts)
+        ctx.save_for_backward(weight, counts, *([x] if keeps_x else rows))
         ctx.scales, ctx.dtype = (of_x, of_grad), x.dtype
         return _product(rows, weight, counts, autocast_dtype(x), power_of_two=of_x, exact=of_x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        data, scale, weight, counts = ctx.saved_tensors
-        x = act_dequant(Quantized(data, scale))
+        weight, counts, *kept = ctx.saved_tensors
+        x = act_dequant(_quantized(*kept, ctx.scales[0]) if len(kept) == 1 else Quantized(*kept))
         grad_x, grad_weight = _backward(grad, x, weight, counts, *ctx.scales, ctx.needs_input_grad, ctx.dtype)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
 class _SwiGLUProduct(torch.autograd.Function):
-    """swiglu(hidden [R, 2K]) times weight transposed, as `_Product`; hidden is what is kept."""
+    """swiglu(hidden [R, 2K], routing [R, 1] or none) times weight transposed, as `_Product`; hidden is what is kept."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool) -> Tensor:
-        ctx.save_for_backward(*_quantized(hidden, of_x), weight, counts)
+    def forward(ctx, hidden: Tensor, routing: Tensor | None, weight: Tensor, counts: Tensor | None, of_x: bool,
+                of_grad: bool) -> Tensor:
+        ctx.save_for_backward(*_quantized(hidden, of_x), routing, weight, counts)
         ctx.scales, ctx.dtype = (of_x, of_grad), hidden.dtype
-        return _product(_quantized(swiglu(hidden), of_x), weight, counts, autocast_dtype(hidden), power_of_two=of_x,
-                        exact=of_x)
+        return _product(_quantized(swiglu(hidden, routing), of_x), weight, counts, autocast_dtype(hidden),
+                        power_of_two=of_x, exact=of_x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        data, scale, weight, counts = ctx.saved_tensors
-        hidden = act_dequant(Quantized(data, scale))
-        grad_x, grad_weight = _backward(grad, swiglu(hidden), weight, counts, *ctx.scales, ctx.needs_input_grad,
-                                        torch.float32)
-        grad_hidden = None if grad_x is None else swiglu_backward(grad_x, hidden).to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        data, scale, routing, weight, counts = ctx.saved_tensors
+        hidden, (to_input, to_routing, to_weight) = act_dequant(Quantized(data, scale)), ctx.needs_input_grad[:3]
+        grad_x, grad_weight = _backward(grad, swiglu(hidden, routing), weight, counts, *ctx.scales,
+                                        (to_input or to_routing, to_weight), torch.float32)
+        if grad_x is None:
+            return None, None, grad_weight, None, None, None
+        grad_hidden, grad_routing = swiglu_backward(grad_x, hidden, routing)
+        return grad_hidden.to(ctx.dtype), grad_routing, grad_weight, None, None, None
 
 
 def _quantized(x: Tensor, power_of_two: bool, floor: float = AMAX_FLOOR) -> Quantized:

@@ -5,20 +5,18 @@ only reorders; `orchestrator/parallel/dispatch.py` has the one that crosses rank
 parameter. Shapes: T tokens, D dim, E routed experts, K activated experts, R rows at the local experts.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, ScoreFunc
-from model.ops import autocast_dtype, cast_weight, gather_rows, grouped_mm, swiglu
+from model.ops import autocast_dtype, cast_weight, gather_rows, grouped_mm, linear_in_fp32, sum_rows, swiglu
 from model.recompute import again
 
 
 class Routing(NamedTuple):
-    """Which experts a token goes to, [T, K] each: index and weight of the output."""
+    """Which experts a token goes to, [T, K] each: index and weight of what the expert makes of it."""
 
     indices: Tensor
     weights: Tensor
@@ -31,27 +29,33 @@ class Dispatcher(Protocol):
     def dispatch(self, tokens: Tensor, routing: Routing) -> object:
         """tokens [T, D] set out for their experts -> handle, which carries what the other two need."""
 
-    def receive(self, handle: object) -> tuple[Tensor, Tensor]:
-        """Rows [R, D] sorted by local expert, counts [local experts]."""
+    def receive(self, handle: object) -> "Received":
+        """What has arrived at the local experts."""
 
     def combine(self, out: Tensor, handle: object) -> Tensor:
-        """Expert outputs [R, D] -> their weighted sums per token [T, D]."""
+        """Expert outputs, weighted, [R, D] -> their sums per token [T, D]."""
 
 
-@dataclass
-class Permutation:
-    """How rows were sorted by expert, the way back, and the weights that sum them up again."""
+class Received(NamedTuple):
+    """Rows [R, D] sorted by local expert, counts [local experts], the rows' weights [R, 1] in fp32."""
+
+    rows: Tensor
+    counts: Tensor
+    weights: Tensor
+
+
+class Permutation(NamedTuple):
+    """How `copies` rows of each token were sorted by expert, and the way back, [T * K] each."""
 
     order: Tensor
     back: Tensor
-    weights: Tensor
+    copies: int
 
 
 class Sorted(NamedTuple):
     """The local dispatcher's handle."""
 
-    rows: Tensor
-    counts: Tensor
+    received: Received
     permutation: Permutation
 
 
@@ -62,30 +66,29 @@ class LocalDispatcher:
         self.n_routed_experts = n_routed_experts
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Sorted:
-        return Sorted(*permute(tokens, routing, self.n_routed_experts))
+        return permute(tokens, routing, self.n_routed_experts)
 
-    def receive(self, handle: Sorted) -> tuple[Tensor, Tensor]:
-        return handle.rows, handle.counts
+    def receive(self, handle: Sorted) -> Received:
+        return handle.received
 
     def combine(self, out: Tensor, handle: Sorted) -> Tensor:
         return unpermute(out, handle.permutation)
 
 
-def permute(tokens: Tensor, routing: Routing, n_experts: int) -> tuple[Tensor, Tensor, Permutation]:
+def permute(tokens: Tensor, routing: Routing, n_experts: int) -> Sorted:
     """Copy each token once per chosen expert and sort the copies by expert (stable, so that order is a fact)."""
     flat = routing.indices.flatten()
     order = flat.argsort(stable=True)
     back = inverse_of(order)
     counts = count_choices(flat, n_experts)
-    rows = gather_rows(tokens, order, back, routing.indices.shape[1])
-    return rows, counts, Permutation(order, back, routing.weights)
+    copies = routing.indices.shape[1]
+    weights = gather_rows(routing.weights.view(-1, 1), order, back)
+    return Sorted(Received(gather_rows(tokens, order, back, copies), counts, weights), Permutation(order, back, copies))
 
 
 def unpermute(out: Tensor, permutation: Permutation) -> Tensor:
-    """Rows back in token order, weighted and summed over each token's experts, in the experts' chosen order."""
-    weights = permutation.weights
-    rows = gather_rows(out, permutation.back, permutation.order).unflatten(0, weights.shape)
-    return torch.bmm(weights.to(rows.dtype)[:, None, :], rows).squeeze(1)
+    """Rows summed over each token's experts, in the experts' chosen order."""
+    return sum_rows(out, *permutation)
 
 
 def count_choices(flat: Tensor, n_experts: int) -> Tensor:
@@ -123,7 +126,7 @@ class Router(nn.Module):
         """x [B, S, D] -> routing over the B * S tokens, and the balance loss summed over sequences (if weighed)."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.gate.weight.float())
+            logits = linear_in_fp32(x, self.gate.weight)
             sigmoid = config.score_func is ScoreFunc.sigmoid
             scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
             indices = self._choose(scores.detach())
@@ -186,7 +189,8 @@ class Router(nn.Module):
 class GroupedExperts(nn.Module):
     """The local experts' SwiGLU networks, one weight tensor per matrix, expert first.
 
-    w13 [E, 2F, D]: gate rows, then up rows. w2 [E, D, F].
+    w13 [E, 2F, D]: gate rows, then up rows. w2 [E, D, F]. The routing weights multiply what w2 multiplies, so that
+    their gradient needs no output: D numbers of each row are not kept.
     """
 
     keeps_less = False
@@ -197,15 +201,16 @@ class GroupedExperts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(num_experts, 2 * inter_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, inter_dim))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [R, D] sorted by expert, counts [E] rows of each -> [R, D]."""
+    def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        """x [R, D] sorted by expert, counts [E] rows of each, weights [R, 1] -> weighted [R, D]."""
         offsets = counts.cumsum(0).to(torch.int32)
         dtype = autocast_dtype(x)
         hidden = grouped_mm(x.to(dtype), cast_weight(self.w13, dtype).transpose(1, 2), offsets)
-        return again(self._down, hidden, offsets) if self.keeps_less and self.training else self._down(hidden, offsets)
+        inputs = hidden, weights, offsets
+        return again(self._down, *inputs) if self.keeps_less and self.training else self._down(*inputs)
 
-    def _down(self, hidden: Tensor, offsets: Tensor) -> Tensor:
-        return grouped_mm(swiglu(hidden), cast_weight(self.w2, hidden.dtype).transpose(1, 2), offsets)
+    def _down(self, hidden: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_mm(swiglu(hidden, weights), cast_weight(self.w2, hidden.dtype).transpose(1, 2), offsets)
 
 
 class FeedForward(nn.Module):
@@ -219,9 +224,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(inter_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.w13(x))
-
-    def down(self, hidden: Tensor) -> Tensor:
+        hidden = self.w13(x)
         return again(self._down, hidden) if self.keeps_less and self.training else self._down(hidden)
 
     def _down(self, hidden: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Three autograd functions that say what autograd's composition would, with fewer passes over memory; a product of
-groups; and what is made of a weight, once.
+"""Autograd functions that say what autograd's composition would, with fewer passes over memory or less of it kept; a
+product of groups; and what is made of a weight, once.
 
 Each equals the plain expression in its docstring, gradient included (tests/model/test_ops.py). On a CPU they are
 worth a tenth of a training step: a scatter becomes a gather, a concatenation a write in place.
@@ -14,25 +14,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu(hidden: Tensor) -> Tensor:
-    """silu(hidden[.., :F]) * hidden[.., F:], [.., 2F] -> [.., F] (Shazeer 2020)."""
-    return _SwiGLU.apply(hidden)
+def swiglu(hidden: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(hidden[.., :F]) * hidden[.., F:] * weights, [.., 2F] and [.., 1] -> [.., F] (Shazeer 2020)."""
+    return _SwiGLU.apply(hidden, weights)
 
 
-def swiglu_backward(grad: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient of hidden [.., 2F] from that of swiglu(hidden) [.., F]."""
+def swiglu_backward(grad: Tensor, hidden: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of hidden [.., 2F] and weights [.., 1] from that of swiglu(hidden, weights) [.., F]."""
     gate, up = hidden.chunk(2, dim=-1)
-    out = torch.empty_like(hidden)
+    out, grad_weights = torch.empty_like(hidden), None
     grad_gate, grad_up = out.chunk(2, dim=-1)
     torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
     torch.mul(grad, up, out=grad_gate)
+    if weights is not None:
+        grad_weights = torch.linalg.vecdot(grad_up, up)[..., None].to(weights.dtype)
+        out.mul_(weights.to(out.dtype))
     torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-    return out
+    return out, grad_weights
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019)."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def linear_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x.float() @ weight.float().T, [.., K] and [N, K] -> [.., N]; x is kept as it is."""
+    return _LinearInFp32.apply(x, weight)
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
@@ -41,6 +49,11 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, copies: int = 1) -> T
     The gradient is again a gather, by `inverse`, summed over the copies in order: deterministic, no scatter-add.
     """
     return _GatherRows.apply(x, index, inverse, copies)
+
+
+def sum_rows(x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+    """The way back from `gather_rows`: x[inverse] [N * copies, D] summed over each token's copies, [N, D]."""
+    return _SumRows.apply(x, index, inverse, copies)
 
 
 @contextlib.contextmanager
@@ -116,13 +129,14 @@ def _leaves_empty_groups(device: torch.device) -> bool:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden)
+    def forward(ctx, hidden: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weights)
         gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        out = F.silu(gate).mul_(up)
+        return out if weights is None else out.mul_(weights.to(out.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         return swiglu_backward(grad, *ctx.saved_tensors)
 
 
@@ -147,15 +161,51 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+class _LinearInFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad
+        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).float() if to_weight else None
+        return ((grad @ weight.float()).to(x.dtype) if to_x else None,
+                None if grad_weight is None else grad_weight.to(weight.dtype))
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x[index if copies == 1 else index // copies]
+        return _taken(x, index, copies)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        rows = grad[inverse]
-        return rows.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else rows, None, None, None
+        return _sums(grad, *ctx.saved_tensors, ctx.copies), None, None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.copies = copies
+        return _sums(x, inverse, copies)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _taken(grad, *ctx.saved_tensors, ctx.copies), None, None, None
+
+
+def _taken(x: Tensor, index: Tensor, copies: int) -> Tensor:
+    return x[index if copies == 1 else index // copies]
+
+
+def _sums(x: Tensor, inverse: Tensor, copies: int) -> Tensor:
+    """In order, and in fp32 what is not. A bag of a sum is written as it is read, and rows are never copied."""
+    if copies == 1 or not len(x):
+        return x[inverse].view(-1, x.shape[-1])
+    return F.embedding_bag(inverse.view(-1, copies), x.contiguous(), mode="sum")

@@ -1,14 +1,16 @@
 """What a block computes again in backward rather than keep (V3 report, section 3.2.3): norms, what leads from latents
-to queries, keys and values, SwiGLU outputs. Of the products only attention's first ones run twice, the core does not.
+to queries, keys and values, SwiGLU outputs. Of the products only MLA's up-projections run twice, the core does not.
 
 torch's checkpoint stops as soon as it has what backward needs: the product at the end of a region has kept its input
-by then, and does not run again. Attention therefore projects its queries last, keys and values being the smaller.
+by then, and does not run again.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +26,27 @@ def again(function: Callable, *inputs, but_cores: bool = False):
     """function(*inputs), of which backward has the inputs alone; but_cores: and the outputs of attention cores."""
     kept = {"context_fn": _keeping_cores} if but_cores else {}
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **kept)
+
+
+def made_again(make: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], object]):
+    """use(make(x)), of which backward has x and makes the rest again, wherever it would have kept make(x) itself."""
+    made, x = make(x), x.detach()
+    ours = weakref.ref(made)  # as hooks outlive the forward
+
+    def pack(tensor: Tensor) -> object:
+        same = tensor is ours() or tensor._base is ours()
+        if same and tensor.numel() == ours().numel() and tensor.is_contiguous():
+            return tensor.shape
+        return tensor.detach()  # an operator's own output would hold the operator that holds it
+
+    def unpack(kept: object) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return make(x).view(kept)
+
+    with saved_tensors_hooks(pack, unpack):
+        return use(made)
 
 
 def keep_casts(device: torch.device) -> None:

@@ -15,16 +15,18 @@ from model.attention import RMSNorm, build_attention, rope_table
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.moe import FeedForward, GroupedExperts, MoE, Router
-from model.recompute import again
+from model.ops import autocast_dtype
+from model.recompute import again, made_again
+
+READ_A_NORM = ("wq_a", "wq", "wkv_a", "wk", "wv", "w13")
+"""Linear layers of a block whose input is a norm's output."""
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, dense or routed, each added to its input."""
 
     keeps_less = False
-    """Attention up to its core is computed again in backward (`model.recompute`)."""
-    norms_again = False
-    """So are the norms' outputs, where products keep them: those in FP8 keep fewer bytes of their own."""
+    """The norms' outputs and attention up to its core are computed again in backward (`model.recompute`)."""
 
     def __init__(self, config: ModelConfig, layer: int, num_local_experts: int | None = None):
         super().__init__()
@@ -37,20 +39,13 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.dim, config.inter_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        x = x + (self._attention(x, rope) if self.keeps_less and self.training and cache is None else
-                 self.attention(self.attention_norm(x), rope, cache))
-        if hasattr(self, "moe"):
-            return x + self.moe(self.ffn_norm(x))
-        if self.norms_again and self.training:
-            return x + self.ffn.down(again(lambda x: self.ffn.w13(self.ffn_norm(x)), x))
-        return x + self.ffn(self.ffn_norm(x))
-
-    def _attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        def project(x: Tensor) -> tuple[Tensor, ...]:
-            return self.attention.project(self.attention_norm(x))
-
-        projected = again(project, x) if self.norms_again else project(x)
-        return self.attention.wo(again(self.attention.attend, *projected, rope, but_cores=True))
+        feed_forward = self.moe if hasattr(self, "moe") else self.ffn
+        if self.keeps_less and self.training and cache is None:
+            projected = made_again(self.attention_norm, x, self.attention.project)
+            x = x + self.attention.wo(again(self.attention.attend, *projected, rope, but_cores=True))
+            return x + made_again(self.ffn_norm, x, feed_forward)
+        x = x + self.attention(self.attention_norm(x), rope, cache)
+        return x + feed_forward(self.ffn_norm(x))
 
 
 class MTPModule(nn.Module):
@@ -126,7 +121,9 @@ class Transformer(nn.Module):
         return self.head(x) if tokens is None else self._losses(x, tokens, rope)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.tok_embeddings(tokens)
+        """ids -> the residual stream, in the dtype of products from here on."""
+        x = self.tok_embeddings(tokens)
+        return x.to(autocast_dtype(x))
 
     def head(self, x: Tensor) -> Tensor:
         """Normalised hidden states [.., D] -> logits [.., V]."""
@@ -147,13 +144,13 @@ class Transformer(nn.Module):
                 accepted.append(_accepted(logits, greedy, depth=k + 1))
         return torch.stack(losses + accepted, dim=-1)
 
-    def keep_less(self, *, norms: bool) -> None:
-        """Selective recompute, of every block, MTP's too. norms: `Block.norms_again`."""
-        for module in self.modules():
+    def keep_less(self) -> None:
+        """Selective recompute, of every block, MTP's too."""
+        for name, module in self.named_modules():
             if isinstance(module, Block | FeedForward | GroupedExperts):
                 module.keeps_less = True
-            if isinstance(module, Block):
-                module.norms_again = norms
+            if name.rpartition(".")[2] in READ_A_NORM:
+                module.keeps_input = True
 
     def _run(self, module: nn.Module, *inputs) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():

@@ -1,10 +1,37 @@
-"""The most bytes that torch's tensors took at once, read off a profile of the CPU."""
+"""What torch's tensors take: the most bytes at once, read off a profile of the CPU; those that a function leaves behind.
+"""
 
 import bisect
 import math
+from collections.abc import Callable
 
+from torch import Tensor
 from torch._C._profiler import _EventType
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def left_behind(function: Callable[[], object]) -> tuple[object, int]:
+    """What it returns, and the bytes of storages that it made and that are alive: of a forward, what its backward
+    needs."""
+    with _Made() as made:
+        result = function()
+    return result, sum(size for storage, size in made.storages if not storage.expired())
+
+
+class _Made(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.storages = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = operator(*args, **(kwargs or {}))
+        new = {s.data_ptr(): s for s in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor))}
+        self.storages += [(StorageWeakRef(s), s.nbytes()) for pointer, s in new.items() if pointer not in given]
+        return out
 
 
 def most_allocated(recorded: profile, *, before: int = 0, within: str | None = None) -> int:

@@ -11,18 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.moe import Permutation, Routing, inverse_of, permute, unpermute
+from model.moe import Permutation, Received, Routing, inverse_of, permute, unpermute
 from model.ops import gather_rows
 from orchestrator.parallel.exchange import Journey, as_experts_compute, precisions
 
 
 @dataclass
 class Exchange:
-    """The rows' way to the experts, and what the way back needs: the local sort and the sort by expert after arrival.
-    """
+    """The way of weights and rows to the experts, and what the way back needs: the local sort and the sort by expert
+    after arrival."""
 
-    journey: Journey
-    ticket: Tensor
+    weights: Journey
+    rows: Journey
+    tickets: tuple[Tensor, Tensor]
     counts: Tensor
     permutation: Permutation
     order: Tensor
@@ -42,24 +43,27 @@ class AllToAllDispatcher:
         self.fp8 = fp8
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Exchange:
-        rows, counts, permutation = permute(tokens, routing, self.n_routed_experts)
+        (leaving, counts, by_row), permutation = permute(tokens, routing, self.n_routed_experts)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
         ranks = self.group.size()
         per_source = arriving.view(ranks, -1)
         sent, received = torch.stack([counts.view(ranks, -1).sum(1), per_source.sum(1)]).tolist()
-        journey = Journey(self.group, sent, received, *precisions(self.fp8))
-        ticket = journey.depart(as_experts_compute(rows, self.fp8))
+        # Weights leave first, so that in backward, too, they are awaited after the rows, at whose side they travel.
+        weights = Journey(self.group, sent, received, small=True)
+        rows = Journey(self.group, sent, received, *precisions(self.fp8))
+        tickets = weights.depart(by_row), rows.depart(as_experts_compute(leaving, self.fp8))
         local = torch.arange(per_source.shape[1], device=tokens.device).repeat(ranks)
         order = local.repeat_interleave(arriving, output_size=sum(received)).argsort(stable=True)
-        return Exchange(journey, ticket, per_source.sum(0), permutation, order, inverse_of(order))
+        return Exchange(weights, rows, tickets, per_source.sum(0), permutation, order, inverse_of(order))
 
-    def receive(self, handle: Exchange) -> tuple[Tensor, Tensor]:
-        rows = handle.journey.arrive(handle.ticket)
-        return gather_rows(rows, handle.order, handle.back), handle.counts
+    def receive(self, handle: Exchange) -> Received:
+        rows, weights = handle.rows.arrive(handle.tickets[1]), handle.weights.arrive(handle.tickets[0])
+        rows, weights = (gather_rows(t, handle.order, handle.back) for t in (rows, weights))
+        return Received(rows, handle.counts, weights)
 
     def combine(self, out: Tensor, handle: Exchange) -> Tensor:
-        home = handle.journey.home()
+        home = handle.rows.home()
         ticket = home.depart(as_experts_compute(gather_rows(out, handle.back, handle.order), self.fp8))
         del out  # nobody waits for it while it is on its way
         return unpermute(home.arrive(ticket), handle.permutation)

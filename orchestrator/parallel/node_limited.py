@@ -1,13 +1,13 @@
 """Node-limited dispatch: a token crosses to each node that holds one of its experts once, and goes on from there to the
 ranks that hold them, once to each (V3 report, section 3.2.2).
 
-On the way back each rank adds up, weighted, what its experts made of a token, and each node what its ranks did, so that
-the bytes are as few. Sums over experts are therefore taken in another order than in one process; what an expert sees is
+On the way back each rank adds up what its experts made of a token, and each node what its ranks did, so that the bytes
+are as few. Sums over experts are therefore taken in another order than in one process; what an expert sees is
 the same. A place below is a node, a rank or, at the end, an expert; a token goes to each at most once, which is a pair.
 Shapes: T tokens, D dim, K activated experts, N places, P pairs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.moe import Routing
+from model.moe import Received, Routing
 from orchestrator.parallel.exchange import Journey, as_experts_compute, precisions
 
 
@@ -122,26 +122,24 @@ class Hop:
         return rows, Routing(torch.where((here >= 0) & (here < self.share), here, -1), weights)
 
     def home(self, out: Tensor, leg: Leg) -> Tensor:
-        """What was made of the tokens that arrived -> its sums at the ranks they came from. Gradients are weighted at
-        the experts: eight bits would round them before that and after."""
-        way = replace(leg.rows.home(), back=leg.rows.back)
+        """What was made of the tokens that arrived -> its sums at the ranks they came from."""
+        way = leg.rows.home()
         return summed(way.arrive(way.depart(as_experts_compute(out, self.fp8))), leg.pairs)
 
 
 @dataclass
 class Trip:
-    """The legs so far; at the end the pairs of token and local expert, and their weights."""
+    """The legs so far; at the end the pairs of token and local expert."""
 
     legs: list[Leg]
     pairs: Pairs | None = None
-    weights: Tensor | None = None
 
 
 class NodeLimitedDispatcher:
     """Experts are sharded in equal consecutive shares over the ranks of an expert group, whose ranks are joined by
     `groups`, from the widest to the narrowest: across its nodes, then within a node (`Mesh.hops`).
 
-    fp8: tokens travel in FP8 as in `AllToAllDispatcher`, all else in bf16: a sum is rounded wherever it travels.
+    fp8: as in `AllToAllDispatcher`; but a sum is rounded to bf16 wherever it travels.
     """
 
     def __init__(self, groups: list[dist.ProcessGroup], n_routed_experts: int, *, fp8: bool = False):
@@ -154,7 +152,7 @@ class NodeLimitedDispatcher:
         nowhere = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         return Trip([self.hops[0].depart(tokens, routing, nowhere)])
 
-    def receive(self, handle: Trip) -> tuple[Tensor, Tensor]:
+    def receive(self, handle: Trip) -> Received:
         tokens, routing = self.hops[0].arrive(handle.legs[0])
         for hop in self.hops[1:]:
             handle.legs.append(hop.depart(tokens, routing, handle.legs[-1].origin))
@@ -165,12 +163,10 @@ class NodeLimitedDispatcher:
         handle.pairs = pairs = pairs_of(wanted, int(counts.sum()), in_order)
         spread = routing.weights.new_zeros(len(tokens), self.share + 1).scatter(
             1, routing.indices.remainder(self.share + 1), routing.weights)
-        handle.weights = spread[pairs.token, pairs.place]
-        return copied(tokens, pairs), counts
+        return Received(copied(tokens, pairs), counts, spread[pairs.token, pairs.place, None])
 
     def combine(self, out: Tensor, handle: Trip) -> Tensor:
-        """Weighted in the dtype that experts compute in, then summed."""
-        out = summed(out * handle.weights[:, None].to(out.dtype), handle.pairs)
+        out = summed(out, handle.pairs)
         for hop, leg in zip(reversed(self.hops), reversed(handle.legs), strict=True):
             out = hop.home(out, leg)
         return out

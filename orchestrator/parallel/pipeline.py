@@ -36,6 +36,8 @@ class Pipeline:
     stages: list[Transformer]
     embedding_group: dist.ProcessGroup | None
     shards: list[Shard]
+    dtype: torch.dtype
+    """Of the residual stream."""
     runtimes: dict = field(default_factory=dict)
 
     @property
@@ -137,7 +139,7 @@ class Pipeline:
     def _hidden(self, part: Tensor) -> Tensor:
         """Room for the hidden states of one microbatch, [B, S, D]."""
         seq_len = part.shape[1] - 1 - self.model.n_mtp_layers
-        return torch.empty(part.shape[0], seq_len, self.model.dim, device=part.device)
+        return torch.empty(part.shape[0], seq_len, self.model.dim, dtype=self.dtype, device=part.device)
 
     def _no_losses(self, tokens: Tensor) -> Tensor:
         return torch.zeros(1 + self.model.n_mtp_layers, device=tokens.device)
@@ -178,7 +180,8 @@ def build_pipeline(config: Config, mesh: Mesh, compute_dtype: torch.dtype) -> Pi
         last_rank = next(r for r in range(layout.pp) if last_stage in stages_of(
             r, layout.pp, layout.schedule, layout.stages_per_rank))
         group = mesh.first_and_last_stage_group(last_rank)
-    return Pipeline(config.model, layout, mesh, ids, stages, group, shards_of(stages, config.model, mesh))
+    return Pipeline(config.model, layout, mesh, ids, stages, group, shards_of(stages, config.model, mesh),
+                    compute_dtype)
 
 
 class _LossScale:

@@ -65,7 +65,7 @@ def build_stage(config: ModelConfig, layers: range, mesh: Mesh, *, seed: int, re
     if fp8:
         to_fp8(stage, power_of_two=precision.power_of_two_scales)
     if recompute is Recompute.selective:
-        stage.keep_less(norms=not fp8)
+        stage.keep_less()
     if mesh.ep is not None:
         for _, moe in moe_layers(stage):
             moe.dispatcher = (NodeLimitedDispatcher(mesh.hops, config.n_routed_experts, fp8=fp8) if mesh.hops else

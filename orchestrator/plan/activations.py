@@ -17,7 +17,7 @@ def block_bytes(work: Workload, moe: bool, recompute: Recompute | None = None) -
     recompute = recompute or work.recompute
     keep, dim = work.keeping, stream(work)
     if recompute is Recompute.full:
-        return work.microbatch_tokens * dim * keep.residual
+        return work.microbatch_tokens * dim * keep.element
     if keep.eager:
         return own_activations.block_bytes(work, moe, recompute)
     cheap = recompute is Recompute.selective
@@ -54,7 +54,7 @@ def loss_bytes(work: Workload) -> float:
 def backward_bytes(work: Workload, moe: bool) -> float:
     """Beyond what is kept while one block's backward runs: what it computes again, and gradients of its widest part."""
     model, tokens, keep = work.model, work.microbatch_tokens, work.keeping
-    gradients = 2 * tokens * keep.residual * stream(work)
+    gradients = 2 * tokens * keep.element * stream(work)
     if keep.eager and work.recompute is Recompute.selective:
         attention, inner, gone = own_activations.again_bytes(work, moe)
         again = max(attention, inner)
@@ -137,7 +137,7 @@ def _gated(work: Workload, inner: float, cheap: bool) -> float:
 
 
 def _experts(work: Workload, cheap: bool) -> float:
-    """Router, the rows that arrive (as many as leave, were routing even), their SwiGLU, their outputs, shared experts.
+    """Router, the rows that arrive (as many as leave, were routing even), their SwiGLU, shared experts.
 
     The fullest rank's rows count. Indices and weights are of 8 and 4 bytes. Ranks that split an expert see each
     other's rows.
@@ -146,8 +146,7 @@ def _experts(work: Workload, cheap: bool) -> float:
     share = work.tp if keep.sequence_parallel else 1
     rows = model.n_activated_experts / share
     router = 4 * model.n_routed_experts / share + 32 * rows
-    outputs = model.dim * keep.element if keep.routed_output else 0
-    wide = work.etp * (model.dim * _product(work) + outputs)
+    arrived = work.etp * model.dim * _product(work)
     gathered = work.ep * work.etp / share * model.dim * keep.element if keep.gathers_tokens else 0
-    routed = gathered + rows * work.imbalance * (wide + _gated(work, model.moe_inter_dim, cheap))
+    routed = gathered + rows * work.imbalance * (arrived + _gated(work, model.moe_inter_dim, cheap))
     return router + routed + _gated(work, model.n_shared_experts * model.moe_inter_dim / work.tp, cheap)

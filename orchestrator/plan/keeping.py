@@ -27,8 +27,6 @@ class Keeping:
     """Without replicas the working copy is the master, and there is no second one."""
     element: float = 2
     """Of an activation."""
-    residual: float = 2
-    """Of the residual stream."""
     logit: float = 6
     """At the peak of the loss, by the first head."""
     logit_kept: float = 4
@@ -39,8 +37,6 @@ class Keeping:
     """The attention core keeps no score matrix."""
     dropout: bool = False
     """A mask of one byte at both residual branches, and over the score matrix."""
-    routed_output: bool = True
-    """The experts' outputs are kept for the gradient of the routing weights."""
     fp8_more: bool = False
     """With FP8 products, SwiGLU's inputs are kept in FP8 too, and attention's output in twelve bits."""
     eager: bool = False
@@ -56,11 +52,11 @@ class Keeping:
     """Device context and libraries 3.5 GB, and about 0.37 of collectives' own buffers (aiconfigurator's tables)."""
 
 
-PLANNED = Keeping(weight=2, moments=4, routed_output=False, fp8_more=True, logit_kept=0)
+PLANNED = Keeping(weight=2, moments=4, fp8_more=True, logit_kept=0)
 """What the V3 report keeps (section 3.3.3): bf16 weights and moments, fp32 gradients and masters, SwiGLU's inputs in
 FP8 beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
 
-SPARING = Keeping(weight=4, cast=2, head_cast=2, master_is_weight=True, residual=4, logit=12, eager=True)
+SPARING = Keeping(weight=4, cast=2, head_cast=2, master_is_weight=True, logit=12, eager=True)
 """fp32 gathered over the replicas, and bf16 casts of what products read, made once a step; the loss in fp32:
 log-probabilities, and two gradients of them."""
 
@@ -75,5 +71,5 @@ def own(dtype: str, *, cpu: bool = False) -> Keeping:
     return replace(kept, padded_values=True, framework_gib=0.0) if cpu else kept
 
 
-MEGATRON = Keeping(weight=2, routed_output=False, framework_gib=0.0)
+MEGATRON = Keeping(weight=2, framework_gib=0.0)
 """What torch's allocator sees of Megatron-Core: bf16 weights and logits, an fp32 copy of the logits."""

@@ -81,7 +81,7 @@ def activation_peaks(work: Workload, *, alone: bool = False) -> list[tuple[float
     split = {moe: gradient_bytes(work, moe) for moe in (False, True)} if work.keeping.eager else {}
     head, loss, logits = head_bytes(work), loss_bytes(work), logit_gradient_bytes(work)
     gone = first_head_bytes(work)
-    output = work.microbatch_tokens * stream(work) * work.keeping.residual
+    output = work.microbatch_tokens * stream(work) * work.keeping.element
     peaks = []
     for group in groups:
         best = 0.0, 0.0, 0.0, 0.0
@@ -257,9 +257,9 @@ def _buffer_bytes(work: Workload, *, moe: bool, reducing: bool) -> float:
     """In transit: rows of one all-to-all there and back, a microbatch to the next stage, one block's gradients where
     they are not reduced in place and are there to be reduced, and with ZeRO stage 3 two blocks' weights."""
     model, keep = work.model, work.keeping
-    tokens, passed = (work.microbatch_tokens * stream(work) * each for each in (keep.element, keep.residual))
+    tokens = work.microbatch_tokens * stream(work) * keep.element
     rows = 2 * tokens * model.n_activated_experts * work.imbalance if moe and work.ep > 1 else 0.0
-    sends = 2 * passed if work.pp > 1 else 0.0
+    sends = 2 * tokens if work.pp > 1 else 0.0
     gathered = 2 * keep.weight if work.zero >= 3 else 0.0
     reduced = keep.gradient if reducing and (work.zero >= 2 or keep.eager) else 0.0
     return rows + sends + (largest_block(work) * (gathered + reduced) if gathered + reduced else 0.0)

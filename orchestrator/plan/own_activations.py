@@ -9,7 +9,6 @@ from orchestrator.config import Recompute
 from orchestrator.plan.workload import Workload
 
 TILE = 128
-FP32 = 4
 
 
 def block_bytes(work: Workload, moe: bool, recompute: Recompute) -> float:
@@ -21,7 +20,7 @@ def again_bytes(work: Workload, moe: bool) -> tuple[float, float, float]:
     """What selective recompute makes anew in attention and in the feed-forward, and what the latter had kept, which is
     gone by attention's turn."""
     whole, kept = _Kept(work), _Kept(work, Recompute.selective)
-    attention = whole.attention(cast=True) - kept.attention(cast=True)
+    attention = whole.attention() - kept.attention()
     inner = kept.feed_forward(moe)
     parts = attention, whole.feed_forward(moe) - inner, inner
     return tuple(work.microbatch_tokens * part for part in parts)
@@ -30,21 +29,19 @@ def again_bytes(work: Workload, moe: bool) -> tuple[float, float, float]:
 def head_bytes(work: Workload) -> float:
     """Final norm, the loss of every head, and what an MTP module keeps beside its block."""
     kept, model = _Kept(work), work.model
-    extra = sum(kept.mtp(depth, model.is_moe(model.n_layers + depth)) for depth in range(model.n_mtp_layers))
-    return work.microbatch_tokens * (kept.head() + extra)
+    return work.microbatch_tokens * (kept.head() + model.n_mtp_layers * kept.mtp())
 
 
 def mtp_head_bytes(work: Workload) -> float:
     """An MTP module's final norm and loss."""
-    kept = _Kept(work)
-    return work.microbatch_tokens * kept.head(kept.element)
+    return work.microbatch_tokens * _Kept(work).head()
 
 
 def exchange_bytes(work: Workload) -> float:
-    """What one MoE layer's dispatch and combine send and receive in forward."""
+    """What one MoE layer's dispatch and combine send and receive in forward, a weight with each row that leaves."""
     dim, element = work.model.dim, work.keeping.element
     there, back = (_fp8(dim), 2 * dim) if work.dtype == "fp8" else (element * dim, element * dim)
-    return work.microbatch_tokens * 2 * work.model.n_activated_experts * work.imbalance * (there + back)
+    return work.microbatch_tokens * 2 * work.model.n_activated_experts * work.imbalance * (there + 4 + back)
 
 
 def fp8_backward_bytes(work: Workload, moe: bool) -> tuple[float, float]:
@@ -79,8 +76,6 @@ class _Kept:
         self.model: ModelConfig = work.model
         self.fp8 = work.dtype == "fp8"
         self.less = recompute is Recompute.selective
-        self.norms_again = self.less and not self.fp8
-        """Their outputs, as inputs of the products that follow: `Block.norms_again`."""
         self.element = work.keeping.element
         """Bytes of what is neither in FP8 nor always in fp32."""
         self.padded = work.keeping.padded_values
@@ -89,75 +84,67 @@ class _Kept:
         self.exchanged = work.ep > 1
 
     def inputs(self, size: int, products: int = 1) -> int:
-        """What `products` linear layers of one input keep of it: the tensor itself, or a copy each in fewer bits."""
-        if self.fp8:
-            return products * _fp8(size)
-        return size * (FP32 if self.element == FP32 else products * self.element)
+        """What `products` linear layers of one input keep of it: the tensor itself, or a copy each in FP8."""
+        return products * _fp8(size) if self.fp8 else size * self.element
+
+    def normed(self, products: int = 1) -> int:
+        """The same of a block's norm's output."""
+        return 0 if self.less else self.inputs(self.model.dim, products)
 
     def swiglu(self, size: int) -> int:
         """Its input [2 size], and the input of the product that follows, which FP8 computes again."""
         return _fp8(2 * size) if self.fp8 else self.element * (2 if self.less else 3) * size
 
-    def norm(self, size: int, element: int = FP32) -> int:
-        return element * size + 4
+    def norm(self, size: int) -> int:
+        return self.element * size + 4
 
-    def block(self, moe: bool, element: int = FP32) -> float:
-        """element: of the residual stream, which is fp32 from the embedding on."""
-        norms = 2 * self.norm(self.model.dim, element) - 4 * self.norms_again * (1 if moe else 2)
-        return norms + self.attention(cast=element == FP32) + self.feed_forward(moe)
+    def block(self, moe: bool) -> float:
+        return 2 * self.norm(self.model.dim) + self.attention() + self.feed_forward(moe)
 
     def feed_forward(self, moe: bool) -> float:
         model = self.model
         if not moe:
-            return (0 if self.norms_again else self.inputs(model.dim)) + self.swiglu(model.inter_dim)
+            return self.normed() + self.swiglu(model.inter_dim)
         top_k, experts, orders = model.n_activated_experts, model.n_routed_experts, 8 + 8
-        # Router: its input in fp32 (in fp32 also what the shared experts multiply), scores, choices, weights.
-        kept = FP32 * model.dim + 4 * experts + top_k * (8 + 4 + 4 + 4)
-        # Sorted by expert here, and once more where rows arrive; their SwiGLU; outputs in token order.
-        kept += top_k * (orders + self.element * model.dim) + self.arrived * orders * self.exchanged
-        kept += self.arrived * (self.inputs(model.dim) + self.swiglu(model.moe_inter_dim))
+        # Router: its input, which is what the shared experts multiply, too; scores, choices, weights.
+        kept = (0 if self.less else self.element * model.dim) + 4 * experts + top_k * (8 + 4 + 4)
+        # Sorted by expert here, and once more where rows arrive; these, their weights, their SwiGLU.
+        kept += top_k * orders + self.arrived * orders * self.exchanged
+        kept += self.arrived * (self.inputs(model.dim) + 4 + self.swiglu(model.moe_inter_dim))
         if model.n_shared_experts:
-            kept += 0 if self.element == FP32 and not self.fp8 else self.inputs(model.dim)
+            kept += self.normed() if self.fp8 else 0
             kept += self.swiglu(model.n_shared_experts * model.moe_inter_dim)
         return kept
 
-    def attention(self, *, cast: bool) -> int:
-        """cast: autocast makes a copy of the input for each product, as it does of fp32."""
+    def attention(self) -> int:
         model, element = self.model, self.element
         mla = model.attention is Attention.mla
-        products = (2 if mla else 3) if cast or self.fp8 else 1
-        kept = 0 if self.norms_again else self.inputs(model.dim, products=products)
+        kept = self.normed(products=2 if mla else 3)
+        # The core keeps query, key, value and output, of which the last product's input is a view.
         if not mla:
-            # The core keeps query, key, value and output, of which the last product's input is a view.
-            core = element * (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim + 4 * model.n_heads
-            return kept + core + (self.inputs(model.n_heads * model.head_dim) if self.fp8 else 0)
+            return kept + element * (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim + 4 * model.n_heads
         # Where the core pads values to the size of keys, its output is cut and copied for the last product.
         value = model.qk_head_dim if self.padded else model.v_head_dim
         out = element * model.n_heads * value + 4 * model.n_heads
-        if self.fp8 or value > model.v_head_dim:
-            out += self.inputs(model.n_heads * model.v_head_dim)
+        if value > model.v_head_dim:
+            out += element * model.n_heads * model.v_head_dim
         latents = element * (model.kv_lora_rank + model.qk_rope_head_dim)
         if self.less:
             return kept + out + latents + element * (model.q_lora_rank or model.n_heads * model.qk_head_dim)
         if model.q_lora_rank:
-            kept += self.norm(model.q_lora_rank, element) + self.inputs(model.q_lora_rank)
+            kept += self.norm(model.q_lora_rank) + self.inputs(model.q_lora_rank)
         kept += latents + 4 + self.inputs(model.kv_lora_rank)
         return kept + out + element * model.n_heads * (2 * model.qk_head_dim + value)
 
-    def head(self, element: int = FP32) -> int:
+    def head(self) -> int:
         """Final norm, the head's input, and the logarithms of the softmax in fp32."""
-        model = self.model
-        return self.norm(model.dim, element) + self.element * model.dim + 4 * model.vocab_size
+        return self.norm(self.model.dim) + self.element * self.model.dim + 4 * self.model.vocab_size
 
-    def mtp(self, depth: int, moe: bool) -> float:
-        """Two norms, the projection's input, and the head once more; and by how much its block, on the projection's
-        output, differs from others.
-
-        The first norm's input is the head's at depth 1, unless that was cast; later the last depth's final norm's.
-        """
-        model, shared = self.model, depth > 0 or self.element == FP32
-        kept = 2 * self.norm(model.dim) - (FP32 * model.dim if shared else 0) + self.element * 2 * model.dim
-        return kept + self.block(moe, self.element) - self.block(moe) + self.head(self.element)
+    def mtp(self) -> int:
+        """Two norms, of which the first one's input is the last head's or the last depth's, which are there; the
+        projection's input; and the head once more."""
+        dim = self.model.dim
+        return 2 * self.norm(dim) - self.element * dim + self.element * 2 * dim + self.head()
 
 
 def _fp8(size: int) -> int:

@@ -43,7 +43,8 @@ def test_experts_on_disk_compute_what_experts_in_memory_do_within_their_limit(ex
         counts = torch.randint(0, 4, (E,), generator=generator)
         visits += int((counts > 0).sum())
         x = torch.randn(int(counts.sum()), D, generator=generator)
-        torch.testing.assert_close(cold(x, counts), experts(x, counts), atol=1e-5, rtol=1e-5)
+        weights = torch.rand(len(x), 1, generator=generator)
+        torch.testing.assert_close(cold(x, counts, weights), experts(x, counts, weights), atol=1e-5, rtol=1e-5)
         assert cold.hot.bytes <= kept * each
     hits = visits - E if kept >= E else 0  # of two that are kept, each has made room when its turn comes again
     assert (cold.hot.hits, cold.hot.misses) == (hits, visits - hits)
@@ -52,7 +53,8 @@ def test_experts_on_disk_compute_what_experts_in_memory_do_within_their_limit(ex
 
 def test_experts_on_disk_hold_what_is_said(experts, tmp_path):
     """One expert at a time, which may be every token's: all tokens here choose the same."""
-    config = ModelConfig(dim=D, moe_inter_dim=INNER, n_routed_experts=E, n_activated_experts=4, n_shared_experts=0)
+    config = ModelConfig(dim=D, moe_inter_dim=INNER, n_routed_experts=E, n_activated_experts=4, n_shared_experts=0,
+                         n_dense_layers=0)
     layer = MoE(config).eval().requires_grad_(False)
     layer.router.gate.weight.zero_()
     files, x = stores(experts, tmp_path), torch.ones(1, 512, D)
@@ -149,5 +151,6 @@ def test_reading_ahead_changes_nothing_but_when_bytes_are_read(experts, tmp_path
     torch.nn.init.normal_(router.gate.weight, generator=torch.Generator().manual_seed(1))
     cold.ahead = Ahead(following, router)
     x, counts = torch.randn(4, D, generator=torch.Generator().manual_seed(2)), torch.tensor([1, 0, 2, 0, 1, 0])
-    torch.testing.assert_close(cold(x, counts), experts(x, counts), atol=1e-5, rtol=1e-5)
+    weights = torch.ones(4, 1)
+    torch.testing.assert_close(cold(x, counts, weights), experts(x, counts, weights), atol=1e-5, rtol=1e-5)
     assert set(asked) == set(router(x[None])[0].indices.flatten().tolist())

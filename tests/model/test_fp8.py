@@ -174,7 +174,7 @@ def test_experts_are_as_many_feed_forwards_whose_tiles_end_with_their_tokens(dim
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
     experts.__class__, experts.power_of_two = Fp8GroupedExperts, True
     rows = x.clone().requires_grad_()
-    out = experts(rows, torch.tensor(counts))
+    out = experts(rows, torch.tensor(counts), torch.ones(387, 1))
     out.backward(grad)
     found = [out.split(counts), rows.grad.split(counts), experts.w13.grad, experts.w2.grad]
     for e, (mine, part) in enumerate(zip(x.split(counts), grad.split(counts), strict=True)):

@@ -111,12 +111,13 @@ def test_grouped_experts_equal_a_loop_over_experts(counts, dim, inner):
     for parameter in experts.parameters():
         parameter.data.normal_(generator=generator)
     x = torch.randn(sum(counts), dim, generator=generator, requires_grad=True)
-    out = experts(x, torch.tensor(counts))
+    weights = torch.rand(sum(counts), 1, generator=generator, requires_grad=True)
+    out = experts(x, torch.tensor(counts), weights)
     parts = [swiglu(rows @ w13.T) @ w2.T for rows, w13, w2 in
              zip(x.split(counts), experts.w13, experts.w2, strict=True)]
-    expected = torch.cat(parts)
+    expected = torch.cat(parts) * weights
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    inputs = (x, experts.w13, experts.w2)
+    inputs = (x, weights, experts.w13, experts.w2)
     upstream = torch.randn(out.shape, generator=generator)
     for ours, theirs in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream),
                             strict=True):
@@ -128,8 +129,9 @@ def test_unpermute_undoes_permute():
     x = torch.randn(2, 5, CONFIG.dim, generator=torch.Generator().manual_seed(1))
     routing, _ = router(x)
     tokens = x.flatten(0, 1)
-    rows, counts, handle = permute(tokens, routing, 8)
+    (rows, counts, weights), permutation = permute(tokens, routing, 8)
     assert counts.tolist() == torch.bincount(routing.indices.flatten(), minlength=8).tolist()
     owners = torch.repeat_interleave(torch.arange(8), counts)
     assert torch.equal(owners, routing.indices.flatten().sort(stable=True).values)
-    torch.testing.assert_close(unpermute(rows, handle), tokens * routing.weights.sum(-1, keepdim=True))
+    summed = unpermute(rows * weights, permutation)
+    torch.testing.assert_close(summed, tokens * routing.weights.sum(-1, keepdim=True))

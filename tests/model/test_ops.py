@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from model import ops
-from model.ops import gather_rows, grouped_mm, rms_norm, swiglu
+from model.ops import gather_rows, grouped_mm, rms_norm, sum_rows, swiglu
 
 
 def test_swiglu_equals_the_plain_expression_and_its_gradient():
@@ -12,6 +12,24 @@ def test_swiglu_equals_the_plain_expression_and_its_gradient():
     gate, up = x.chunk(2, dim=-1)
     assert torch.equal(swiglu(x), F.silu(gate) * up)
     assert torch.autograd.gradcheck(swiglu, (x,))
+    weights = torch.randn(7, 5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    assert torch.equal(swiglu(x, weights), F.silu(gate) * up * weights)
+    assert torch.autograd.gradcheck(swiglu, (x, weights))
+
+
+def test_a_swiglu_in_bf16_takes_weights_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(64, n, generator=generator).bfloat16() for n in (48, 24))
+    x, weights = x.requires_grad_(), torch.rand(64, 1, generator=generator, requires_grad=True)
+    out = swiglu(x, weights)
+    wide = [t.detach().double().requires_grad_() for t in (x, weights)]
+    expected = swiglu(*wide)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=1e-3)
+    ours, theirs = torch.autograd.grad(out, (x, weights), upstream), torch.autograd.grad(expected, wide, upstream)
+    assert [grad.dtype for grad in ours] == [torch.bfloat16, torch.float32]
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=0.02, atol=0.05)
 
 
 def test_rms_norm_equals_torch_and_its_gradient():
@@ -38,6 +56,10 @@ def test_gather_rows_sums_the_gradients_of_copies():
     (ours,) = torch.autograd.grad(gather_rows(x, index, inverse, 3), x, upstream)
     (theirs,) = torch.autograd.grad(plain, x, upstream)
     torch.testing.assert_close(ours, theirs)
+    rows = upstream.requires_grad_()
+    torch.testing.assert_close(sum_rows(rows, index, inverse, 3), rows[inverse].view(6, 3, 4).sum(1))
+    assert torch.autograd.gradcheck(lambda rows: sum_rows(rows, index, inverse, 3), (rows,))
+    assert sum_rows(rows[:0], index[:0], inverse[:0], 3).shape == (0, 4)
 
 
 class LikeBlackwell(torch.autograd.Function):

@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import Attention, ModelConfig, QKNorm
 from model.fp8 import to_fp8
 from model.recompute import CORES, keep_casts
 from model.transformer import Transformer
+from tests.torch_memory import left_behind
 
 SMALL = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_dense_layers": 1, "inter_dim": 160, "n_heads": 4,
          "n_mtp_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 48, "n_shared_experts": 1}
@@ -40,21 +40,11 @@ def trained(config: ModelConfig, precision: str, *, keep_less: bool) -> tuple[li
     if precision == "fp8":
         to_fp8(network)
     if keep_less:
-        network.keep_less(norms=precision != "fp8")
+        network.keep_less()
     tokens = torch.randint(0, config.vocab_size, (2, 34))
-    own, kept = {p.untyped_storage().data_ptr() for p in network.parameters()}, {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = tensor, storage.nbytes()
-        return tensor
-
     with Counted() as counted:
-        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16,
-                                                                              enabled=precision == "bf16"):
-            loss = network(tokens, tokens).sum()
-        size = sum(size for pointer, (_, size) in kept.items() if pointer not in own)
-        kept.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss, size = left_behind(lambda: network(tokens, tokens).sum())
         loss.backward()
     return [loss.detach(), *(p.grad for p in network.parameters())], size, counted.calls
 
@@ -65,13 +55,14 @@ def test_selective_recompute_has_the_same_gradients_from_fewer_bytes(config, pre
     plain, whole, _ = trained(config, precision, keep_less=False)
     again, less, _ = trained(config, precision, keep_less=True)
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
-    assert less < (0.95 if precision == "fp8" else 0.8) * whole
+    print(f"{precision}: {less / whole:.3f} of {whole} bytes")
+    assert less < 0.8 * whole
 
 
 def test_weights_are_cast_once_for_all_microbatches_whose_backward_recomputes_in_another_thread():
     """As a GPU's does, in autograd's own."""
     network, tokens = Transformer(MLA).train(), torch.randint(0, 96, (2, 34))
-    network.keep_less(norms=True)
+    network.keep_less()
     with ThreadPoolExecutor(1) as other, torch.autocast("cpu", torch.bfloat16):
         other.submit(keep_casts, torch.device("cpu")).result()
         calls = []
@@ -83,9 +74,9 @@ def test_weights_are_cast_once_for_all_microbatches_whose_backward_recomputes_in
     assert calls[0] > calls[1] == calls[2]
 
 
-@pytest.mark.parametrize("config, per_block", [(MLA, 3), (GQA, 2)], ids=["MLA", "GQA"])
-def test_products_other_than_attentions_first_ones_and_the_core_run_once(config, per_block):
-    """Per block again: MLA's latent of keys and values and both up-projections; GQA's keys and values."""
+@pytest.mark.parametrize("config, per_block", [(MLA, 2), (GQA, 0)], ids=["MLA", "GQA"])
+def test_products_other_than_up_projections_and_the_core_run_once(config, per_block):
+    """MLA's up-projections of queries, and of keys and values, run again."""
     plain, again = (trained(config, "fp32", keep_less=less)[2] for less in (False, True))
     blocks = config.n_layers + config.n_mtp_layers
     assert again["core"] == plain["core"] == blocks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.moe import LocalDispatcher, Routing
+from model.moe import LocalDispatcher, Received, Routing
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import connect
 from orchestrator.parallel.rank_info import RankInfo
@@ -27,9 +27,9 @@ def tokens_of(rank: int) -> torch.Tensor:
     return torch.randn(TOKENS, DIM, generator=torch.Generator().manual_seed(100 + rank), requires_grad=True)
 
 
-def apply_experts(rows: torch.Tensor, counts: torch.Tensor, first: int, weight: torch.Tensor) -> torch.Tensor:
-    owners = torch.repeat_interleave(torch.arange(len(counts)), counts) + first
-    return torch.tanh(rows * weight[owners])
+def apply_experts(received: Received, first: int, weight: torch.Tensor) -> torch.Tensor:
+    owners = torch.repeat_interleave(torch.arange(len(received.counts)), received.counts) + first
+    return torch.tanh(received.rows * weight[owners]) * received.weights
 
 
 def run_dispatch(info: RankInfo, case: str, num_tokens: int) -> dict:
@@ -42,19 +42,19 @@ def run_dispatch(info: RankInfo, case: str, num_tokens: int) -> dict:
     routing = Routing(routing.indices[:keep], routing.weights[:keep].requires_grad_())
     dispatcher = AllToAllDispatcher(mesh.ep, EXPERTS)
     handle = dispatcher.dispatch(tokens, routing)
-    rows, counts = dispatcher.receive(handle)
-    out = dispatcher.combine(apply_experts(rows, counts, info.rank * share, weight), handle)
+    received = dispatcher.receive(handle)
+    out = dispatcher.combine(apply_experts(received, info.rank * share, weight), handle)
     out.square().sum().backward()
     local = LocalDispatcher(EXPERTS)
     mine = tokens.detach().requires_grad_()
     weights = routing.weights.detach().requires_grad_()
     handle = local.dispatch(mine, Routing(routing.indices, weights))
-    rows, all_counts = local.receive(handle)
-    expected = local.combine(apply_experts(rows, all_counts, 0, weight.detach()), handle)
+    all_rows = local.receive(handle)
+    expected = local.combine(apply_experts(all_rows, 0, weight.detach()), handle)
     expected.square().sum().backward()
     return {"out": torch.equal(out, expected), "tokens": torch.equal(tokens.grad, mine.grad),
-            "weights": torch.equal(routing.weights.grad, weights.grad), "counts": counts.tolist(),
-            "sent": all_counts.tolist()}
+            "weights": torch.equal(routing.weights.grad, weights.grad), "counts": received.counts.tolist(),
+            "sent": all_rows.counts.tolist()}
 
 
 @pytest.mark.parametrize("case", ["random", "one rank gets all", "an expert gets none"])

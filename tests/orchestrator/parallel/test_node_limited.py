@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.moe import LocalDispatcher, Routing
+from model.moe import LocalDispatcher, Received, Routing
 from orchestrator.parallel import exchange
 from orchestrator.parallel.dispatch import AllToAllDispatcher
 from orchestrator.parallel.mesh import connect
@@ -47,9 +47,9 @@ def routing_of(case: str, rank: int) -> Routing:
     return Routing(indices, torch.rand(TOKENS, TOP_K, generator=generator))
 
 
-def apply_experts(rows: torch.Tensor, counts: torch.Tensor, first: int, weight: torch.Tensor) -> torch.Tensor:
-    owners = torch.repeat_interleave(torch.arange(len(counts)), counts) + first
-    return torch.tanh(rows * weight[owners])
+def apply_experts(received: Received, first: int, weight: torch.Tensor) -> torch.Tensor:
+    owners = torch.repeat_interleave(torch.arange(len(received.counts)), received.counts) + first
+    return torch.tanh(received.rows * weight[owners]) * received.weights
 
 
 def run(info: RankInfo, case: str, num_tokens: int, per_node: int, dtype: torch.dtype) -> dict:
@@ -64,10 +64,10 @@ def run(info: RankInfo, case: str, num_tokens: int, per_node: int, dtype: torch.
         tokens, experts = values.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             handle = dispatcher.dispatch(tokens, mine)
-            rows, counts = dispatcher.receive(handle)
-            out = dispatcher.combine(apply_experts(rows, counts, first, experts), handle)
+            received = dispatcher.receive(handle)
+            out = dispatcher.combine(apply_experts(received, first, experts), handle)
         out.float().square().sum().backward()
-        return (handle, rows.detach()), counts, [out.float(), tokens.grad, mine.weights.grad, experts.grad]
+        return (handle, received.rows.detach()), received.counts, [out.float(), tokens.grad, mine.weights.grad, experts.grad]
 
     (handle, rows), counts, ours = both(NodeLimitedDispatcher(mesh.hops, EXPERTS), info.rank * share)
     _, all_counts, theirs = both(LocalDispatcher(EXPERTS), 0)
@@ -124,5 +124,5 @@ def test_what_leaves_a_node_is_a_token_once_and_its_weights_not_a_copy_for_each_
     for rank in range(RANKS):
         away = routing_of("random", rank).indices // (EXPERTS // 2) != rank // 2
         assert by_node[rank] == away.any(1).sum() * (WIDE + TOP_K) * 4
-        assert by_copies[rank] == away.sum() * WIDE * 4
+        assert by_copies[rank] == away.sum() * (WIDE + 1) * 4
     assert sum(by_node) < 0.55 * sum(by_copies)

@@ -106,9 +106,10 @@ def step(info: RankInfo, config: Config, dtype: torch.dtype = torch.float32) -> 
 
     forward, start, awaited = FeedForward.forward, exchange.Crossing.__init__, exchange.Journey.awaited
 
-    def noted_start(self, *args):
-        start(self, *args)
-        note("starts")
+    def noted_start(self, rows, *args):
+        start(self, rows, *args)
+        if rows.shape[-1] > 1:  # weights travel beside the rows
+            note("starts")
 
     def noted_wait(self):
         if not self.small:

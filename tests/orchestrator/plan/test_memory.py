@@ -36,7 +36,7 @@ def measured_peak(model, sequences: int, seq_len: int, microbatches: int, recomp
     network = Transformer(model).train()
     network.recompute = recompute is Recompute.full
     if recompute is Recompute.selective:
-        network.keep_less(norms=True)
+        network.keep_less()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for buffer in network.buffers():

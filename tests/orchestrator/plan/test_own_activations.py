@@ -47,7 +47,7 @@ class Exchanged(TorchDispatchMode):
 
 def is_cast_parameter(tensor: torch.Tensor) -> bool:
     node, steps = tensor.grad_fn, 0
-    while node is not None and steps < 4 and len(node.next_functions) == 1:
+    while node is not None and steps < 4 and len(node.next_functions) == 1 and node.name() != "EmbeddingBackward0":
         node, steps = node.next_functions[0][0], steps + 1
     return tensor.dtype == torch.bfloat16 and type(node).__name__ == "AccumulateGrad"
 
