@@ -4,8 +4,8 @@ Every linear product of a block runs on E4M3 operands, three times a step: forwa
 Operands are quantised online: activations and their gradients in 1x128 tiles along the axis that is summed over,
 weights in 128x128 blocks (once a step, for all its microbatches), each with the scale that puts its largest magnitude
 at 448. What backward needs is kept in FP8: a product's input, or the input of the SwiGLU whose output is then computed
-again; but for inputs that are there anyway (attention's output) or made again (`keeps_input`). Embedding, head, MTP projection, router, norms and the attention core stay as they were; so do master weights
-and gradients, fp32.
+again; but for inputs that are there anyway (attention's output) or made again (`keeps_input`). Embedding, head, MTP
+projection, router, norms and the attention core stay as they were; so do master weights and gradients, fp32.
 
 The products run on FP8 tensor cores where there are some (`fp8_kernels`). Elsewhere they multiply dequantised values:
 what tensor cores with exact accumulation would give, on any machine. In fp32, or on GPUs in bf16 where that is exact,

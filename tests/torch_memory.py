@@ -1,5 +1,4 @@
-"""What torch's tensors take: the most bytes at once, read off a profile of the CPU; those that a function leaves behind.
-"""
+"""What torch's tensors take: most at once, read off a profile of the CPU, and what a function leaves behind."""
 
 import bisect
 import math

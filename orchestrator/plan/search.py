@@ -3,7 +3,8 @@
 The degrees (pp, tp, cp, ep, what is left is dp), the microbatch and the precision make a cell; cells are visited in the
 order of a lower bound of their step time, so that the search ends where the rest cannot be better. In a cell, every
 schedule takes the cheapest recompute and ZeRO stage that fits: what costs more time for memory that is not needed is
-refused. Predicted, all of it.
+refused. `train` keeps more than a plan assumes: where that does not fit, its own cheapest recompute is looked at, too.
+Predicted, all of it.
 """
 
 import re
@@ -83,12 +84,12 @@ def search(request: Request) -> Plan:
         considered += len(variants) * len(SAVINGS)
         while queue and queue[0][0] <= cell.floor_s:
             _clock_next(queue, best, refused)
-        if best.out_of_reach(cell.floor_s, runs=not_run(cell.work) is None):
+        if best.out_of_reach(cell.floor_s, _kinds(cell.work)):
             refused.append(_slower(cell.work, cell.floor_s, len(variants) * len(SAVINGS)))
             continue
         for work in variants:
-            for each, floor, runs in _fitting(work, best, refused, request):
-                heappush(queue, (floor, number, each, runs))
+            for floor, each, kinds in _fitting(work, best, refused, request):
+                heappush(queue, (floor, number, each, kinds))
                 number += 1
     while queue:
         _clock_next(queue, best, refused)
@@ -100,11 +101,11 @@ def search(request: Request) -> Plan:
 
 
 def _clock_next(queue: list[tuple], best: "_Best", refused: list[Refused]) -> None:
-    floor, _, work, runs = heappop(queue)
-    if best.out_of_reach(floor, runs=runs):
+    floor, _, work, kinds = heappop(queue)
+    if best.out_of_reach(floor, kinds):
         refused.append(_slower(work, floor, 1))
     else:
-        best.add(work, runs=runs)
+        best.add(work, kinds)
 
 
 def least_step_s(request: Request) -> float:
@@ -173,18 +174,22 @@ SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 
 UNNEEDED = "saves memory that is not needed"
 
 
+def _kinds(work: Workload) -> tuple[str, ...]:
+    return (PLANNED, RUNNING) if not_run(work) is None else (PLANNED,)
+
+
 def _fitting(work: Workload, best: "_Best", refused: list[Refused],
-             request: Request) -> Iterator[tuple[Workload, float, bool]]:
-    """The ways of this layout that are worth a clock, with their lower bound and whether `train` runs them; why the
+             request: Request) -> Iterator[tuple[float, Workload, tuple[str, ...]]]:
+    """The ways of this layout that are worth a clock: lower bound, itself, among whom it may be the fastest; why the
     others are not goes to `refused`."""
     reason = illegal(work)
     floor = floor_s(replace(work, zero=3)) if reason is None else 0.0  # sums fewer gradients than stage 1
-    if reason is None and best.out_of_reach(floor, runs=not_run(work) is None):
+    if reason is None and best.out_of_reach(floor, _kinds(work)):
         reason = SLOWER.format(seconds=floor)
     if reason is not None:
         refused.append(Refused(layout_of(work), reason, len(SAVINGS)))
         return
-    tried, peaks, enough = 0, {}, None
+    tried, peaks, enough, runs = 0, {}, None, False
     for recompute, zero in SAVINGS:
         each = replace(work, recompute=recompute, zero=zero)
         tried += 1
@@ -204,12 +209,30 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
             refused.append(Refused(layout_of(each), reason))
             continue
         runs = not (cannot_run(each) or cannot_grow(each, request.terms.batch_start))
-        yield each, floor if recompute is Recompute.none and zero > 1 else floor_s(each), runs
+        yield (floor if recompute is Recompute.none and zero > 1 else floor_s(each), each,
+               (PLANNED, RUNNING) if runs else (PLANNED,))
         enough = recompute
         if zero == 1:
             break
-    if tried < len(SAVINGS):
-        refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)), UNNEEDED, len(SAVINGS) - tried))
+    unneeded = len(SAVINGS) - tried
+    if unneeded and not runs and (each := _needed_to_run(work, enough, best, request)):
+        yield floor_s(each), each, (RUNNING,)
+        unneeded -= 1
+    if unneeded:
+        refused.append(Refused(layout_of(replace(work, recompute=Recompute.full)), UNNEEDED, unneeded))
+
+
+def _needed_to_run(work: Workload, enough: Recompute, best: "_Best", request: Request) -> Workload | None:
+    """This layout with the least recompute beyond `enough` with which it fits as `train` keeps it, if it is in reach.
+    """
+    for recompute in list(Recompute)[list(Recompute).index(enough) + 1:]:
+        each = replace(work, recompute=recompute)
+        if (illegal(each) or not_run(each) or not request.asks(each, "recompute", "zero")
+                or cannot_grow(each, request.terms.batch_start) or best.out_of_reach(floor_s(each), (RUNNING,))):
+            continue
+        if not cannot_run(each):
+            return each
+    return None
 
 
 def _uncut(request: Request) -> list[Refused]:
@@ -248,34 +271,37 @@ def _compute_s(time: LayerTime) -> float:
     return time.forward + time.backward + time.weight
 
 
+PLANNED, RUNNING = "planned", "running"
+"""What a layout may be among the fastest of: those that fit as a plan counts memory, those that `train` runs."""
+
+
 class _Best:
-    """The fastest layouts met so far, and the fastest of those that `train` runs; by the clock."""
+    """The fastest layouts of each kind met so far, by the clock."""
 
     def __init__(self, keep: int):
         self.keep = keep
-        self.all: list[tuple[float, int, Workload]] = []
-        self.running: list[tuple[float, int, Workload]] = []
+        self.met: list[tuple[float, int, Workload]] = []
+        self.fastest: dict[str, list[tuple[float, int, Workload]]] = {PLANNED: [], RUNNING: []}
 
-    def out_of_reach(self, floor_s: float, *, runs: bool) -> bool:
+    def out_of_reach(self, floor_s: float, kinds: tuple[str, ...]) -> bool:
         """Whether a layout that takes at least so long can be among the kept ones no more."""
-        return self._limit(runs=runs) <= floor_s
+        return self._limit(kinds) <= floor_s
 
-    def _limit(self, *, runs: bool) -> float:
+    def _limit(self, kinds: tuple[str, ...]) -> float:
         """What is slower is not kept."""
-        return max(kept[self.keep - 1][0] if len(kept) >= self.keep else inf
-                   for kept in ([self.all, self.running] if runs else [self.all]))
+        fastest = [self.fastest[kind] for kind in kinds]
+        return max(kept[self.keep - 1][0] if len(kept) >= self.keep else inf for kept in fastest)
 
-    def add(self, work: Workload, *, runs: bool) -> None:
-        timed = clock_s(work, below=self._limit(runs=runs)), len(self.all), work
-        insort(self.all, timed)
-        if runs:
-            insort(self.running, timed)
+    def add(self, work: Workload, kinds: tuple[str, ...]) -> None:
+        timed = clock_s(work, below=self._limit(kinds)), len(self.met), work
+        for kept in (self.met, *(self.fastest[kind] for kind in kinds)):
+            insort(kept, timed)
 
     def kept(self) -> tuple[list[Workload], list[tuple[Workload, float]]]:
         """Those that are kept, and the others with their time."""
-        numbers = {number for kept in (self.all, self.running) for _, number, _ in kept[: self.keep]}
-        return ([work for _, number, work in self.all if number in numbers],
-                [(work, seconds) for seconds, number, work in self.all if number not in numbers])
+        numbers = {number for fastest in self.fastest.values() for _, number, _ in fastest[: self.keep]}
+        return ([work for _, number, work in self.met if number in numbers],
+                [(work, seconds) for seconds, number, work in self.met if number not in numbers])
 
 
 def _slower(work: Workload, seconds: float, number: int) -> Refused:

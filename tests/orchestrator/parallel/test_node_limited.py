@@ -67,7 +67,8 @@ def run(info: RankInfo, case: str, num_tokens: int, per_node: int, dtype: torch.
             received = dispatcher.receive(handle)
             out = dispatcher.combine(apply_experts(received, first, experts), handle)
         out.float().square().sum().backward()
-        return (handle, received.rows.detach()), received.counts, [out.float(), tokens.grad, mine.weights.grad, experts.grad]
+        grads = [tokens.grad, mine.weights.grad, experts.grad]
+        return (handle, received.rows.detach()), received.counts, [out.float(), *grads]
 
     (handle, rows), counts, ours = both(NodeLimitedDispatcher(mesh.hops, EXPERTS), info.rank * share)
     _, all_counts, theirs = both(LocalDispatcher(EXPERTS), 0)

@@ -262,6 +262,17 @@ def test_layouts_that_train_does_not_offer_are_priced_and_say_so(small):
     assert "as train keeps it, it needs" in cannot_run(dataclasses.replace(work, model=model("deepseek_v3")))
 
 
+def test_where_a_plan_needs_no_recompute_and_train_does_its_own_least_one_is_kept_for_train():
+    asked = Request(model("qwen3_30b_a3b"), catalogue()["h100"], 64, 1e12, 4096, 512, schedules=("interleaved_1f1b",),
+                    pinned=(("pp", 4), ("dp", 16), ("ep", 4), ("stages_per_rank", 4), ("microbatches", 16), ("tp", 1)))
+    planned, runs = (candidate.work for candidate in search.search(asked).candidates)
+    assert (planned.recompute, runs.recompute) == (Recompute.none, Recompute.selective)
+    assert dataclasses.replace(runs, recompute=Recompute.none) == planned
+    assert cannot_run(runs) is None and "as train keeps it, it needs" in cannot_run(planned)
+    one = dataclasses.replace(asked, pinned=(*asked.pinned, ("recompute", "none")))
+    assert [candidate.work for candidate in search.search(one).candidates] == [planned]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "orchestrator", "plan", *arguments], cwd=ROOT, text=True,
                           capture_output=True, timeout=90)
