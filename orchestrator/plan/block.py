@@ -137,14 +137,11 @@ def _cheap_again(work: Workload, rates: Rates, moe: bool) -> float:
 
 def _own_again(work: Workload, rates: Rates, moe: bool) -> float:
     """What `model.recompute` does, each for what it takes in forward (`_light_bytes`): nearly every operator between a
-    block's products; and products of attention's input, but for the queries', where norms are computed again."""
-    model, tokens, low = work.model, work.microbatch_tokens / work.tp, work.dtype != "bf16"
-    norms, mla = 0 if low else 1 if moe else 2, model.attention is Attention.mla
+    block's products, norms once for each product that reads them; and MLA's up-projections."""
+    model, tokens = work.model, work.microbatch_tokens / work.tp
+    norms = (2 if model.attention is Attention.mla else 3) + 1 + (moe and model.n_shared_experts > 0)
     moved = 6 * norms * model.dim + 8 * _head_elements(model) + 12 * _activated(work, moe)
     again = tokens * moved / rates.bytes_per_s + work.assumptions.operators * work.assumptions.gap_s
-    if norms:
-        first = model.kv_lora_rank + model.qk_rope_head_dim if mla else 2 * model.n_kv_heads * model.head_dim
-        again += product_s(rates, tokens, first, model.dim)
     return again + _up_again(work, rates)
 
 
