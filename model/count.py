@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from model.config import Attention, ModelConfig, QKNorm
 
+LOGITS_IN_FP32 = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Most logits of a training loss that are in fp32 at a time: what a cache holds, what keeps a GPU busy."""
+
 
 @dataclass(frozen=True)
 class Parameters:

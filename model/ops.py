@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.count import LOGITS_IN_FP32
+
 
 def swiglu(hidden: Tensor, weights: Tensor | None = None) -> Tensor:
     """silu(hidden[.., :F]) * hidden[.., F:] * weights, [.., 2F] and [.., 1] -> [.., F] (Shazeer 2020)."""
@@ -41,6 +43,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def linear_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """x.float() @ weight.float().T, [.., K] and [N, K] -> [.., N]; x is kept as it is."""
     return _LinearInFp32.apply(x, weight)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, again: bool = False) -> Tensor:
+    """F.cross_entropy((x @ weight.T).float(), targets, reduction="sum"), [T, D], [V, D], [T] -> [1].
+
+    Kept are the logits, in the dtype of products, or nothing if they are computed again; what is made of them in fp32
+    is made of a few rows at a time.
+    """
+    return _LinearCrossEntropy.apply(x, weight, targets, again)
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
@@ -174,6 +185,34 @@ class _LinearInFp32(torch.autograd.Function):
         grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).float() if to_weight else None
         return ((grad @ weight.float()).to(x.dtype) if to_x else None,
                 None if grad_weight is None else grad_weight.to(weight.dtype))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, again: bool) -> Tensor:
+        x = x.to(autocast_dtype(x))
+        logits = F.linear(x, cast_weight(weight, x.dtype))
+        sums = torch.cat([part.float().logsumexp(-1, keepdim=True) for part in logits.split(_rows_in_fp32(logits))])
+        ctx.save_for_backward(x, weight, targets, sums, None if again else logits)
+        return (sums - logits.gather(1, targets[:, None])).sum().reshape(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, targets, sums, logits = ctx.saved_tensors
+        weight_cast = cast_weight(weight, x.dtype)
+        logits = F.linear(x, weight_cast) if logits is None else logits
+        grads = torch.empty_like(logits)
+        parts = (t.split(_rows_in_fp32(logits)) for t in (logits, grads, sums, targets[:, None]))
+        for part, out, each, target in zip(*parts, strict=True):
+            softmax = (part - each).exp_()
+            softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1))
+            out.copy_(softmax.mul_(grad))
+        return (grads @ weight_cast if ctx.needs_input_grad[0] else None,
+                (grads.T @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None)
+
+
+def _rows_in_fp32(logits: Tensor) -> int:
+    return max(1, LOGITS_IN_FP32[logits.device.type] // logits.shape[1])
 
 
 class _GatherRows(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """What a block computes again in backward rather than keep (V3 report, section 3.2.3): norms, what leads from latents
-to queries, keys and values, SwiGLU outputs. Of the products only MLA's up-projections run twice, the core does not.
+to queries, keys and values, SwiGLU outputs; and logits. Of the products only MLA's up-projections and the heads run
+twice, the core does not.
 
 torch's checkpoint stops as soon as it has what backward needs: the product at the end of a region has kept its input
 by then, and does not run again.

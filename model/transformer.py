@@ -15,7 +15,7 @@ from model.attention import RMSNorm, build_attention, rope_table
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.moe import FeedForward, GroupedExperts, MoE, Router
-from model.ops import autocast_dtype
+from model.ops import autocast_dtype, linear_cross_entropy
 from model.recompute import again, made_again
 
 READ_A_NORM = ("wq_a", "wq", "wkv_a", "wk", "wv", "w13")
@@ -87,7 +87,7 @@ class Transformer(nn.Module):
         layers = range(config.n_layers) if layers is None else layers
         self.config = config
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.n_layers
-        self.recompute = False
+        self.recompute = self.keeps_less = False
         whole = self.is_first and self.is_last
         if self.is_first:
             self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
@@ -127,27 +127,37 @@ class Transformer(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Normalised hidden states [.., D] -> logits [.., V]."""
-        weight = self.lm_head.weight if hasattr(self, "lm_head") else self.tok_embeddings.weight
+        weight = self._head_weight
         return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
 
+    @property
+    def _head_weight(self) -> nn.Parameter:
+        return self.lm_head.weight if hasattr(self, "lm_head") else self.tok_embeddings.weight
+
     def _losses(self, x: Tensor, tokens: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        seq_len, accepted = self._seq_len(tokens), []
-        logits = self.head(x)
-        losses = [_cross_entropy(logits, tokens[:, 1 : 1 + seq_len])]
-        greedy = None if self.training else logits.argmax(-1)
+        seq_len, guesses = self._seq_len(tokens), []
+        losses = [self._loss(x, tokens[:, 1 : 1 + seq_len], guesses)]
         for k in range(self.config.n_mtp_layers):
             module = self.mtp[str(k)]
             x = self._run(module, x, tokens[:, 1 + k : 1 + k + seq_len], getattr(self, "tok_embeddings", None), rope)
-            logits = self.head(module.norm(x))
-            losses.append(_cross_entropy(logits, tokens[:, 2 + k : 2 + k + seq_len]))
-            if greedy is not None:
-                accepted.append(_accepted(logits, greedy, depth=k + 1))
+            losses.append(self._loss(module.norm(x), tokens[:, 2 + k : 2 + k + seq_len], guesses))
+        accepted = [_accepted(guess, guesses[0], depth=k) for k, guess in enumerate(guesses) if k]
         return torch.stack(losses + accepted, dim=-1)
 
+    def _loss(self, x: Tensor, targets: Tensor, guesses: list[Tensor]) -> Tensor:
+        """Normalised hidden states [B, S, D] -> cross-entropy summed over tokens, [1]. In evaluation the greedy tokens
+        [B, S] are added to `guesses`."""
+        if self.training:
+            return linear_cross_entropy(x.flatten(0, 1), self._head_weight, targets.flatten(),
+                                        again=self.recompute or self.keeps_less)
+        logits = self.head(x)
+        guesses.append(logits.argmax(-1))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").reshape(1)
+
     def keep_less(self) -> None:
-        """Selective recompute, of every block, MTP's too."""
+        """Selective recompute, of every block, MTP's too, and of logits."""
         for name, module in self.named_modules():
-            if isinstance(module, Block | FeedForward | GroupedExperts):
+            if isinstance(module, Transformer | Block | FeedForward | GroupedExperts):
                 module.keeps_less = True
             if name.rpartition(".")[2] in READ_A_NORM:
                 module.keeps_input = True
@@ -162,17 +172,13 @@ class Transformer(nn.Module):
         return tokens.shape[1] - 1 - self.config.n_mtp_layers
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").reshape(1)
-
-
-def _accepted(logits: Tensor, greedy: Tensor, *, depth: int) -> Tensor:
+def _accepted(guesses: Tensor, greedy: Tensor, *, depth: int) -> Tensor:
     """How many of B * (S - depth) guesses of a depth are the main model's own greedy token for the same place, [1].
 
     Depth d at position i guesses token i + 1 + d, which the main model predicts at position i + d: what speculative
     decoding would accept after this text (V3 report section 5.4.3 calls the share the acceptance rate).
     """
-    return (logits[:, :-depth].argmax(-1) == greedy[:, depth:]).sum().float().reshape(1)
+    return (guesses[:, :-depth] == greedy[:, depth:]).sum().float().reshape(1)
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Router]]:

@@ -48,6 +48,8 @@ def first_head_bytes(work: Workload) -> float:
 
 def loss_bytes(work: Workload) -> float:
     """Beyond `head_bytes` at the peak of one head's loss."""
+    if work.keeping.eager:
+        return own_activations.loss_bytes(work)
     return work.microbatch_tokens * _vocabulary(work) * (work.keeping.logit - work.keeping.logit_kept)
 
 
@@ -88,11 +90,6 @@ def gradient_bytes(work: Workload, moe: bool) -> float:
     else:
         inner = 2 * model.inter_dim / work.tp + stream(work)
     return work.microbatch_tokens * work.keeping.element * (attention + 5 * stream(work) + inner)
-
-
-def logit_gradient_bytes(work: Workload) -> float:
-    """As `gradient_bytes`, of every head."""
-    return work.microbatch_tokens * (1 + work.model.n_mtp_layers) * _vocabulary(work) * work.keeping.element
 
 
 def stream(work: Workload) -> float:

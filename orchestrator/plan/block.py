@@ -180,7 +180,10 @@ def head_time(work: Workload) -> LayerTime:
     logits = work.stack.overhead * tokens * columns * 6 / rates.bytes_per_s
     parts = [product_s(rates, *shape) for shape in ((tokens, columns, model.dim), (tokens, model.dim, columns),
                                                     (columns, model.dim, tokens))]
-    total = LayerTime(passes * (parts[0] + logits), passes * (parts[1] + logits), passes * parts[2])
+    twice = work.stack.recomputes_twice and work.recompute is not Recompute.none
+    again = passes * parts[0] if twice else 0.0
+    forward, backward, weight = (passes * part for part in (parts[0] + logits, parts[1] + logits, parts[2]))
+    total = LayerTime(forward, backward + again, weight, again=again)
     for depth in range(model.n_mtp_layers):
         projection = product_s(rates, tokens / work.tp, model.dim, 2 * model.dim)
         total += layer_time(work, model.is_moe(model.n_layers + depth)) + LayerTime(projection, projection, projection)

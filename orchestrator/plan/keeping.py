@@ -56,9 +56,8 @@ PLANNED = Keeping(weight=2, moments=4, fp8_more=True, logit_kept=0)
 """What the V3 report keeps (section 3.3.3): bf16 weights and moments, fp32 gradients and masters, SwiGLU's inputs in
 FP8 beside FP8 products; routing weights applied before the experts' second product, and a fused loss."""
 
-SPARING = Keeping(weight=4, cast=2, head_cast=2, master_is_weight=True, logit=12, eager=True)
-"""fp32 gathered over the replicas, and bf16 casts of what products read, made once a step; the loss in fp32:
-log-probabilities, and two gradients of them."""
+SPARING = Keeping(weight=4, cast=2, head_cast=2, master_is_weight=True, eager=True)
+"""fp32 gathered over the replicas, and bf16 casts of what products read, made once a step."""
 
 
 def own(dtype: str, *, cpu: bool = False) -> Keeping:

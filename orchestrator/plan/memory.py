@@ -17,7 +17,6 @@ from orchestrator.plan.activations import (
     first_head_bytes,
     gradient_bytes,
     head_bytes,
-    logit_gradient_bytes,
     loss_bytes,
     stream,
 )
@@ -79,7 +78,7 @@ def activation_peaks(work: Workload, *, alone: bool = False) -> list[tuple[float
     block = {moe: block_bytes(work, moe) for moe in kinds}
     backward = {moe: backward_bytes(work, moe) for moe in kinds}
     split = {moe: gradient_bytes(work, moe) for moe in (False, True)} if work.keeping.eager else {}
-    head, loss, logits = head_bytes(work), loss_bytes(work), logit_gradient_bytes(work)
+    head, loss = head_bytes(work), loss_bytes(work)
     gone = first_head_bytes(work)
     output = work.microbatch_tokens * stream(work) * work.keeping.element
     peaks = []
@@ -90,7 +89,7 @@ def activation_peaks(work: Workload, *, alone: bool = False) -> list[tuple[float
             bodies = case.dense * block.get(False, 0.0) + case.moe * block.get(True, 0.0)
             bodies += case.split_dense * split.get(False, 0.0) + case.split_moe * split.get(True, 0.0)
             bodies += case.outputs * output
-            heads = case.heads * head + case.split_heads * logits
+            heads = case.heads * head
             # A stage's backward begins with the loss, whose logits are gone when the blocks' turn comes.
             at_loss = heads + case.last * loss
             after_loss = heads - gone if case.last and not case.split_heads else heads

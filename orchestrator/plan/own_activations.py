@@ -5,6 +5,7 @@ Others' programs are counted by operators (`activations`).
 """
 
 from model.config import Attention, ModelConfig
+from model.count import LOGITS_IN_FP32
 from orchestrator.config import Recompute
 from orchestrator.plan.workload import Workload
 
@@ -28,13 +29,20 @@ def again_bytes(work: Workload, moe: bool) -> tuple[float, float, float]:
 
 def head_bytes(work: Workload) -> float:
     """Final norm, the loss of every head, and what an MTP module keeps beside its block."""
-    kept, model = _Kept(work), work.model
+    kept, model = _Kept(work, work.recompute), work.model
     return work.microbatch_tokens * (kept.head() + model.n_mtp_layers * kept.mtp())
 
 
 def mtp_head_bytes(work: Workload) -> float:
     """An MTP module's final norm and loss."""
-    return work.microbatch_tokens * _Kept(work).head()
+    return work.microbatch_tokens * _Kept(work, work.recompute).head()
+
+
+def loss_bytes(work: Workload) -> float:
+    """Logits that backward makes again, their gradients, and the few that are in fp32 at a time."""
+    element, logits = work.keeping.element, work.microbatch_tokens * work.model.vocab_size
+    made = 1 if work.recompute is Recompute.none else 2
+    return made * element * logits + 4 * min(logits, LOGITS_IN_FP32[work.hardware.device])
 
 
 def exchange_bytes(work: Workload) -> float:
@@ -76,6 +84,7 @@ class _Kept:
         self.model: ModelConfig = work.model
         self.fp8 = work.dtype == "fp8"
         self.less = recompute is Recompute.selective
+        self.logits = recompute is Recompute.none
         self.element = work.keeping.element
         """Bytes of what is neither in FP8 nor always in fp32."""
         self.padded = work.keeping.padded_values
@@ -137,8 +146,9 @@ class _Kept:
         return kept + out + element * model.n_heads * (2 * model.qk_head_dim + value)
 
     def head(self) -> int:
-        """Final norm, the head's input, and the logarithms of the softmax in fp32."""
-        return self.norm(self.model.dim) + self.element * self.model.dim + 4 * self.model.vocab_size
+        """Final norm, the head's input, logits and the logarithm of their sum."""
+        logits = self.element * self.model.vocab_size if self.logits else 0
+        return self.norm(self.model.dim) + self.element * self.model.dim + logits + 4
 
     def mtp(self) -> int:
         """Two norms, of which the first one's input is the last head's or the last depth's, which are there; the

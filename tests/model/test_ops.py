@@ -1,10 +1,11 @@
 """The fused autograd functions equal the plain expressions they stand for, gradients included."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from model import ops
-from model.ops import gather_rows, grouped_mm, rms_norm, sum_rows, swiglu
+from model.ops import gather_rows, grouped_mm, linear_cross_entropy, rms_norm, sum_rows, swiglu
 
 
 def test_swiglu_equals_the_plain_expression_and_its_gradient():
@@ -60,6 +61,27 @@ def test_gather_rows_sums_the_gradients_of_copies():
     torch.testing.assert_close(sum_rows(rows, index, inverse, 3), rows[inverse].view(6, 3, 4).sum(1))
     assert torch.autograd.gradcheck(lambda rows: sum_rows(rows, index, inverse, 3), (rows,))
     assert sum_rows(rows[:0], index[:0], inverse[:0], 3).shape == (0, 4)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_loss_of_a_linear_layer_is_torchs_with_its_gradients_and_keeps_no_logits_if_told(rows_at_a_time, again,
+                                                                                            monkeypatch):
+    monkeypatch.setitem(ops.LOGITS_IN_FP32, "cpu", 50 * rows_at_a_time)
+    made = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 16, generator=made, requires_grad=True) for n in (11, 50))
+    targets = torch.randint(0, 50, (11,), generator=made)
+    theirs = F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        kept = []
+        ours = linear_cross_entropy(x, weight, targets, again=again)
+    assert ((11, 50) in kept) is not again
+    torch.testing.assert_close(ours[0], theirs)
+    for retain in (True, False):  # a split backward comes twice
+        mine, reference = (torch.autograd.grad(0.3 * loss.sum(), (x, weight), retain_graph=retain)
+                           for loss in (ours, theirs))
+        for one, other in zip(mine, reference, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 class LikeBlackwell(torch.autograd.Function):

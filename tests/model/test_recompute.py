@@ -75,10 +75,10 @@ def test_weights_are_cast_once_for_all_microbatches_whose_backward_recomputes_in
 
 
 @pytest.mark.parametrize("config, per_block", [(MLA, 2), (GQA, 0)], ids=["MLA", "GQA"])
-def test_products_other_than_up_projections_and_the_core_run_once(config, per_block):
-    """MLA's up-projections of queries, and of keys and values, run again."""
+def test_products_other_than_up_projections_and_heads_and_the_core_run_once(config, per_block):
+    """MLA's up-projections of queries, and of keys and values, run again, and what makes the logits."""
     plain, again = (trained(config, "fp32", keep_less=less)[2] for less in (False, True))
     blocks = config.n_layers + config.n_mtp_layers
     assert again["core"] == plain["core"] == blocks
-    assert again["mm"] - plain["mm"] == per_block * blocks
+    assert again["mm"] - plain["mm"] == per_block * blocks + 1 + config.n_mtp_layers
     assert again["_grouped_mm"] == plain["_grouped_mm"]

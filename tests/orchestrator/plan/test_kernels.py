@@ -8,7 +8,7 @@ import pytest
 from orchestrator.compose import compose_config
 from orchestrator.config import Recompute
 from orchestrator.errors import BadRequest
-from orchestrator.plan.block import expert_rows, layer_time
+from orchestrator.plan.block import expert_rows, head_time, layer_time
 from orchestrator.plan.confidence import band, made
 from orchestrator.plan.estimate import estimate, step_parts
 from orchestrator.plan.exchange import Routing, dispatch_bytes, imbalance_of
@@ -163,7 +163,8 @@ def test_selective_recompute_does_again_what_it_does_not_keep():
                                              ("zbv", {0: 0, 15: 16, 7: 16, 8: 16})])
 def test_our_own_selective_recompute_is_done_twice_where_a_backward_is_split(schedule, split):
     """split: backwards in two parts, of a stage; the first, which has no input gradient, has none."""
-    model = replace(compose_config(["model=deepseek_v3"]).model, n_layers=64, n_dense_layers=0, n_mtp_layers=0)
+    model = replace(compose_config(["model=deepseek_v3"]).model, n_layers=64, n_dense_layers=0, n_mtp_layers=0,
+                    vocab_size=1)  # the head, whose logits are made again too, takes next to nothing
     none = Workload(model, H100, 4096, 64, 8, 8, 8, schedule, 16, stack=OWN, even_stages=True,
                     assumptions=Assumptions(overlap_cost=math.inf))
     less = replace(none, recompute=Recompute.selective)
@@ -173,7 +174,15 @@ def test_our_own_selective_recompute_is_done_twice_where_a_backward_is_split(sch
     with_it, without = (step_parts(work)[1].busy for work in (less, none))
     for rank in (0, 7):
         times = sum(len(stage_layers(less)[stage]) * (16 + split[stage]) for stage in stages_on(less, rank))
-        assert with_it[rank] - without[rank] == pytest.approx(times * again.again)
+        assert with_it[rank] - without[rank] == pytest.approx(times * again.again, rel=2e-3)
+
+
+def test_logits_are_made_again_under_recompute():
+    work = Workload(compose_config(["model=deepseek_v3"]).model, H100, 4096, 64, 8, 8, 8, "1f1b", 16, stack=OWN)
+    kept, less = head_time(replace(work, model=replace(work.model, n_mtp_layers=0))), head_time(
+        replace(work, model=replace(work.model, n_mtp_layers=0), recompute=Recompute.selective))
+    assert less.backward - kept.backward == pytest.approx(less.again) and kept.again == 0
+    assert 0 < less.again < less.forward
 
 
 def test_a_prediction_says_how_it_was_made_and_how_far_it_may_be_off(moe):
