@@ -174,7 +174,7 @@ def test_our_own_selective_recompute_is_done_twice_where_a_backward_is_split(sch
     with_it, without = (step_parts(work)[1].busy for work in (less, none))
     for rank in (0, 7):
         times = sum(len(stage_layers(less)[stage]) * (16 + split[stage]) for stage in stages_on(less, rank))
-        assert with_it[rank] - without[rank] == pytest.approx(times * again.again, rel=2e-3)
+        assert with_it[rank] - without[rank] == pytest.approx(times * again.again, rel=5e-3)
 
 
 def test_logits_are_made_again_under_recompute():
