@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from model.moe import FeedForward, GroupedExperts, LocalDispatcher, MoE, Routing, Sorted, permute
-from model.ops import autocast_dtype, grouped_mm, of_weight, swiglu, swiglu_backward
+from model.ops import autocast_dtype, grouped_mm, of_weight, swiglu, swiglu_backward, wanted
 from model.quantize import (
     AMAX_FLOOR,
     GRAD_AMAX_FLOOR,
@@ -83,7 +83,7 @@ class Fp8FeedForward(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.w13(x)
-        out = _SwiGLUProduct.apply(hidden.flatten(0, -2), None, self.w2.weight, None, self.power_of_two,
+        out = _SwiGLUProduct.apply(hidden.flatten(0, -2), self.w2.weight, None, None, self.power_of_two,
                                    self.power_of_two)
         return out.unflatten(0, x.shape[:-1])
 
@@ -96,7 +96,7 @@ class Fp8GroupedExperts(GroupedExperts):
 
     def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         hidden = _Product.apply(x, self.w13, counts, True, self.power_of_two)
-        return _SwiGLUProduct.apply(hidden, weights, self.w2, counts, self.power_of_two, True)
+        return _SwiGLUProduct.apply(hidden, self.w2, weights, counts, self.power_of_two, True)
 
 
 class Fp8LocalDispatcher(LocalDispatcher):
@@ -176,15 +176,19 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
                 keeps_x: bool = False) -> Tensor:
         rows = _quantized(x, of_x)
-        ctx.save_for_backward(weight, counts, *([x] if keeps_x else rows))
-        ctx.scales, ctx.dtype = (of_x, of_grad), x.dtype
+        ctx.save_for_backward(*([x] if keeps_x else rows))
+        ctx.weight, ctx.counts, ctx.scales, ctx.dtype = weight, counts, (of_x, of_grad), x.dtype
         return _product(rows, weight, counts, autocast_dtype(x), power_of_two=of_x, exact=of_x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, counts, *kept = ctx.saved_tensors
-        x = act_dequant(_quantized(*kept, ctx.scales[0]) if len(kept) == 1 else Quantized(*kept))
-        grad_x, grad_weight = _backward(grad, x, weight, counts, *ctx.scales, ctx.needs_input_grad, ctx.dtype)
+        (to_x, to_weight, *_), grad_x, grad_weight = wanted(ctx), None, None
+        if to_x:
+            grad_x = _input_gradient(grad, ctx.weight, ctx.counts, *ctx.scales, ctx.dtype)
+        if to_weight:
+            kept = ctx.saved_tensors
+            x = act_dequant(_quantized(*kept, ctx.scales[0]) if len(kept) == 1 else Quantized(*kept))
+            grad_weight = _weight_gradient(grad, x, ctx.counts, *ctx.scales, ctx.weight.dtype)
         return grad_x, grad_weight, None, None, None, None
 
 
@@ -192,23 +196,27 @@ class _SwiGLUProduct(torch.autograd.Function):
     """swiglu(hidden [R, 2K], routing [R, 1] or none) times weight transposed, as `_Product`; hidden is what is kept."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, routing: Tensor | None, weight: Tensor, counts: Tensor | None, of_x: bool,
+    def forward(ctx, hidden: Tensor, weight: Tensor, routing: Tensor | None, counts: Tensor | None, of_x: bool,
                 of_grad: bool) -> Tensor:
-        ctx.save_for_backward(*_quantized(hidden, of_x), routing, weight, counts)
-        ctx.scales, ctx.dtype = (of_x, of_grad), hidden.dtype
+        ctx.save_for_backward(*_quantized(hidden, of_x), routing)
+        ctx.weight, ctx.counts, ctx.scales, ctx.dtype = weight, counts, (of_x, of_grad), hidden.dtype
         return _product(_quantized(swiglu(hidden, routing), of_x), weight, counts, autocast_dtype(hidden),
                         power_of_two=of_x, exact=of_x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        data, scale, routing, weight, counts = ctx.saved_tensors
-        hidden, (to_input, to_routing, to_weight) = act_dequant(Quantized(data, scale)), ctx.needs_input_grad[:3]
-        grad_x, grad_weight = _backward(grad, swiglu(hidden, routing), weight, counts, *ctx.scales,
-                                        (to_input or to_routing, to_weight), torch.float32)
-        if grad_x is None:
-            return None, None, grad_weight, None, None, None
-        grad_hidden, grad_routing = swiglu_backward(grad_x, hidden, routing)
-        return grad_hidden.to(ctx.dtype), grad_routing, grad_weight, None, None, None
+        data, scale, routing = ctx.saved_tensors
+        hidden, (to_hidden, to_weight, *to_routing) = act_dequant(Quantized(data, scale)), wanted(ctx)
+        grad_hidden = grad_weight = grad_routing = None
+        if to_hidden or any(to_routing):
+            grad_x = _input_gradient(grad, ctx.weight, ctx.counts, *ctx.scales, torch.float32)
+            grad_hidden, grad_routing = swiglu_backward(grad_x, hidden, routing)
+            grad_hidden = grad_hidden.to(ctx.dtype)
+            del grad_x  # each part takes several times its operands' memory
+        if to_weight:
+            x = swiglu(hidden, routing)
+            grad_weight = _weight_gradient(grad, x, ctx.counts, *ctx.scales, ctx.weight.dtype)
+        return grad_hidden, grad_weight, grad_routing, None, None, None
 
 
 def _quantized(x: Tensor, power_of_two: bool, floor: float = AMAX_FLOOR) -> Quantized:
@@ -229,14 +237,10 @@ def _product(rows: Quantized, weight: Tensor, counts: Tensor | None, dtype: torc
     return _grouped(act_dequant(rows), w.mT if transposed else w, counts, exact=exact).to(dtype)
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
-              needs: tuple[bool, ...], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x, in `dtype`, and of weight, one after the other: each takes several times its operands' memory."""
-    grad_x = None
-    if needs[0]:
-        grad_x = _product(_quantized(grad, of_grad, GRAD_AMAX_FLOOR), weight, counts, dtype, power_of_two=of_x,
-                          exact=of_x and of_grad, transposed=False)
-    return grad_x, _weight_gradient(grad, x, counts, of_x, of_grad, weight.dtype) if needs[1] else None
+def _input_gradient(grad: Tensor, weight: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,
+                    dtype: torch.dtype) -> Tensor:
+    return _product(_quantized(grad, of_grad, GRAD_AMAX_FLOOR), weight, counts, dtype, power_of_two=of_x,
+                    exact=of_x and of_grad, transposed=False)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, counts: Tensor | None, of_x: bool, of_grad: bool,

@@ -29,7 +29,7 @@ def swiglu_backward(grad: Tensor, hidden: Tensor, weights: Tensor | None = None)
     torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
     torch.mul(grad, up, out=grad_gate)
     if weights is not None:
-        grad_weights = torch.linalg.vecdot(grad_up, up)[..., None].to(weights.dtype)
+        grad_weights = (grad_up * up).sum(-1, keepdim=True, dtype=weights.dtype)
         out.mul_(weights.to(out.dtype))
     torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
     return out, grad_weights
@@ -80,13 +80,30 @@ def weights_kept() -> Iterator[None]:
 
 
 def of_weight(make: Callable, weight: Tensor, **options):
-    """make(weight, **options), the same result each time within `weights_kept`."""
+    """make(weight, **options), the same result each time within `weights_kept`; of the parameter itself, which a tensor
+    saved for backward is not where hooks have packed it: autograd functions hold theirs in ctx."""
     if _made is None:
         return make(weight, **options)
     key = id(weight), make, *options.items()
     if key not in _made:
         _made[key] = weight, make(weight, **options)
     return _made[key][1]
+
+
+def wanted(ctx) -> list[bool]:
+    """Which tensors' gradients this pass of backward asks of an autograd function, in the order of its arguments.
+
+    `ctx.needs_input_grad` names all that could be asked for, so that a backward in two parts would do both in each.
+    The one place that touches torch's private question to the engine.
+    """
+    return [node is not None and _will_run(node) for node, _ in ctx.next_functions]
+
+
+def _will_run(node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf, whose gradient was asked for by name
+        return True
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -175,16 +192,17 @@ class _RMSNorm(torch.autograd.Function):
 class _LinearInFp32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.dtype = weight, x.dtype
         return F.linear(x.float(), weight.float())
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        to_x, to_weight = ctx.needs_input_grad
-        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).float() if to_weight else None
-        return ((grad @ weight.float()).to(x.dtype) if to_x else None,
-                None if grad_weight is None else grad_weight.to(weight.dtype))
+        (to_x, to_weight), weight, grad_weight = wanted(ctx), ctx.weight, None
+        if to_weight:
+            (x,) = ctx.saved_tensors
+            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2).float()).to(weight.dtype)
+        return (grad @ weight.float()).to(ctx.dtype) if to_x else None, grad_weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -193,13 +211,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x = x.to(autocast_dtype(x))
         logits = F.linear(x, cast_weight(weight, x.dtype))
         sums = torch.cat([part.float().logsumexp(-1, keepdim=True) for part in logits.split(_rows_in_fp32(logits))])
-        ctx.save_for_backward(x, weight, targets, sums, None if again else logits)
+        ctx.save_for_backward(x, targets, sums, None if again else logits)
+        ctx.weight = weight
         return (sums - logits.gather(1, targets[:, None])).sum().reshape(1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, targets, sums, logits = ctx.saved_tensors
-        weight_cast = cast_weight(weight, x.dtype)
+        (x, targets, sums, logits), (to_x, to_weight, *_) = ctx.saved_tensors, wanted(ctx)
+        weight_cast = cast_weight(ctx.weight, x.dtype)
         logits = F.linear(x, weight_cast) if logits is None else logits
         grads = torch.empty_like(logits)
         parts = (t.split(_rows_in_fp32(logits)) for t in (logits, grads, sums, targets[:, None]))
@@ -207,8 +226,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             softmax = (part - each).exp_()
             softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1))
             out.copy_(softmax.mul_(grad))
-        return (grads @ weight_cast if ctx.needs_input_grad[0] else None,
-                (grads.T @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None)
+        return (grads @ weight_cast if to_x else None,
+                (grads.T @ x).to(ctx.weight.dtype) if to_weight else None, None, None)
 
 
 def _rows_in_fp32(logits: Tensor) -> int:

@@ -32,11 +32,11 @@ def again(function: Callable, *inputs, but_cores: bool = False):
 def made_again(make: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], object]):
     """use(make(x)), of which backward has x and makes the rest again, wherever it would have kept make(x) itself."""
     made, x = make(x), x.detach()
-    ours = weakref.ref(made)  # as hooks outlive the forward
+    found = weakref.ref(made)  # hooks outlive the forward
 
     def pack(tensor: Tensor) -> object:
-        same = tensor is ours() or tensor._base is ours()
-        if same and tensor.numel() == ours().numel() and tensor.is_contiguous():
+        ours = found()
+        if any(t is ours for t in (tensor, tensor._base)) and len(ours) and tensor.numel() == ours.numel():
             return tensor.shape
         return tensor.detach()  # an operator's own output would hold the operator that holds it
 

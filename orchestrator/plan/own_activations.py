@@ -4,7 +4,7 @@ Each formula names its tensors in the order of the module's code (model/attentio
 Others' programs are counted by operators (`activations`).
 """
 
-from model.config import Attention, ModelConfig
+from model.config import Attention, ModelConfig, QKNorm
 from model.count import LOGITS_IN_FP32
 from orchestrator.config import Recompute
 from orchestrator.plan.workload import Workload
@@ -83,8 +83,7 @@ class _Kept:
     def __init__(self, work: Workload, recompute: Recompute = Recompute.none):
         self.model: ModelConfig = work.model
         self.fp8 = work.dtype == "fp8"
-        self.less = recompute is Recompute.selective
-        self.logits = recompute is Recompute.none
+        self.recompute, self.less = recompute, recompute is Recompute.selective
         self.element = work.keeping.element
         """Bytes of what is neither in FP8 nor always in fp32."""
         self.padded = work.keeping.padded_values
@@ -131,6 +130,9 @@ class _Kept:
         kept = self.normed(products=2 if mla else 3)
         # The core keeps query, key, value and output, of which the last product's input is a view.
         if not mla:
+            if model.qk_norm is not QKNorm.none and not self.less:
+                scales = 2 if model.qk_norm is QKNorm.full else model.n_heads + model.n_kv_heads
+                kept += element * (model.n_heads + model.n_kv_heads) * model.head_dim + 4 * scales
             return kept + element * (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim + 4 * model.n_heads
         # Where the core pads values to the size of keys, its output is cut and copied for the last product.
         value = model.qk_head_dim if self.padded else model.v_head_dim
@@ -147,13 +149,16 @@ class _Kept:
 
     def head(self) -> int:
         """Final norm, the head's input, logits and the logarithm of their sum."""
-        logits = self.element * self.model.vocab_size if self.logits else 0
+        logits = self.element * self.model.vocab_size if self.recompute is Recompute.none else 0
         return self.norm(self.model.dim) + self.element * self.model.dim + logits + 4
 
     def mtp(self) -> int:
         """Two norms, of which the first one's input is the last head's or the last depth's, which are there; the
-        projection's input; and the head once more."""
+        projection's input; and the head once more, which is all where the rest is made again, from the first norm's
+        input: that of its block, which is counted with the blocks, is not kept."""
         dim = self.model.dim
+        if self.recompute is Recompute.full:
+            return self.head() - self.element * dim
         return 2 * self.norm(dim) - self.element * dim + self.element * 2 * dim + self.head()
 
 

@@ -86,8 +86,9 @@ def test_products_are_those_of_dequantised_operands(kernels, monkeypatch, counts
 
     def products() -> list[torch.Tensor]:
         how = {"power_of_two": power_of_two, "exact": power_of_two}
+        rest = counts, power_of_two, power_of_two, torch.float32
         return [fp8._product(fp8._quantized(x, power_of_two), weight, counts, torch.float32, **how),
-                *fp8._backward(grad, x, weight, counts, power_of_two, power_of_two, (True, True), torch.float32)]
+                fp8._input_gradient(grad, weight, *rest), fp8._weight_gradient(grad, x, *rest)]
 
     found = products()
     monkeypatch.setattr(fp8, "on_tensor_cores", lambda device: False)

@@ -5,12 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import GraphExecGroup
 
+from model import ops
 from model.config import Attention, ModelConfig, QKNorm
 from model.fp8 import to_fp8
+from model.quantize import Quantized
 from model.recompute import CORES, keep_casts
 from model.transformer import Transformer
+from orchestrator.choices import Recompute
 from tests.torch_memory import left_behind
 
 SMALL = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_dense_layers": 1, "inter_dim": 160, "n_heads": 4,
@@ -82,3 +87,48 @@ def test_products_other_than_up_projections_and_heads_and_the_core_run_once(conf
     assert again["core"] == plain["core"] == blocks
     assert again["mm"] - plain["mm"] == per_block * blocks + 1 + config.n_mtp_layers
     assert again["_grouped_mm"] == plain["_grouped_mm"]
+
+
+@pytest.mark.parametrize("how", Recompute)
+def test_a_weight_is_quantised_once_for_all_microbatches(how):
+    network, tokens = Transformer(MLA).train(), torch.randint(0, 96, (2, 34))
+    to_fp8(network)
+    network.recompute = how is Recompute.full
+    if how is Recompute.selective:
+        network.keep_less()
+    with ops.weights_kept():
+        made = []
+        for _ in range(3):
+            network(tokens, tokens).sum().backward()
+            made.append(sum(t.nbytes for _, form in ops._made.values() if isinstance(form, Quantized) for t in form))
+    assert made[0] == made[1] == made[2] > 0
+
+
+@pytest.mark.parametrize("less", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_a_backward_in_two_parts_does_no_product_twice_but_what_is_made_again(precision, less):
+    """Of products with weights; attention's core and the sums over tokens are no part of the second."""
+    counted = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        stage = Transformer(MLA, layers=range(1, 2)).train()
+        for parameter in stage.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        if precision == "fp8":
+            to_fp8(stage)
+        if less:
+            stage.keep_less()
+        x, tokens = torch.randn(2, 32, 64, requires_grad=True), torch.randint(0, 96, (2, 34))
+        loss = stage(x, tokens).sum()
+        with Counted() as backward:
+            if split:
+                _, groups = stage_backward_input([loss], None, [x], stage.parameters())
+                with GraphExecGroup():
+                    stage_backward_weight(stage.parameters(), groups)
+            else:
+                loss.backward()
+        counted.append(backward.calls)
+    whole, parts = counted
+    blocks, heads = 1 + MLA.n_mtp_layers, 1 + MLA.n_mtp_layers
+    assert parts["mm"] - whole["mm"] == (2 * blocks + heads if less else 0)
+    assert parts["_grouped_mm"] == whole["_grouped_mm"] > 0
