@@ -263,7 +263,7 @@ def _taken(x: Tensor, index: Tensor, copies: int) -> Tensor:
 
 
 def _sums(x: Tensor, inverse: Tensor, copies: int) -> Tensor:
-    """In order, and in fp32 what is not. A bag of a sum is written as it is read, and rows are never copied."""
+    """Each token's rows summed in order, in fp32 whatever they are in, as they are read: no copy of them is made."""
     if copies == 1 or not len(x):
         return x[inverse].view(-1, x.shape[-1])
     return F.embedding_bag(inverse.view(-1, copies), x.contiguous(), mode="sum")

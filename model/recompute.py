@@ -36,7 +36,7 @@ def made_again(make: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tenso
 
     def pack(tensor: Tensor) -> object:
         ours = found()
-        if any(t is ours for t in (tensor, tensor._base)) and len(ours) and tensor.numel() == ours.numel():
+        if ours is not None and (tensor is ours or tensor._base is ours) and tensor.numel() == ours.numel():
             return tensor.shape
         return tensor.detach()  # an operator's own output would hold the operator that holds it
 
