@@ -1,6 +1,6 @@
 """What recompute costs and saves: step time, and bytes kept from forward to backward, against keeping everything.
 
-    python benchmarks/recompute.py --model mini --sequences 4 --seq-len 512
+    PYTHONPATH=. python benchmarks/recompute.py --model mini --sequences 4 --seq-len 512
 
 One process, fp32, the three in turns; the ratio of step times is the median over turns. Beside what is kept stands what
 the planner counts, embedding's and rotary tables' few bytes aside.
@@ -11,7 +11,6 @@ import statistics
 
 import torch
 from model_throughput import load_config, make_step, ours
-from torch.autograd.graph import saved_tensors_hooks
 
 from orchestrator.choices import Recompute
 from orchestrator.config import HardwareConfig
@@ -19,21 +18,7 @@ from orchestrator.plan.activations import block_bytes, head_bytes
 from orchestrator.plan.keeping import own
 from orchestrator.plan.workload import Workload
 from orchestrator.train.memory import keep_freed_memory
-
-
-def kept_bytes(model: torch.nn.Module, tokens: torch.Tensor) -> int:
-    """Of storages that autograd holds after a forward, parameters aside."""
-    parameters, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(tokens, tokens)
-    found = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in parameters)
-    del loss
-    return found
+from tests.torch_memory import left_behind
 
 
 def counted_bytes(work: Workload) -> float:
@@ -57,7 +42,7 @@ def main() -> None:
         model.train().recompute = how is Recompute.full
         if how is Recompute.selective:
             model.keep_less()
-        kept[how] = kept_bytes(model, tokens)
+        _, kept[how] = left_behind(lambda model=model: model(tokens, tokens))
         counted[how] = counted_bytes(Workload(config, HardwareConfig(), args.seq_len, args.sequences, 1, 1, 1, "1f1b",
                                               1, recompute=how, keeping=own("fp32", cpu=True)))
         steps[how] = make_step(model, loss_of, config.vocab_size, args.sequences, args.seq_len)

@@ -244,11 +244,12 @@ def softmax_scale(config: ModelConfig) -> float:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of q [B, S, H, *] over k, v [B, S, KV, *] -> [B, S, H * v].
 
-    The CPU's flash kernel wants keys and values of one size; zero columns cost less than its slow path.
+    The CPU's flash kernel wants keys and values of one size; zero columns cost less than its slow path. MLA's values
+    are a part of one product, which would be kept whole for them.
     """
     size = v.shape[-1]
-    if q.device.type == "cpu" and size < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - size))
+    padded = q.device.type == "cpu" and size < q.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - size)) if padded else v.contiguous()
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
                                          scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     return out[..., :size].transpose(1, 2).flatten(2)

@@ -28,6 +28,7 @@ from orchestrator.train.optim import build_optimizer, clip_and_step, moments
 SEQUENCES, SEQ_LEN = 2, 128
 MLA = ModelConfig(vocab_size=300, dim=192, n_layers=3, n_dense_layers=1, inter_dim=320, n_heads=4, q_lora_rank=48,
                   moe_inter_dim=96, n_routed_experts=4, n_mtp_layers=1, balance_loss_weight=1e-3)
+EQUAL = replace(MLA, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=64)
 NORMED = replace(MLA, attention=Attention.gqa, n_kv_heads=2, qk_norm=QKNorm.head, n_mtp_layers=0)
 DENSE = ModelConfig(vocab_size=300, dim=192, n_layers=2, n_dense_layers=2, inter_dim=320, attention=Attention.gqa,
                     n_kv_heads=4, n_routed_experts=0, n_shared_experts=0, n_activated_experts=0, moe_inter_dim=0,
@@ -112,7 +113,7 @@ def planned(model: ModelConfig, precision: str) -> dict[str, float]:
             "communication": exchange_bytes(work) if model.n_routed_experts else 0.0}
 
 
-@pytest.mark.parametrize("model", [MLA, NORMED, DENSE], ids=["mla", "normed", "dense"])
+@pytest.mark.parametrize("model", [MLA, EQUAL, NORMED, DENSE], ids=["mla", "equal heads", "normed", "dense"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_predicted_bytes_are_what_torch_allocates(model, precision):
     found, predicted = allocated(RankInfo(), model, precision), planned(model, precision)
