@@ -61,7 +61,8 @@ def to_fp8(model: nn.Module, *, power_of_two: bool = False) -> None:
             # As fully_shard does it: names, parameters and hooks stay what they are.
             child.__class__ = kind
             child.power_of_two = power_of_two or name == "wo"
-            child.keeps_input = getattr(child, "keeps_input", False) or name == "wo"
+            if name == "wo":
+                child.keeps_input = True
         if isinstance(module, MoE) and type(module.dispatcher) is LocalDispatcher:
             module.dispatcher = Fp8LocalDispatcher(module.dispatcher.n_routed_experts)
 

@@ -84,7 +84,7 @@ def search(request: Request) -> Plan:
         considered += len(variants) * len(SAVINGS)
         while queue and queue[0][0] <= cell.floor_s:
             _clock_next(queue, best, refused)
-        if best.out_of_reach(cell.floor_s, _kinds(cell.work)):
+        if best.out_of_reach(cell.floor_s, _kinds(not_run(cell.work) is None)):
             refused.append(_slower(cell.work, cell.floor_s, len(variants) * len(SAVINGS)))
             continue
         for work in variants:
@@ -174,8 +174,8 @@ SAVINGS = tuple((recompute, zero) for recompute in Recompute for zero in (1, 2, 
 UNNEEDED = "saves memory that is not needed"
 
 
-def _kinds(work: Workload) -> tuple[str, ...]:
-    return (PLANNED, RUNNING) if not_run(work) is None else (PLANNED,)
+def _kinds(runs: bool) -> tuple[str, ...]:
+    return (PLANNED, RUNNING) if runs else (PLANNED,)
 
 
 def _fitting(work: Workload, best: "_Best", refused: list[Refused],
@@ -184,7 +184,7 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
     others are not goes to `refused`."""
     reason = illegal(work)
     floor = floor_s(replace(work, zero=3)) if reason is None else 0.0  # sums fewer gradients than stage 1
-    if reason is None and best.out_of_reach(floor, _kinds(work)):
+    if reason is None and best.out_of_reach(floor, _kinds(not_run(work) is None)):
         reason = SLOWER.format(seconds=floor)
     if reason is not None:
         refused.append(Refused(layout_of(work), reason, len(SAVINGS)))
@@ -209,8 +209,7 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
             refused.append(Refused(layout_of(each), reason))
             continue
         runs = not (cannot_run(each) or cannot_grow(each, request.terms.batch_start))
-        yield (floor if recompute is Recompute.none and zero > 1 else floor_s(each), each,
-               (PLANNED, RUNNING) if runs else (PLANNED,))
+        yield floor if recompute is Recompute.none and zero > 1 else floor_s(each), each, _kinds(runs)
         enough = recompute
         if zero == 1:
             break
@@ -225,12 +224,13 @@ def _fitting(work: Workload, best: "_Best", refused: list[Refused],
 def _needed_to_run(work: Workload, enough: Recompute, best: "_Best", request: Request) -> Workload | None:
     """This layout with the least recompute beyond `enough` with which it fits as `train` keeps it, if it is in reach.
     """
+    if not_run(work) or cannot_grow(work, request.terms.batch_start):
+        return None
     for recompute in list(Recompute)[list(Recompute).index(enough) + 1:]:
         each = replace(work, recompute=recompute)
-        if (illegal(each) or not_run(each) or not request.asks(each, "recompute", "zero")
-                or cannot_grow(each, request.terms.batch_start) or best.out_of_reach(floor_s(each), (RUNNING,))):
+        if illegal(each) or not request.asks(each, "recompute", "zero"):
             continue
-        if not cannot_run(each):
+        if not best.out_of_reach(floor_s(each), (RUNNING,)) and not cannot_run(each):
             return each
     return None
 
