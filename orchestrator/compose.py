@@ -170,10 +170,8 @@ def _check_key(override, shown: str) -> None:
         return
     if override.value() == "":
         raise BadRequest(f"{key}='': is empty; give a value, or leave {key} out")
-    wanted = _mismatch(override.value(), hint)
-    if wanted:
-        near = difflib.get_close_matches(str(override.value()), getattr(hint, "__members__", ()), n=1)
-        raise BadRequest(f"{shown}: must be {wanted}; use {key}={near[0] if near else _example(key, hint)}")
+    if wanted := _mismatch(override.value(), hint):
+        raise BadRequest(f"{shown}: must be {wanted}; use {key}={_example(key, hint, override.value())}")
 
 
 def _is_secret(key: str) -> bool:
@@ -209,8 +207,12 @@ def _mismatch(value: object, hint: object) -> str | None:
     return "text (put quotes around it)" if isinstance(value, list | dict) else None
 
 
-def _example(key: str, hint: object) -> str:
-    """The key's default, or else a value of its kind."""
+def _example(key: str, hint: object, value: object) -> str:
+    """What `value` was meant to be, the key's default, or else a value of its kind."""
+    if near := difflib.get_close_matches(str(value), getattr(hint, "__members__", ()), n=1):
+        return near[0]
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e3
+        return str(int(value))
     *sections, leaf = key.split(".")
     default = getattr(reduce(getattr, sections, Config()), leaf)
     if default not in (None, "") and not isinstance(default, dict | list):

@@ -56,6 +56,7 @@ BAD = {
     "a nested one": (["tracker.tags=[a,'x${oc.decode:1}']"], r"tracker\.tags\.1=.*write the value itself"),
     "a removed group": (["~layout"], r"~layout: nothing can be removed"),
     "text for a whole number": (["train.steps=abc"], r"steps=abc: must be a whole number; use train\.steps=100$"),
+    "a float for a whole number": (["train.steps=1e3"], r"=1e3: must be a whole number; use train\.steps=1000$"),
     "text for a degree": (["layout.pp=three"], r"layout\.pp=three: must be a whole number; use layout\.pp=1$"),
     "no number for a length": (["train.seq_len=nan"], r"seq_len=nan: must be a whole number; use train\.seq_len=256$"),
     "no key": (["=3"], r"^=3: is no override; write KEY=VALUE"),
