@@ -96,7 +96,8 @@ def held_out() -> bytes:
 
 
 def _sparing(torch, text, *, form, limit, folder, tokens) -> dict:
-    from model.generate import Decoder, generate
+    from model.decode import Decoder
+    from model.generate import generate
     from orchestrator.cold_weights import experts_of, load_within
 
     def load(path: str, limit: int):

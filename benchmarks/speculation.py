@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 
 from model.attention import rope_table
-from model.generate import Counts, Decoder, Sampling, generate
+from model.decode import Decoder
+from model.generate import Counts, Sampling, generate
 from orchestrator.config import DataConfig, from_dict
 from orchestrator.inference import Loaded, load_for_inference
 from orchestrator.train import data

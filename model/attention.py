@@ -119,23 +119,26 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]. With a cache the S tokens come after those it holds (model/cache.py)."""
         q, kv = self.project(x)
-        return self.wo(self.attend(q, kv, rope) if cache is None else self._absorbed(q, kv, rope, cache))
+        attend = self.attend if cache is None or cache.is_first else self._absorbed
+        return self.wo(attend(q, kv, rope, cache))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D] -> latent of the queries (or queries), latent of keys and values with the shared rotary key."""
         kv = self.wkv_a(x)
         return self.wq_a(x) if self.config.q_lora_rank else self.wq(x), kv
 
-    def attend(self, q: Tensor, kv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """What `project` returns -> every head's output [B, S, H * v]."""
+    def attend(self, q: Tensor, kv: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None) -> Tensor:
+        """What `project` returns -> every head's output [B, S, H * v], of whole sequences, which a cache is told."""
         config = self.config
         q_nope, q_rope = self._queries(q)
         latent, k_rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        k_nope, v = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (config.n_heads, -1)).split(
+        latent, k_rope = self.kv_norm(latent), rotate(k_rope[:, :, None], rope, config.rope_interleaved)
+        if cache is not None:
+            cache.write(torch.cat([latent, k_rope[:, :, 0]], dim=-1))
+        k_nope, v = self.wkv_b(latent).unflatten(-1, (config.n_heads, -1)).split(
             [config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        k_rope = rotate(k_rope[:, :, None], rope, config.rope_interleaved).expand(-1, -1, config.n_heads, -1)
         q = torch.cat([q_nope, rotate(q_rope, rope, config.rope_interleaved)], dim=-1)
-        k = torch.cat([k_nope, k_rope.to(k_nope.dtype)], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, config.n_heads, -1).to(k_nope.dtype)], dim=-1)
         return _attend(q, k, v, self.scale)
 
     def _queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,16 +191,22 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: "LayerCache | None" = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]. With a cache the S tokens come after those it holds (model/cache.py)."""
         projected = self.project(x)
-        return self.wo(self.attend(*projected, rope) if cache is None else self._cached(*projected, rope, cache))
+        attend = self.attend if cache is None or cache.is_first else self._cached
+        return self.wo(attend(*projected, rope, cache))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, D] -> queries, keys and values of all heads side by side."""
         k, v = self.wk(x), self.wv(x)
         return self.wq(x), k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """What `project` returns -> every head's output [B, S, H * head_dim]."""
-        return _attend(*self._heads(q, k, v, rope), self.config.head_dim**-0.5)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor],
+               cache: "LayerCache | None" = None) -> Tensor:
+        """What `project` returns -> every head's output [B, S, H * head_dim], of whole sequences, which a cache is
+        told."""
+        q, k, v = self._heads(q, k, v, rope)
+        if cache is not None:
+            cache.write(k, v)
+        return _attend(q, k, v, self.config.head_dim**-0.5)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """By head, queries and keys normalised and rotated: [B, S, heads, head_dim] each."""

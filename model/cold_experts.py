@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Store:
 
     def __init__(self, path: Path):
         with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # a copy would have to fit into memory
         length = int.from_bytes(self.map[:8], "little")
         fields = json.loads(self.map[8 : 8 + length])
         meta = fields.pop("__metadata__")
@@ -52,7 +53,7 @@ class Store:
     def read(self, expert: int) -> Tensor:
         """A copy of the expert's bytes."""
         start, stop = self.spans[expert]
-        data = torch.frombuffer(self.map, dtype=torch.uint8, count=stop - start, offset=start).clone()
+        data = torch.from_numpy(np.frombuffer(self.map, np.uint8, stop - start, start).copy())
         self._advise(mmap.MADV_DONTNEED, expert)
         return data
 

@@ -1,13 +1,10 @@
-"""Decoding: a model over slots of cached tokens, sampling, and speculation with the MTP module.
-
-`Decoder` is what generation, scoring and serving stand on:
+"""What a model says next: sampling, sequences that are continued together, and speculation with the MTP module.
 
     decoder = Decoder(model, slots=8, capacity=1024)
-    logits = decoder.prefill([0, 3], [prompt, other])       # [2, V]: of each row's next token
-    logits = decoder.decode([0, 3], [token, token])         # rows join and leave from call to call
-    decoder.free(0)
+    for row, token in generate(decoder, [prompt, other], max_tokens=200):
+        ...
 
-No text here: tokens in, tokens out. Shapes: B rows of a step, T tokens of its longest row, D dim, V vocabulary.
+No text here: tokens in, tokens out. `Batch` is what serving stands on. V is the vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from model.attention import rope_table
 from model.cache import Cache
-from model.transformer import Transformer
+from model.decode import Decoder
 
-CHUNK_TOKENS = 512
-"""Of prompts, read in one forward, padding included, by a CPU: its activations are part of what a limited memory holds.
-A GPU has room for more, and wants it."""
-
-
-def chunk_tokens(device: torch.device) -> int:
-    return CHUNK_TOKENS if device.type == "cpu" else 16 * CHUNK_TOKENS
+NUCLEUS = 2048
+"""Likeliest tokens among which `top_p` is looked for first: a tenth of the time of sorting a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -49,137 +39,116 @@ class Sampling:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
         if self.top_p < 1:
-            ordered, order = p.sort(dim=-1, descending=True)
+            ordered, order = p.topk(min(NUCLEUS, p.shape[-1]))
+            if (ordered.sum(-1) < self.top_p).any():
+                ordered, order = p.sort(dim=-1, descending=True)
             ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
             p = torch.zeros_like(p).scatter_(-1, order, ordered)
             p = p / p.sum(-1, keepdim=True)
         return p
 
 
-class Decoder:
-    """Runs a whole model on `slots` sequences of at most `capacity` tokens each. Puts it into eval mode."""
-
-    def __init__(self, model: Transformer, *, slots: int, capacity: int):
-        weight = model.tok_embeddings.weight
-        like = {"slots": slots, "capacity": capacity, "device": weight.device, "dtype": weight.dtype}
-        self.model, self.config = model.eval(), model.config
-        self.cache = Cache(model.config, n_layers=model.config.n_layers, **like)
-        self.drafts = Cache(model.config, n_layers=1, **like) if model.config.n_mtp_layers else None
-        self.rope = rope_table(model.config, capacity, weight.device)
-
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens to each slot; logits [B, V] after the last of each row."""
-        return self.head(self.read(slots, prompts))
-
-    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """One more token of each slot; logits [B, V] of the next."""
-        return self.prefill(slots, [[token] for token in tokens])
-
-    def wait(self) -> None:
-        """Until a GPU, which computes behind the program's back, has done what it was told: for clocks."""
-        if self.rope[0].is_cuda:
-            torch.cuda.synchronize(self.rope[0].device)
-
-    def free(self, slot: int) -> None:
-        """The slot's sequence is over."""
-        self.cache.cut(slot, 0)
-        if self.drafts is not None:
-            self.drafts.cut(slot, 0)
-
-    @torch.inference_mode()
-    def read(self, slots: Sequence[int], rows: Sequence[Sequence[int]], *, drafts: bool = False) -> Tensor:
-        """Append each row's tokens to its slot, in forwards of `chunk_tokens`; the normalised hidden state of its last
-        token, [B, D]. drafts: the MTP module reads every token that the rows tell it."""
-        last: list[Tensor | None] = [None] * len(rows)
-        for parts in _chunks([len(row) for row in rows], chunk_tokens(self.rope[0].device)):
-            hidden = self.hidden([slots[i] for i, _, _ in parts], [rows[i][start:stop] for i, start, stop in parts])
-            for states, (i, start, stop) in zip(hidden, parts, strict=True):
-                if stop == len(rows[i]):
-                    last[i] = states[stop - start - 1].clone()
-            told = [(slots[i], states[: stop - start], rows[i][start + 1 : stop + 1])
-                    for states, (i, start, stop) in zip(hidden, parts, strict=True) if start + 1 < len(rows[i])]
-            if drafts and told:
-                self._drafted(*zip(*((slot, states[: len(row)], row) for slot, states, row in told), strict=True))
-        return torch.stack(last)
-
-    @torch.inference_mode()
-    def hidden(self, slots: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
-        """Append each row's tokens to its slot; normalised hidden states [B, T, D], padding after shorter rows."""
-        positions, views = self.cache.step(slots, [len(row) for row in rows])
-        rope = tuple(table[positions] for table in self.rope)
-        x = self.model.embed(self._padded(rows))
-        for block, view in zip(self.model.layers.values(), views, strict=True):
-            x = block(x, rope, view)
-        return self.model.norm(x)
-
-    @torch.inference_mode()
-    def draft(self, slots: Sequence[int], hidden: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [B, V] of the token after the last in `rows`, by the first MTP module (V3 report, section 2.3).
-
-        hidden: for each row the states [T, D] of the positions before its tokens. The module keeps a cache of its own.
-        """
-        out = self._drafted(slots, hidden, rows)
-        last = torch.tensor([len(row) for row in rows], device=out.device) - 1
-        return self.head(out[torch.arange(len(rows), device=out.device), last])
-
-    def _drafted(self, slots: Sequence[int], hidden: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
-        """What the MTP module makes of them, before the head [B, T, D]."""
-        positions, views = self.drafts.step(slots, [len(row) for row in rows])
-        rope = tuple(table[positions] for table in self.rope)
-        states = pad_sequence(list(hidden), batch_first=True)
-        module = self.model.mtp["0"]
-        return module.norm(module(states, self._padded(rows), self.model.tok_embeddings, rope, views[0]))
-
-    @torch.inference_mode()
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.head(hidden)
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        return padded(rows).to(self.rope[0].device)
-
-
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """[B, S], zeros after the tokens of shorter rows."""
-    return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
-
-
 @dataclass
 class Counts:
-    """What a batch did. `drafted` and `accepted` are of speculation."""
+    """What a batch did. steps: forwards; `cached_tokens` of the prompts' were held by a slot; `drafted` and `accepted`
+    are of speculation."""
 
     tokens: int = 0
     steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+
+
+@dataclass
+class _Prompt:
+    """What is left of one to read, and the rows that begin with it. It is read into the first one's slot."""
+
+    left: Sequence[int]
+    rows: list["_Row"]
 
 
 class Batch:
     """Sequences that are continued together and join and leave at any step (continuous batching).
 
+        slots = batch.add([prompt, other], samplings, seeds)
+        batch.read()                        # one forward of the prompts that are not read yet, if any
+        batch.step()                        # the next token of each of the others: [(slot, token), ...]
+        batch.remove(slots[0])
+
     `speculative` drafts one token a step with the first MTP module and checks it in the next forward: the same
-    distribution (Leviathan et al. 2023), greedy the same tokens. The caller ends a row: `remove` it.
+    distribution (Leviathan et al. 2023), greedy the same tokens. A slot holds its tokens beyond the sequence's end,
+    until it is taken again: a prompt that begins like what any slot holds is read from where they part.
     """
 
     def __init__(self, decoder: Decoder, *, speculative: bool = False):
         assert not speculative or decoder.drafts is not None, "a model without MTP modules cannot draft"
         self.decoder, self.speculative, self.counts = decoder, speculative, Counts()
         self.rows: dict[int, _Row] = {}
+        self.reading: list[_Prompt] = []
+        self.free = list(range(len(decoder.cache.lengths)))
+        """Slots that no row has, the longest free first."""
+        self.held: list[Sequence[int]] = [[] for _ in self.free]
+        """Tokens of each slot, the last of which its cache may not have yet."""
 
-    def add(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling],
-            seeds: Sequence[int]) -> None:
-        """Read prompts of one token or more into free slots. A row's tokens depend on its own seed alone (but for the
-        last bits of a batched product)."""
-        hidden = self.decoder.read(slots, prompts, drafts=self.speculative)
+    def add(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], seeds: Sequence[int]) -> list[int]:
+        """Take a free slot for each prompt of one token or more. A row's tokens depend on its own seed alone (but for
+        the last bits of a batched product); rows of one prompt read it once."""
+        slots, same = [], {}
+        for prompt, sampling, seed in zip(prompts, samplings, seeds, strict=True):
+            key = tuple(prompt)
+            if key in same:
+                slot = self.free.pop(0)
+            else:
+                slot, kept = self._begin(prompt)
+                same[key] = _Prompt(prompt[kept:], [])
+                self.counts.prompt_tokens += kept
+                self.counts.cached_tokens += kept
+            self.held[slot] = list(prompt)
+            same[key].rows.append(_Row(slot, self.held[slot], sampling, torch.Generator().manual_seed(seed)))
+            slots.append(slot)
+        self.reading += same.values()
+        return slots
+
+    def _begin(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """A free slot that holds all but the last token of what the prompt shares with any slot, and how many these
+        are: the MTP module, too, knows what came after each of them."""
+        caches = [self.decoder.cache, *([self.decoder.drafts] if self.speculative else [])]
+        shared = [max(0, min(_alike(prompt, held) - 1, *(cache.lengths[slot] for cache in caches)))
+                  for slot, held in enumerate(self.held)]
+        kept = max(shared)
+        source = shared.index(kept) if kept else self.free[0]
+        slot = source if source in self.free else self.free[0]
+        self.free.remove(slot)
+        self.decoder.keep(source, slot, kept)
+        return slot, kept
+
+    def read(self) -> None:
+        """One forward of prompts, the shortest first."""
+        found = self.decoder.read_on([prompt.rows[0].slot for prompt in self.reading],
+                                     [prompt.left for prompt in self.reading], drafts=self.speculative)
         self.counts.steps += 1
-        for slot, states, sampling, seed in zip(slots, hidden.split(1), samplings, seeds, strict=True):
-            row = _Row(slot, sampling, torch.Generator().manual_seed(seed))
-            row.states, row.fresh = states, []
-            row.logits = self.decoder.head(row.states)
-            self.rows[slot] = row
+        for i, number, state in found:
+            prompt = self.reading[i]
+            prompt.left = prompt.left[number:]
+            self.counts.prompt_tokens += number
+            if not prompt.left:
+                self._start(prompt.rows, state[None])
+        self.reading = [prompt for prompt in self.reading if prompt.left]
+
+    def _start(self, rows: list["_Row"], states: Tensor) -> None:
+        """Rows whose prompt is in the slot of the first, the state after it in `states` [1, D]."""
+        first, logits = rows[0].slot, self.decoder.head(states).cpu()
+        for row in rows:
+            if row.slot != first:
+                self.decoder.keep(first, row.slot, self.decoder.cache.capacity)
+            row.states, row.logits = states, logits
+            self.rows[row.slot] = row
 
     def step(self) -> list[tuple[int, int]]:
         """(slot, token) of what is found next: one token of each row, or two where a draft was accepted."""
-        going = [row for row in self.rows.values() if row.logits is None]
+        going = [self.rows[slot] for slot in sorted(self.rows) if self.rows[slot].logits is None]
         if going:
             self._advance(going)
         found = [(slot, token) for slot, row in self.rows.items()
@@ -187,10 +156,19 @@ class Batch:
         self.counts.tokens += len(found)
         return found
 
-    def remove(self, slot: int) -> None:
-        """The row is over, its slot free."""
-        del self.rows[slot]
-        self.decoder.free(slot)
+    def remove(self, slot: int, *, forget: bool = False) -> None:
+        """The row is over, its slot free. forget: nothing of it may be used again, as after an error."""
+        if self.rows.pop(slot, None) is None:
+            prompt = next(one for one in self.reading if any(row.slot == slot for row in one.rows))
+            prompt.rows = [row for row in prompt.rows if row.slot != slot]
+            if not prompt.rows:
+                self.reading.remove(prompt)
+            elif not forget:
+                self.decoder.keep(slot, prompt.rows[0].slot, self.decoder.cache.capacity)
+        if forget:
+            self.held[slot] = []
+            self.decoder.free(slot)
+        self.free.append(slot)
 
     def _advance(self, rows: list["_Row"]) -> None:
         """One forward of the model for all rows, after one of the MTP module where tokens are drafted."""
@@ -205,18 +183,20 @@ class Batch:
                     row.proposed = (row.draw(q), q)
                     tokens.append(row.proposed[0])
         hidden = decoder.hidden(slots, new)
-        logits = decoder.head(hidden)
+        logits = decoder.head(hidden).cpu()
         self.counts.steps += 1
         for row, tokens, states, scores in zip(rows, new, hidden, logits, strict=True):
             row.states, row.logits, row.fresh = states[: len(tokens)], scores[: len(tokens)], []
 
 
 class _Row:
-    """One sequence between steps. `logits`: of the tokens to settle next; `fresh`: settled tokens that the MTP module
-    has not read, with the states before them in `states`; `proposed`: the draft under test and its distribution."""
+    """One sequence between steps. `tokens`: all of it; `logits`: of the tokens to settle next, in the CPU's memory;
+    `fresh`: settled tokens that the MTP module has not read, with the states before them in `states`; `proposed`: the
+    draft under test and its distribution."""
 
-    def __init__(self, slot: int, sampling: Sampling, generator: torch.Generator):
-        self.slot, self.sampling, self.generator = slot, sampling, generator
+    def __init__(self, slot: int, tokens: list[int], sampling: Sampling, generator: torch.Generator):
+        self.slot, self.tokens, self.sampling, self.generator = slot, tokens, sampling, generator
+        self.fresh: list[int] = []
         self.proposed: tuple[int, Tensor] | None = None
 
     def draw(self, p: Tensor) -> int:
@@ -224,7 +204,7 @@ class _Row:
 
     def settle(self, cache: Cache, counts: Counts) -> list[int]:
         """The tokens that this step's logits [1 or 2, V] decide; a rejected draft is forgotten."""
-        p, tokens = self.sampling.probabilities(self.logits.cpu()), []
+        p, tokens = self.sampling.probabilities(self.logits), []
         self.logits = None
         if self.proposed is not None:
             (token, q), self.proposed = self.proposed, None
@@ -240,6 +220,7 @@ class _Row:
                 p = left if left.any() else p[:1]  # which differ by rounding alone
         tokens.append(self.draw(p[0]))
         self.fresh += tokens
+        self.tokens += tokens
         return tokens
 
 
@@ -254,14 +235,14 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: 
         return
     batch = Batch(decoder, speculative=speculative)
     batch.counts = counts if counts is not None else batch.counts
-    waiting, free, rows = list(range(len(prompts)))[::-1], list(range(len(decoder.cache.lengths)))[::-1], {}
-    lengths = [0] * len(prompts)
+    waiting, rows, lengths = list(range(len(prompts)))[::-1], {}, [0] * len(prompts)
     while waiting or rows:
-        joining = {free.pop(): waiting.pop() for _ in range(min(len(free), len(waiting)))}
-        if joining:
-            batch.add(list(joining), [prompts[row] for row in joining.values()], [sampling] * len(joining),
-                      [seed * 1_000_003 + row for row in joining.values()])
-            rows |= joining
+        joining = [waiting.pop() for _ in range(min(len(batch.free), len(waiting)))]
+        slots = batch.add([prompts[row] for row in joining], [sampling] * len(joining),
+                          [seed * 1_000_003 + row for row in joining])
+        rows |= zip(slots, joining, strict=True)
+        if batch.reading:
+            batch.read()
         for slot, token in batch.step():
             if slot not in rows:  # what was accepted behind the row's last token
                 batch.counts.tokens -= 1
@@ -271,16 +252,9 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: 
             yield row, token
             if lengths[row] == max_tokens or stops(row, token):
                 batch.remove(slot)
-                free.append(slot)
                 del rows[slot]
 
 
-def _chunks(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Parts (row, start, stop) of rows of such lengths, all of them once and in order, to be read together: as many
-    tokens at once as `most`, padding included."""
-    left = [(row, 0) for row in range(len(lengths))]
-    while left:
-        width = max(1, most // len(left[:most]))
-        parts = [(row, start, min(start + width, lengths[row])) for row, start in left[:most]]
-        yield parts
-        left = [(row, stop) for row, _, stop in parts if stop < lengths[row]] + left[most:]
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

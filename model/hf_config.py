@@ -243,6 +243,9 @@ def _scaling_from_hf(rope: Mapping) -> dict[str, object]:
               "original_seq_len": _look_up("original_max_position_embeddings", rope)}
     if kind == "llama3":
         return found | {"beta_fast": _look_up("high_freq_factor", rope), "beta_slow": _look_up("low_freq_factor", rope)}
+    if rope.get("truncate") is False:
+        raise ValueError("config.json: rope_scaling.truncate=false: must be true, or left out; YaRN's ramp between "
+                         "whole pairs alone is implemented")
     all_dims = rope.get("mscale_all_dim") or 0.0
     return found | {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0,
                     "mscale": (rope.get("mscale") or 1.0) if all_dims else 1.0, "mscale_all_dim": all_dims}

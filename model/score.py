@@ -4,19 +4,19 @@ Shapes: B rows of a batch, S tokens of its longest row, N scored tokens, D dim.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.attention import rope_table
-from model.generate import padded
+from model.decode import padded
 from model.transformer import Transformer
 
 BATCH_TOKENS = 8192
 GROUP_TOKENS = 1 << 16
-"""Of a text's windows that are laid out at a time: they overlap, and may be many times the text."""
+"""Of texts' windows that are laid out at a time: they overlap, and may be many times the text."""
 HEAD_ELEMENTS = 1 << 22
 """Most logits at a time, in three copies, on a CPU."""
 
@@ -53,17 +53,17 @@ def score(model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[in
     return found
 
 
-def score_text(model: Transformer, tokens: Sequence[int], *, before: int, window: int, stride: int,
-               batch_tokens: int = BATCH_TOKENS) -> Score:
-    """Every token of a text of any length once, with at least `window - stride` tokens of context where there are so
-    many. `before` is the token that the text begins after: the one that ends a document."""
-    text, scores = [before, *tokens], [Score(torch.zeros(0), torch.zeros(0, dtype=torch.bool))]
-    spans = windows(len(text), window, stride)
-    while group := list(itertools.islice(spans, max(1, GROUP_TOKENS // (window + 1)))):
-        found = score(model, [text[start:stop] for start, stop, _ in group],
-                      [first - start for start, _, first in group], batch_tokens=batch_tokens)
-        scores.append(Score(*(torch.cat(tensors) for tensors in zip(*found, strict=True))))
-    return Score(*(torch.cat(tensors) for tensors in zip(*scores, strict=True)))
+def score_texts(model: Transformer, texts: Iterable[Sequence[int]], *, first: int = 1, window: int, stride: int,
+                batch_tokens: int = BATCH_TOKENS) -> Iterator[Score]:
+    """Of each text, of any length, every token from index `first` (at least 1) on once, with at least `window - stride`
+    tokens of context where there are so many. Windows of several texts are read together."""
+    def scored() -> Iterator[tuple[int, Score]]:
+        for group in _grouped(_rows(texts, window, stride)):
+            numbers, rows, firsts = zip(*group, strict=True)
+            yield from zip(numbers, score(model, rows, firsts, batch_tokens=batch_tokens), strict=True)
+
+    for _, parts in itertools.groupby(scored(), key=lambda part: part[0]):
+        yield Score(*(torch.cat(tensors)[first - 1 :] for tensors in zip(*(found for _, found in parts), strict=True)))
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -76,6 +76,26 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
         stop = min(length, window + 1 if scored == 1 else scored + stride)
         yield max(0, stop - window - 1), stop, scored
         scored = stop
+
+
+def _rows(texts: Iterable[Sequence[int]], window: int, stride: int) -> Iterator[tuple[int, Sequence[int], int]]:
+    """(text's number, tokens, first scored) of all windows; a text that has none is a row of which none is scored."""
+    for number, text in enumerate(texts):
+        for start, stop, first in windows(len(text), window, stride) if len(text) > 1 else [(0, 1, 1)]:
+            yield number, text[start:stop], first - start
+
+
+def _grouped(rows: Iterator[tuple[int, Sequence[int], int]]) -> Iterator[list[tuple[int, Sequence[int], int]]]:
+    """In their order, as many as have GROUP_TOKENS."""
+    group, size = [], 0
+    for row in rows:
+        if group and size + len(row[1]) > GROUP_TOKENS:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += len(row[1])
+    if group:
+        yield group
 
 
 def _hidden(model: Transformer, rows: Sequence[Sequence[int]]) -> Tensor:

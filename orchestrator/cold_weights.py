@@ -1,7 +1,7 @@
 """Loading a model into less memory than it takes: its experts go into a store on disk once, and stay there.
 
 `load_within` is `load_for_inference` with a limit. Stores are kept by content under `cache_dir`, so a second start is
-quick; they may be deleted at any time.
+quick; they may be deleted whenever no process uses them.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -35,17 +36,17 @@ from orchestrator.train import storage
 from orchestrator.train.export import EXPERTS, StateDict
 from orchestrator.train.memory import return_freed_memory
 
-CACHE = "~/.cache/sparing/experts"
 GIB = 2**30
 
 
 def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str = "", cache_tokens: int = 0,
                 at_once: int = 0, read_ahead: bool = True, device: torch.device | str = "cpu",
-                dtype: torch.dtype = torch.float32, cache_dir: str = CACHE) -> Loaded:
+                dtype: torch.dtype = torch.float32, cache_dir: str = "") -> Loaded:
     """Read all but the experts into memory; hot experts fill what is left of `max_gib`.
 
     form: of the experts (model/packed.py). cache_tokens: whose keys and values will be kept. at_once: tokens that one
-    forward reads, where more than a prompt's chunk. BadRequest where the rest alone is more than the limit.
+    forward reads, where more than a prompt's chunk. cache_dir: by default sparing/experts in the user's cache folder.
+    BadRequest where the rest alone is more than the limit.
     """
     if form not in FORMATS:
         raise BadRequest(f"weights={form}: must be one of {', '.join(FORMATS)}; use weights=bf16")
@@ -66,19 +67,27 @@ def load_within(path: str, *, max_gib: float, form: str = "fp32", tokenizer: str
         working += sum(unpacking_bytes(*shape, form, dtype) for shape in expert)
         least = rest + cache + working + 2 * each
         if max_gib * GIB < least:
-            raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB:.3g}, what all but the "
-                             f"experts ({rest / GIB:.3g}), keys and values ({cache / GIB:.3g}), a forward "
+            raise BadRequest(f"memory.max_gib={max_gib:g}: must be at least {least / GIB * 1.005:.3g}, what all but "
+                             f"the experts ({rest / GIB:.3g}), keys and values ({cache / GIB:.3g}), a forward "
                              f"({working / GIB:.3g}) and two experts take; use memory.max_gib={least / GIB * 1.1:.2g}")
         _check_free(shapes, form, int(max_gib * GIB), rest + cache + working, device)
         return_freed_memory()
         text = read_tokenizer(weights, tokenizer)
-        folder, kept = _prepare(weights, shapes, form, Path(cache_dir).expanduser())
+        folder, kept = _prepare(weights, shapes, form, _cache(cache_dir))
         tensors = kept or {name: weights.tensors[name] for name in weights.tensors if EXPERTS not in name}
         with torch.device("meta"):
             model = Transformer(weights.config)
         hot = HotExperts(int(max_gib * GIB) - rest - cache - working)
         _place(model, folder, hot, read_ahead=read_ahead)
         return finish_loading(weights, model, tensors.items(), text, device=device, dtype=dtype)
+
+
+def _cache(folder: str) -> Path:
+    try:
+        return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sparing", "experts")).expanduser()
+    except RuntimeError as error:
+        raise NotFit(f"memory.max_gib: experts have no place on disk ({error}); set XDG_CACHE_HOME to a "
+                     "folder") from None
 
 
 def _check_free(shapes: dict[str, torch.Size], form: str, limit: int, rest: int, device: torch.device | str) -> None:
@@ -115,6 +124,8 @@ def _prepare(weights: Weights, shapes: dict[str, torch.Size], form: str,
     except OSError as error:
         raise NotFit(f"{cache}: {error.strerror}; make it writable") from error
     kept: dict[str, Tensor] = {}
+    size = sum(shape[0] * packed_bytes(*shape[1:], form) for name, shape in shapes.items() if EXPERTS in name)
+    print(f"writing experts to {target} once ({size / GIB:.3g} GiB)", file=sys.stderr, flush=True)
     try:
         for name in weights.tensors:
             if EXPERTS not in name:
@@ -163,11 +174,13 @@ def _remove_unfinished(cache: Path) -> None:
 
 
 def _identity(weights: Weights) -> str:
-    """Changes with the weights: of a checkpoint by its manifest, of a directory by its files' names, sizes, times."""
-    digest = hashlib.sha256(weights.path.encode())
+    """Changes with the weights: of a checkpoint by its manifest, of a directory by its place and its files' names,
+    sizes, times."""
+    digest = hashlib.sha256()
     if isinstance(weights.tensors, StateDict):
         digest.update(repr(sorted(weights.tensors.loader.manifest.files.items())).encode())
     else:
+        digest.update(os.path.realpath(weights.path).encode())
         for file in sorted(Path(storage.local_path(weights.path)).glob("*.safetensors")):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:24]

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def run(arguments: list[str]) -> int:
     if "tasks" in named:
         from orchestrator.evaluate_tasks import evaluate_tasks, table
 
-        loaded = _load(path, memory, tokenizer, weights.trained_len + 1, cache_tokens=weights.config.max_seq_len + 1)
+        loaded = _load(path, memory, tokenizer, weights.trained_len + 1, answer=weights.config.max_seq_len + 1)
         results = evaluate_tasks(loaded, named["tasks"].split(","), named["task_dir"], limit=given.get("limit"))
         print(table(results))
         _write(named, {"path": loaded.path, "tasks": results["results"]})
@@ -104,21 +105,22 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _load(path: str, memory: dict[str, float | str] | None, tokenizer: str, window: int, *, cache_tokens: int = 0):
-    """In fp32; a limited memory has room for a smaller batch of windows."""
+def _load(path: str, memory: dict[str, float | str] | None, tokenizer: str, window: int, *, answer: int = 0):
+    """In fp32; a limited memory has room for a smaller batch of windows, and for one answer of so many tokens."""
     import torch
 
-    from orchestrator.inference import BATCH_TOKENS, load
+    from orchestrator.inference import ANSWER_TOKENS, BATCH_TOKENS, load
 
+    cache_tokens = max(answer, ANSWER_TOKENS) if answer and memory is None else answer
     at_once = BATCH_TOKENS if memory is None else LIMITED_BATCH_TOKENS
     loaded = load(path, memory, tokenizer=tokenizer, dtype=torch.float32, at_once=max(window, at_once),
                   cache_tokens=cache_tokens)
-    return replace(loaded, batch_tokens=at_once)
+    return replace(loaded, batch_tokens=at_once, cache_tokens=cache_tokens)
 
 
 def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: str = "text") -> list[TextResult]:
-    """Score every document by itself, as one that begins after a document's end; prints a line a file and, last in
-    the list, the total."""
+    """Score every document by itself, after what a text begins with or, where the model knows nothing of that, the end
+    of a document; prints a line a file and, last in the list, the total."""
     from orchestrator.train.texts import documents, find_files, not_utf8
 
     files, results, stray = find_files(patterns, "text"), [], set()
@@ -126,10 +128,7 @@ def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: 
     head = (f"{'text':{width}}  documents       bytes      tokens  bits/byte  perplexity  top-1   "
             f"(window {window}, stride {stride})")
     for file in files:
-        result = TextResult(Path(file).name, 0, 0, 0, 0.0, 0)
-        for text in documents(file, text_key, "text_key=", stray=stray):
-            if text:
-                result = _add(result, _score_document(loaded, text, window, stride))
+        result = _score_file(loaded, file, documents(file, text_key, "text_key=", stray=stray), window, stride)
         if result.tokens:
             if not results:
                 print(head)
@@ -147,14 +146,24 @@ def evaluate_text(loaded, patterns: str, *, window: int, stride: int, text_key: 
     return [*results, total]
 
 
-def _score_document(loaded, text: str, window: int, stride: int) -> TextResult:
-    from model.score import score_text
+def _score_file(loaded, file: str, texts: Iterable[str], window: int, stride: int) -> TextResult:
+    from model.score import score_texts
+    from orchestrator.train.tokenizer import begun
 
-    tokens = loaded.tokenizer.encode(text).tolist()
-    found = score_text(loaded.model, tokens, before=loaded.tokenizer.eos, window=window, stride=stride,
-                       batch_tokens=loaded.batch_tokens)
-    return TextResult("", 1, len(text.encode()), len(tokens), -float(found.log_prob.double().sum()),
-                      int(found.is_best.sum()))
+    sizes, tokens, nats, right = [], 0, 0.0, 0
+    begin = loaded.tokenizer.begin or (loaded.tokenizer.eos,)
+
+    def rows() -> Iterator[list[int]]:
+        for text in filter(None, texts):
+            sizes.append(len(text.encode()))
+            yield begun(loaded.tokenizer, text, begin)
+
+    for found in score_texts(loaded.model, rows(), first=len(begin), window=window, stride=stride,
+                             batch_tokens=loaded.batch_tokens):
+        tokens += len(found.log_prob)
+        nats -= float(found.log_prob.double().sum())
+        right += int(found.is_best.sum())
+    return TextResult(Path(file).name, len(sizes), sum(sizes), tokens, nats, right)
 
 
 def _add(a: TextResult, b: TextResult) -> TextResult:

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from traceback import walk_tb
 
-from model.generate import Decoder, Sampling, generate
-from model.score import score, score_text
+from model.decode import Decoder
+from model.generate import Sampling, generate
+from model.score import score, score_texts
 from orchestrator.errors import BadRequest, NotFit, SparingError
 from orchestrator.inference import Loaded, TextStream
+from orchestrator.train.tokenizer import begun
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -27,6 +29,8 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 """Of a task's generation_kwargs; others are refused."""
 MAX_NEW_TOKENS = 256
 """Where a task does not say how long an answer may be."""
+SLOTS = 16
+"""Answers that are decoded at once, where there is room for that many."""
 
 
 def evaluate_tasks(loaded: Loaded, tasks: list[str], folder: str, *, limit: int | None = None) -> dict:
@@ -73,15 +77,18 @@ class HarnessModel(LM):
     def __init__(self, loaded: Loaded):
         super().__init__()
         self.loaded, self.window = loaded, min(loaded.trained_len, loaded.window)
-        self.encode = lambda text: loaded.tokenizer.encode(text).tolist()
+        self.begin = loaded.tokenizer.begin or (loaded.tokenizer.eos,)
+
+    def encode(self, text: str) -> list[int]:
+        """Behind what a text begins with or, where the model knows nothing of that, the end of a document."""
+        return begun(self.loaded.tokenizer, text, self.begin)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether greedy decoding would say it."""
         rows, firsts = [], []
         for request in requests:
             context, continuation = self._parted(*request.args)
-            row = [self.loaded.tokenizer.eos, *context, *continuation]
-            row = row[-max(self.window, len(continuation) + 1) :]
+            row = [*context, *continuation][-max(self.window, len(continuation) + 1) :]
             rows.append(row)
             firsts.append(len(row) - len(continuation))
         return [(float(found.log_prob.double().sum()), bool(found.is_best.all()))
@@ -89,14 +96,22 @@ class HarnessModel(LM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts."""
-        return [float(score_text(self.loaded.model, self.encode(request.args[0]), before=self.loaded.tokenizer.eos,
-                                 window=self.window, stride=self.window,
-                                 batch_tokens=self.loaded.batch_tokens).log_prob.double().sum())
-                for request in requests]
+        found = score_texts(self.loaded.model, (self.encode(request.args[0]) for request in requests),
+                            first=len(self.begin), window=self.window, stride=self.window,
+                            batch_tokens=self.loaded.batch_tokens)
+        return [float(score.log_prob.double().sum()) for score in found]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Text up to a stop text, greedy where the task does not ask for samples; those of a request by its place."""
-        return [self._continue(*request.args, seed=place) for place, request in enumerate(requests)]
+        """Text up to a stop text, greedy where the task does not ask for samples. Requests that are alike go together;
+        samples are by the first one's place, and that among them."""
+        asked, texts, alike = [_asked(request.args[1]) for request in requests], [""] * len(requests), {}
+        for place, (sampling, _, most) in enumerate(asked):
+            alike.setdefault((sampling, most), []).append(place)
+        for (sampling, most), places in alike.items():
+            contexts, stops = [requests[place].args[0] for place in places], [asked[place][1] for place in places]
+            for place, text in zip(places, self._continue(contexts, stops, sampling, most, places[0]), strict=True):
+                texts[place] = text
+        return texts
 
     def _parted(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As the harness's own models do it: what a text begins with may be other tokens alone than inside one."""
@@ -105,16 +120,24 @@ class HarnessModel(LM):
         before = self.encode(context)
         return before, self.encode(context + continuation)[len(before) :]
 
-    def _continue(self, context: str, options: dict, *, seed: int) -> str:
-        sampling, stops, most = _asked(options)
-        max_tokens = min(most, self.loaded.window - 1)
-        prompt = [self.loaded.tokenizer.eos, *self.encode(context)][-(self.loaded.window - max_tokens) :]
-        stream = TextStream(self.loaded.tokenizer, stops, prompt)
-        decoder = Decoder(self.loaded.model, slots=1, capacity=len(prompt) + max_tokens)
-        text = "".join([stream.push(token) for _, token in generate(
-            decoder, [prompt], max_tokens=max_tokens, sampling=sampling, seed=seed,
-            stops=lambda row, token: stream.stopped)])
-        return text + stream.finish()
+    def _continue(self, contexts: list[str], stops: list[list[str]], sampling: Sampling, most: int,
+                  seed: int) -> list[str]:
+        """A context that fits into the window is kept whole, and the answer gets what is left; a longer one leaves the
+        answer all that it may have, as with the harness's own models, but at most half."""
+        window = self.loaded.window
+        prompts = [ids if len(ids) < window else ids[-max(window - most, window // 2) :]
+                   for ids in map(self.encode, contexts)]
+        mosts = [min(most, window - len(prompt)) for prompt in prompts]
+        streams = [TextStream(self.loaded.tokenizer, *given) for given in zip(stops, prompts, strict=True)]
+        capacity = max(len(prompt) + most for prompt, most in zip(prompts, mosts, strict=True))
+        slots = max(1, min(SLOTS, len(prompts), self.loaded.cache_tokens // (capacity + 1)))
+        texts, counts = [""] * len(prompts), [0] * len(prompts)
+        for row, token in generate(Decoder(self.loaded.model, slots=slots, capacity=capacity), prompts,
+                                   max_tokens=max(mosts), sampling=sampling, seed=seed,
+                                   stops=lambda row, token: streams[row].stopped or counts[row] == mosts[row]):
+            texts[row] += streams[row].push(token)
+            counts[row] += 1
+        return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
 
 def _asked(options: dict) -> tuple[Sampling, list[str], int]:

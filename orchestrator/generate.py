@@ -1,5 +1,6 @@
 """`sparing generate`: text from a checkpoint, streamed, and what speculation gains. Decoding is model/generate.py."""
 
+import io
 import json
 import os
 import statistics
@@ -77,6 +78,8 @@ def run(arguments: list[str]) -> int:
     named, rest = options("generate", arguments, OPTIONS, HELP)
     (path,) = positional("generate", rest, 1, HELP)
     request = read_request(named)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # where it is not UTF-8, letters that it lacks are told by number
+        sys.stdout.reconfigure(errors="backslashreplace")
     from orchestrator.inference import beyond_training, load, look
 
     weights, tokenizer = look(path, tokenizer=request.tokenizer)
@@ -115,8 +118,10 @@ def read_request(named: dict[str, str]) -> Request:
 
 def encode_prompts(tokenizer, window: int, request: Request) -> list[list[int]]:
     """Token ids of each prompt, which must leave room for what is to come."""
+    from orchestrator.train.tokenizer import begun
+
     try:
-        prompts = [tokenizer.encode(text).tolist() for text in request.prompts]
+        prompts = [begun(tokenizer, text, tokenizer.begin) for text in request.prompts]
     except UnicodeEncodeError:
         raise BadRequest("prompt: is no UTF-8 text; give it in that encoding") from None
     _refuse_empty(prompts)
@@ -141,9 +146,11 @@ def _which(prompts: list, index: int) -> str:
 
 
 def complete(loaded, prompts: list[list[int]], request: Request, *, speculative: bool,
-             show: Callable[[int, str, bool], None] | None = None) -> Outcome:
-    """Continue all prompts; `show(row, text, over)` hears of text as it becomes certain."""
-    from model.generate import Counts, Decoder, Sampling, generate
+             show: Callable[[int, str, str, int], None] | None = None) -> Outcome:
+    """Continue all prompts; `show(row, text, finish, tokens)` hears of text as it becomes certain. finish: empty, or
+    at the row's end why it ended."""
+    from model.decode import Decoder
+    from model.generate import Counts, Sampling, generate
     from orchestrator.inference import TextStream
 
     decoder = Decoder(loaded.model, slots=min(SLOTS, len(prompts)),
@@ -154,10 +161,10 @@ def complete(loaded, prompts: list[list[int]], request: Request, *, speculative:
                                sampling=Sampling(request.temperature, request.top_p), speculative=speculative,
                                stops=lambda row, token: streams[row].stopped, counts=counts):
         rows[row].append(token)
-        text = streams[row].push(token)
-        over = streams[row].stopped or len(rows[row]) == request.max_tokens
+        text, is_last = streams[row].push(token), len(rows[row]) == request.max_tokens
+        text += streams[row].finish() if is_last else ""
         if show is not None:
-            show(row, text + streams[row].finish() if over else text, over)
+            show(row, text, "stop" if streams[row].stopped else "length" * is_last, len(rows[row]))
     return Outcome(rows, time.perf_counter() - start, counts)
 
 
@@ -177,20 +184,20 @@ def compare(loaded, prompts: list[list[int]], request: Request) -> None:
         print(f"text         the same for {same} of {len(prompts)} prompts", file=sys.stderr)
 
 
-def _printer(request: Request) -> Callable[[int, str, bool], None]:
+def _printer(request: Request) -> Callable[[int, str, str, int], None]:
     """One prompt: its text as it comes. Several: a JSON line each, in their order, once all before are over."""
     if not request.lines:
-        def stream(row: int, text: str, over: bool) -> None:
-            print(text, end="\n" if over else "", flush=True)
+        def stream(row: int, text: str, finish: str, tokens: int) -> None:
+            print(text, end="\n" if finish else "", flush=True)
 
         return stream
-    texts, overs, printed = [""] * len(request.prompts), [False] * len(request.prompts), 0
+    rows, printed = [{"prompt": prompt, "text": "", "finish": "", "tokens": 0} for prompt in request.prompts], 0
 
-    def lines(row: int, text: str, over: bool) -> None:
+    def lines(row: int, text: str, finish: str, tokens: int) -> None:
         nonlocal printed
-        texts[row], overs[row] = texts[row] + text, over
-        while printed < len(overs) and overs[printed]:
-            print(json.dumps({"prompt": request.prompts[printed], "text": texts[printed]}), flush=True)
+        rows[row] |= {"text": rows[row]["text"] + text, "finish": finish, "tokens": tokens}
+        while printed < len(rows) and rows[printed]["finish"]:
+            print(json.dumps(rows[printed]), flush=True)
             printed += 1
 
     return lines

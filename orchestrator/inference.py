@@ -18,7 +18,7 @@ from torch import Tensor
 from model import count, hf
 from model.attention import mask_elements
 from model.config import Attention, ModelConfig
-from model.generate import CHUNK_TOKENS, chunk_tokens
+from model.decode import CHUNK_TOKENS, chunk_tokens
 from model.score import BATCH_TOKENS, head_elements
 from model.transformer import Transformer
 from orchestrator.config import from_dict
@@ -29,6 +29,9 @@ from orchestrator.train.lineage import TOKENIZER, newest_under, tokenizer_of
 from orchestrator.train.memory import free_bytes
 from orchestrator.train.shards import Loader
 from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
+
+ANSWER_TOKENS = 1 << 14
+"""Whose keys and values an evaluation keeps at once, where the memory is not limited."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Loaded:
     trained_len: int
     batch_tokens: int = BATCH_TOKENS
     """Of texts that are scored, read in one forward."""
+    cache_tokens: int = ANSWER_TOKENS
+    """Of answers that are evaluated, with their contexts, kept at once; of one, where that has more."""
 
     @property
     def window(self) -> int:
@@ -199,7 +204,8 @@ def read_tokenizer(weights: Weights, override: str = "") -> Tokenizer:
     if weights.is_foreign and not tokenizer.has_eos:
         raise BadRequest(f"tokenizer={name}: does not say which token ends a text; put the model's "
                          "tokenizer_config.json beside it, or one that is {\"eos_token\": \"...\"}")
-    return tokenizer
+    # Training here puts nothing before a text, and knows no conversations.
+    return tokenizer if weights.is_foreign else replace(tokenizer, begin=(), template="")
 
 
 MAX_STOP = 256
@@ -209,21 +215,34 @@ MAX_STOP = 256
 class TextStream:
     """One sequence's tokens as text: whole characters only, and nothing that a stop string may yet swallow.
 
-    `stopped` tells that a stop string or the end of the document came; the text ends before it. before: the prompt.
+    `stopped` tells that a stop string or a token that ends a text came; the text ends before it. A special token is no
+    text: where a stop string is one's, the token itself stops. before: the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()):
-        self.read, self.eos, self.stops = tokenizer.stream(before), tokenizer.eos, list(stops)
+        self.read, self.stops = tokenizer.stream(before), list(stops)
+        self.ends = tokenizer.ends.union(tokenizer.specials[stop] for stop in stops if stop in tokenizer.specials)
         self.held, self.stopped = "", False
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""
         if self.stopped:
             return ""
-        if token == self.eos:
-            self.stopped = True
-            return self.finish()
-        self.held += self.read(token)
+        if token in self.ends:
+            text, self.stopped = self.finish(), True
+            return text
+        return self._certain(self.read(token))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        if self.stopped:
+            return ""
+        text = self._certain(self.read(None)) + self.held
+        self.held = ""
+        return text
+
+    def _certain(self, text: str) -> str:
+        self.held += text
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.stopped, text, self.held = True, self.held[: min(found)], ""
@@ -231,11 +250,6 @@ class TextStream:
         keep = max((n for stop in self.stops for n in range(1, min(len(stop), len(self.held) + 1))
                     if self.held.endswith(stop[:n])), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return text
-
-    def finish(self) -> str:
-        """What was held back, when no more tokens come."""
-        text, self.held = self.held, ""
         return text
 
 

@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
         print(notice, file=sys.stderr, flush=True)
     loaded = load(path, memory, tokenizer=tokenizer, cache_tokens=slots * (capacity + 1))
     engine = Engine(loaded, slots=slots, capacity=capacity, max_waiting=waiting, speculative=speculative)
-    name = named.get("name") or os.path.basename(os.path.normpath(path))
+    name = named.get("name") or os.path.basename(os.path.abspath(path))
     app = build_app(engine, name=name, limits=Limits(most, timeout_s), token=token, usd_per_h=hardware.usd_per_h)
     server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3,
                                    limit_concurrency=connections(slots, waiting)), engine)
@@ -125,7 +125,9 @@ def _host(host: str) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small answers at once (TCP_NODELAY) where the protocol is named.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -43,7 +43,8 @@ def build_app(engine: Engine, *, name: str, limits: Limits, token: str | None, u
 
     async def complete(request: Request) -> Response:
         chat = request.url.path.endswith("/chat/completions")
-        asked = read(await _body(request, limits), engine, limits, name, chat=chat)
+        # In a thread of its own: a long text takes its tokenizer a while.
+        asked = await asyncio.to_thread(read, await _body(request, limits), engine, limits, name, chat=chat)
         return await answer(asked, request, engine, limits, name, chat=chat)
 
     async def refused(request: Request, error: Refused) -> Response:
@@ -133,7 +134,8 @@ class _Stream(StreamingResponse):
     """A response whose sequences end with it, also where the client goes before anything was asked of `events`."""
 
     def __init__(self, events: AsyncIterator[str], sequences: list[Sequence]):
-        super().__init__(events, media_type="text/event-stream")
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"},  # of nginx
+                         media_type="text/event-stream")
         self.sequences = sequences
 
     async def __call__(self, scope, receive, send) -> None:

@@ -8,11 +8,13 @@
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from model.generate import Batch, Decoder, Sampling
+from model.decode import Decoder
+from model.generate import Batch, Sampling
 from orchestrator.inference import Loaded, TextStream
 from orchestrator.plan.published import serving_cost
 
@@ -51,6 +53,8 @@ class Usage:
 
     began: float = field(default_factory=time.monotonic)
     input_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the input, not read again: a slot held them already."""
     output_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -59,8 +63,9 @@ class Usage:
     def report(self, usd_per_h: float | None) -> dict:
         """Rates and dollars per million tokens, both of the seconds at work; `charged_usd` counts idle time, too."""
         up = time.monotonic() - self.began
-        found = {"requests": self.requests, "input_tokens": self.input_tokens, "output_tokens": self.output_tokens,
-                 "prefill_s": self.prefill_s, "decode_s": self.decode_s, "up_s": up, "usd_per_h": usd_per_h}
+        found = {"requests": self.requests, "input_tokens": self.input_tokens, "cached_tokens": self.cached_tokens,
+                 "output_tokens": self.output_tokens, "prefill_s": self.prefill_s, "decode_s": self.decode_s,
+                 "up_s": up, "usd_per_h": usd_per_h}
         if usd_per_h is None:
             return found | {"charged_usd": None, "usd_per_million_input": None, "usd_per_million_output": None}
         rates = {"input_tokens_per_s": self.input_tokens / self.prefill_s if self.prefill_s else 0.0,
@@ -92,18 +97,13 @@ class Engine:
                 for sequence in sequences:
                     sequence.tell(Piece("", 0, "cancelled"))
                 return
-            if len(self.waiting) + len(sequences) > self.max_waiting + len(self.free):
+            if len(self.waiting) + len(sequences) > self.max_waiting + len(self.batch.free):
                 raise Full
             for sequence in sequences:
                 sequence.stream = TextStream(self.loaded.tokenizer, sequence.stops, sequence.prompt)
                 self.waiting.append(sequence)
             self.usage.requests += 1
             self.changed.notify()
-
-    @property
-    def free(self) -> list[int]:
-        """Slots that no sequence has."""
-        return [slot for slot in range(len(self.batch.decoder.cache.lengths)) if slot not in self.going]
 
     @property
     def room(self) -> int:
@@ -128,18 +128,23 @@ class Engine:
                 if self.closed:
                     break
                 self._drop_the_late()
-                joining = {slot: self.waiting.popleft() for slot in self.free[: len(self.waiting)]}
-                self.going |= joining
-            try:
-                if joining:
-                    self._join(joining)
-                if self.going:
-                    self._step()
-            except Exception as error:  # of the model's arithmetic: these sequences are lost, the server is not
-                for slot in list(self.going):
-                    self._end(slot, "error", error=f"{type(error).__name__}: {error}")
+                self._join()
+            if self.batch.reading:
+                self._attempt(self._read, [row.slot for prompt in self.batch.reading for row in prompt.rows])
+            if self.batch.rows:
+                self._attempt(self._step, list(self.batch.rows))
         for sequence in [*self.going.values(), *self.waiting]:
             sequence.tell(Piece("", sequence.tokens, "cancelled"))
+
+    def _attempt(self, work: Callable[[], None], slots: list[int]) -> None:
+        """An error is of the model's arithmetic: the sequences of `slots` are lost, the server is not."""
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            for slot in slots:
+                if slot in self.going:
+                    self._end(slot, "error", error=f"{type(error).__name__}: {error}")
 
     def _drop_the_late(self) -> None:
         now = time.monotonic()
@@ -150,13 +155,20 @@ class Engine:
             self.waiting.remove(sequence)
             sequence.tell(Piece("", 0, "cancelled" if sequence.cancelled else "timeout"))
 
-    def _join(self, joining: dict[int, Sequence]) -> None:
+    def _join(self) -> None:
+        joining = [self.waiting.popleft() for _ in range(min(len(self.batch.free), len(self.waiting)))]
+        slots = self.batch.add([one.prompt for one in joining], [one.sampling for one in joining],
+                               [one.seed for one in joining])
+        self.going |= zip(slots, joining, strict=True)
+
+    def _read(self) -> None:
+        """One forward of prompts, so that no long one holds up who is being answered."""
         began = time.perf_counter()
-        self.batch.add(list(joining), [one.prompt for one in joining.values()],
-                       [one.sampling for one in joining.values()], [one.seed for one in joining.values()])
+        self.batch.read()
         self.batch.decoder.wait()
         self.usage.prefill_s += time.perf_counter() - began
-        self.usage.input_tokens += sum(len(one.prompt) for one in joining.values())
+        counts = self.batch.counts
+        self.usage.input_tokens, self.usage.cached_tokens = counts.prompt_tokens, counts.cached_tokens
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -168,18 +180,14 @@ class Engine:
                 continue
             sequence.tokens += 1
             self.usage.output_tokens += 1
-            text = sequence.stream.push(token)
-            if sequence.stream.stopped:
-                self._end(slot, "stop", text)
-            elif sequence.tokens == sequence.max_tokens:
-                self._end(slot, "length", text + sequence.stream.finish())
+            text, is_last = sequence.stream.push(token), sequence.tokens == sequence.max_tokens
+            text += sequence.stream.finish() if is_last else ""
+            if sequence.stream.stopped or is_last:
+                self._end(slot, "stop" if sequence.stream.stopped else "length", text)
             elif text:
                 sequence.tell(Piece(text, sequence.tokens))
 
     def _end(self, slot: int, finish: str, text: str = "", *, error: str = "") -> None:
         sequence = self.going.pop(slot)
-        if slot in self.batch.rows:
-            self.batch.remove(slot)
-        else:
-            self.batch.decoder.free(slot)
+        self.batch.remove(slot, forget=finish == "error")
         sequence.tell(Piece(text, sequence.tokens, finish, error))

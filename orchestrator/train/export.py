@@ -20,14 +20,15 @@ from orchestrator.train.checkpoint import Saver
 from orchestrator.train.folder import check_new, filled
 from orchestrator.train.lineage import TOKENIZER, newest_under, tokenizer_of
 from orchestrator.train.shards import Loader, Piece
-from orchestrator.train.tokenizer import bytes_as_files
+from orchestrator.train.tokenizer import TEMPLATE, bytes_as_files
 
 FILE_BYTES = 2 << 30
 """Of an imported checkpoint's files, unless one tensor is larger."""
 IMPORT_S = 7 * 86400.0
 """By when an import has ended: terabytes take hours."""
-BESIDE = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
-"""What tells text from tokens and where a text ends; it travels with the weights."""
+GENERATION = "generation_config.json"
+BESIDE = (TOKENIZER, "tokenizer_config.json", TEMPLATE, GENERATION)
+"""What tells text from tokens, what a conversation looks like and where a text ends; it travels with the weights."""
 
 
 def export_checkpoint(checkpoint: str, out: str, *, dtype: torch.dtype = torch.float32) -> str:
@@ -94,8 +95,8 @@ def _copy_tokenizer(file: str, out: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as read:
             end = json.load(read).get("eos_token_id")
-        if end is not None and not found.keys() & set(BESIDE[1:]):
-            storage.write_bytes(storage.join(out, BESIDE[-1]), json.dumps({"eos_token_id": end}).encode())
+        if end is not None and GENERATION not in found:
+            storage.write_bytes(storage.join(out, GENERATION), json.dumps({"eos_token_id": end}).encode())
 
 
 EXPERTS = ".moe.experts."

@@ -25,7 +25,7 @@ from model.count import (
     parameters,
     training_flops,
 )
-from model.generate import Decoder
+from model.decode import Decoder
 from model.score import score
 from model.transformer import Transformer
 from orchestrator.config import from_dict

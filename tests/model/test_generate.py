@@ -10,7 +10,8 @@ import torch
 from model import attention
 from model.cache import Cache
 from model.config import Attention, QKNorm
-from model.generate import Counts, Decoder, Sampling, generate
+from model.decode import Decoder, _next_parts
+from model.generate import Batch, Counts, Sampling, generate
 from model.hf import export
 from model.transformer import Transformer
 from tests.model.test_hf import MIXTRAL, TINY
@@ -59,12 +60,20 @@ def test_decoding_from_the_cache_equals_the_whole_forward_for_rows_that_join_and
 @pytest.mark.parametrize("config", [V3, QWEN3_MOE], ids=lambda config: config.name)
 def test_prompts_are_read_in_blocks_that_change_nothing(config, prompts, monkeypatch):
     model, slots = build(config), list(range(len(prompts)))[::-1]
-    whole = Decoder(model, slots=len(prompts), capacity=64).hidden(slots, prompts)
+
+    def rest_read() -> torch.Tensor:
+        """What follows a first token, under a mask."""
+        decoder = Decoder(model, slots=len(prompts), capacity=64)
+        decoder.decode(slots, [8] * len(prompts))
+        return decoder.hidden(slots, prompts)
+
+    whole = rest_read()
     sizes, attend = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(attention, "MASK_ELEMENTS", 1024)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention",
-                        lambda *args, **named: sizes.append(named["attn_mask"].numel()) or attend(*args, **named))
-    found = Decoder(model, slots=len(prompts), capacity=64).hidden(slots, prompts)
+                        lambda *args, **named: sizes.append(named["attn_mask"].numel() if "attn_mask" in named else 0)
+                        or attend(*args, **named))
+    found = rest_read()
     for row, states, expected in zip(prompts, found, whole, strict=True):
         torch.testing.assert_close(states[: len(row)], expected[: len(row)], atol=1e-5, rtol=1e-5)
     assert max(sizes) <= 1024 and len(sizes) > config.n_layers
@@ -91,7 +100,7 @@ def test_prompts_are_read_in_forwards_of_so_many_tokens_that_change_nothing(conf
         return [sizes, states, said, *kept]
 
     whole, texts = read(), tokens_of(model, LONG, 12, slots=3, speculative=drafts)
-    monkeypatch.setattr("model.generate.CHUNK_TOKENS", most)
+    monkeypatch.setattr("model.decode.CHUNK_TOKENS", most)
     parts = read()
     assert max(whole[0]) > 40 and max(parts[0]) <= most and len(parts[0]) > 1
     for found, wanted in zip(parts[1:], whole[1:], strict=True):
@@ -101,7 +110,8 @@ def test_prompts_are_read_in_forwards_of_so_many_tokens_that_change_nothing(conf
 
 GROWTH = """
 import torch
-from model.generate import Batch, Decoder, Sampling
+from model.decode import Decoder
+from model.generate import Batch, Sampling
 from orchestrator.inference import cache_bytes, forward_bytes
 from orchestrator.train.memory import return_freed_memory
 from tests.model.test_generate import V3, build, dataclasses
@@ -114,11 +124,14 @@ torch.set_num_threads(1)
 return_freed_memory()
 config = dataclasses.replace(V3, dim=256, n_heads=8, inter_dim=512, moe_inter_dim=128, max_seq_len=2048)
 batch = Batch(Decoder(build(config), slots=9, capacity=1600), speculative=True)
-add = lambda slots, length: batch.add(slots, [[i % 50 for i in range(length)]] * len(slots), [Sampling()] * len(slots),
-                                      slots)
-add([8], 40)
+def add(number, length):
+    prompts = [[(i + first) % 50 for i in range(length)] for first in range(number)]
+    batch.add(prompts, [Sampling()] * number, range(number))
+    while batch.reading:
+        batch.read()
+add(1, 40)
 before = peak()
-add(range(8), 1500)
+add(8, 1500)
 cache = cache_bytes(config, 9 * 1601, torch.float32)  # its pages are taken when they are written
 print(peak() - before - cache, forward_bytes(config, 9 * 1601, 0, torch.float32, "cpu"))
 """
@@ -197,6 +210,94 @@ def test_rows_are_seeded_and_stop_by_themselves():
     assert stopped == [rows[0], rows[1][:1], rows[2]], "the third waits for the second's slot"
 
 
+def read_all(batch: Batch, forwards: int = 100) -> int:
+    """The tokens that so many forwards, or those that are left, read."""
+    counts = batch.counts
+    before = counts.prompt_tokens
+    while batch.reading and forwards:
+        batch.read()
+        forwards -= 1
+    return counts.prompt_tokens - before
+
+
+def read_and_go_on(batch: Batch, prompts: list[list[int]], n: int) -> tuple[list[list[int]], int]:
+    """Greedy tokens of each prompt, and how many tokens were read for them."""
+    slots = batch.add(prompts, [Sampling()] * len(prompts), range(len(prompts)))
+    rows = {slot: [] for slot in slots}
+    read = read_all(batch)
+    while any(len(row) < n for row in rows.values()):
+        for slot, token in batch.step():
+            if slot in rows:
+                rows[slot].append(token)
+    for slot in slots:
+        batch.remove(slot)
+    return [rows[slot][:n] for slot in slots], read
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("config", [V3, GLM], ids=lambda config: config.name)
+def test_what_a_slot_holds_of_a_prompt_is_not_read_again(config, speculative):
+    model = build(config)
+    batch = Batch(Decoder(model, slots=3, capacity=64), speculative=speculative)
+    talk, other = list(range(1, 21)), [30, 31, 32, 33]
+    (said, same), read = read_and_go_on(batch, [talk, talk], 6)
+    assert said == same == tokens_of(model, [talk], 6)[0] and read == len(talk), "one prompt is read once"
+    turn = [*talk, *said[:4], 40, 41]  # goes on from the answer
+    found, read = read_and_go_on(batch, [turn, other], 6)
+    assert found == tokens_of(model, [turn, other], 6) and read == 3 + len(other)
+    found, read = read_and_go_on(batch, [[*talk[:10], 9], turn[:8]], 6)
+    assert found == tokens_of(model, [[*talk[:10], 9], turn[:8]], 6) and read == 2 + 1
+    (slot,) = batch.add([turn], [Sampling()], [0])  # while it runs, another begins alike
+    batch.read()
+    batch.step()
+    found, read = read_and_go_on(batch, [[*turn[:-1], 7]], 6)
+    assert found == tokens_of(model, [[*turn[:-1], 7]], 6) and read == 2
+    batch.remove(slot, forget=True)
+    assert batch.held[slot] == [] and not batch.decoder.cache.layers[0][0][slot, :60].any()
+
+
+def test_a_row_that_leaves_while_its_prompt_is_read_leaves_what_was_read_to_the_others(monkeypatch):
+    monkeypatch.setattr("model.decode.CHUNK_TOKENS", 8)
+    model, prompt = build(V3), list(range(1, 21))
+    batch = Batch(Decoder(model, slots=3, capacity=64))
+    slots = batch.add([prompt, prompt, [4, 2]], [Sampling()] * 3, [0] * 3)
+    assert read_all(batch, 1) == 2, "the shortest prompt is first"
+    assert [slot for slot, _ in batch.step()] == slots[2:] and read_all(batch, 1) == 8, "one prompt holds up no other"
+    batch.remove(slots[0])
+    assert read_all(batch, 2) == 12 and not batch.reading
+    assert [token for slot, token in batch.step() if slot == slots[1]] == tokens_of(model, [prompt], 1)[0]
+    batch.add([[9, 9, 9]], [Sampling()], [0])
+    batch.remove(slots[0])
+    assert not batch.reading and batch.free == [slots[0]]
+
+
+def test_what_is_no_number_stays_with_its_own_sequence():
+    model = build(QWEN3_MOE)
+    decoder = Decoder(model, slots=2, capacity=64)
+    decoder.prefill([0], [list(range(1, 41))])
+    for tables in decoder.cache.layers:
+        for table in tables:
+            table[0, :40] = torch.nan
+    decoder.free(0)
+    found = decoder.prefill([0, 1], [[5], list(range(1, 31))])
+    assert torch.isfinite(found).all() and torch.isfinite(decoder.decode([0, 1], [3, 4])).all()
+
+
+def test_slots_side_by_side_are_read_where_they_are():
+    cache = Cache(V3, n_layers=1, slots=5, capacity=8)
+    for slots, is_view in [([2, 3, 4], True), ([1], True), ([1, 3], False), ([3, 2], False)]:
+        _, (view,) = cache.step(slots, [1] * len(slots))
+        (kept,) = view.append(torch.ones(len(slots), 1, cache.layers[0][0].shape[-1]))
+        assert (kept.untyped_storage().data_ptr() == cache.layers[0][0].untyped_storage().data_ptr()) == is_view
+
+
+def test_prompts_are_read_the_shortest_first_and_padded_to_twice_their_length_at_most():
+    assert _next_parts([31, *[5] * 15], 512) == [(row, 5) for row in range(1, 16)]
+    assert _next_parts([31, 0, 16, 40], 512) == [(2, 16), (0, 31)]
+    assert _next_parts([31, 20, 25], 64) == [(1, 20), (2, 25)]
+    assert _next_parts([900, 600], 512) == [(1, 512)]
+
+
 def test_no_tokens_are_found_where_none_are_asked_for():
     assert tokens_of(build(V3), PROMPTS, 0) == [[], [], []]
 
@@ -205,6 +306,15 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     p = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
     assert torch.allclose(Sampling(1.0, 0.6).probabilities(p), torch.tensor([0.5, 0.2, 0, 0]) / 0.7)
     assert Sampling().probabilities(p).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("spread", [0.1, 4.0], ids=["flat", "peaked"])
+def test_top_p_among_the_likeliest_is_top_p_among_all(spread, monkeypatch):
+    logits = spread * torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("model.generate.NUCLEUS", 500)
+    whole = Sampling(1.0, 0.9).probabilities(logits)
+    monkeypatch.setattr("model.generate.NUCLEUS", 100)
+    assert torch.equal(Sampling(1.0, 0.9).probabilities(logits), whole) and (whole == 0).any()
 
 
 def test_a_slot_takes_no_more_than_its_capacity():

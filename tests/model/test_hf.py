@@ -235,6 +235,8 @@ def test_a_directory_in_use_is_not_overwritten(exported):
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}},
      "high_freq_factor is missing"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}},
+     "rope_scaling.truncate=false: must be true"),
     ({"vocab_size": None}, "vocab_size is missing"),
     ({"hidden_size": "big"}, r"^config\.json: hidden_size='big': must be a whole number; take the file from the model"),
     ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: must be a whole number"),

@@ -1,7 +1,6 @@
 """A small model behind `sparing serve`'s API, in threads of this process."""
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from orchestrator import serve_api
 from orchestrator.inference import Loaded
+from orchestrator.serve import _listen
 from orchestrator.serve_api import build_app
 from orchestrator.serve_engine import Engine, Sequence
 from orchestrator.serve_request import Limits
@@ -41,8 +41,7 @@ class Server:
         self.engine = Engine(loaded, slots=slots, capacity=CAPACITY, max_waiting=waiting)
         app = build_app(self.engine, name=NAME, limits=Limits(64, timeout_s, max_bytes=4096), token=token,
                         usd_per_h=3.6)
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
+        self.listener = _listen("127.0.0.1", 0)
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
         self.server = serve_api.Server(config, self.engine)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)

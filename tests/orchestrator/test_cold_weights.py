@@ -7,17 +7,22 @@ import socket
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from model.generate import Decoder, generate
+from model.cold_experts import Store
+from model.decode import Decoder
+from model.generate import generate
 from model.hf import Assembled, export
+from model.hf_files import safetensors_header
+from model.packed import packed_bytes
 from model.transformer import Transformer
 from orchestrator import evaluate, serve
 from orchestrator import generate as generate_verb
 from orchestrator.cold_weights import GIB, experts_of, load_within
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, NotFit
 from orchestrator.inference import cache_bytes, forward_bytes, load_for_inference
 from tests.model.test_hf import TINY
 
@@ -49,6 +54,28 @@ def test_experts_on_disk_say_what_the_whole_model_says(path, tmp_path):
         hot = experts_of(cold.model)[0].hot
         assert hot.bytes <= hot.max_bytes and (hot.misses <= 2 * CONFIG.n_routed_experts) == (share == 1.0)
     assert len(list(tmp_path.iterdir())) == 1, "the second start found what the first had written"
+
+
+def test_a_store_is_the_weights_own_whatever_their_path_is_called(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(os.path.dirname(path))
+    for name in (path, os.path.basename(path)):
+        assert load_within(name, max_gib=1, tokenizer="byte").model
+    assert len(list((tmp_path / "sparing" / "experts").iterdir())) == 1
+    assert capsys.readouterr().err.count("writing experts to") == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.expanduser", Mock(side_effect=RuntimeError("no home")))
+    with pytest.raises(NotFit, match="no place on disk .no home.; set XDG_CACHE_HOME"):
+        load_within(path, max_gib=1, tokenizer="byte")
+
+
+def test_a_store_may_be_larger_than_the_machines_memory(tmp_path):
+    file, size = tmp_path / "w13.safetensors", packed_bytes(2**20, 2**18, "fp32")
+    header = safetensors_header([("0", "U8", [size], size)],
+                                {"format": "fp32", "rows": str(2**20), "columns": str(2**18)})
+    file.write_bytes(header)
+    os.truncate(file, len(header) + size)  # a terabyte of nothing
+    assert Store(file).expert_bytes == size == 2**40
 
 
 def test_neither_start_reads_more_than_one_expert_at_a_time(path, tmp_path, monkeypatch):

@@ -1,13 +1,19 @@
 """The verb: bits per byte where they are known, refusals, and a local task under lm-evaluation-harness."""
 
+import dataclasses
+import importlib
 import json
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from orchestrator.__main__ import main
+from orchestrator.evaluate import evaluate_text
 from orchestrator.inference import load_for_inference
+from orchestrator.train.tokenizer import begun
 
 
 def evaluate(capsys, *arguments, code=0) -> tuple[str, str]:
@@ -39,6 +45,22 @@ def test_text_that_is_not_utf8_is_scored_and_said_so(checkpoint, tmp_path, capsy
     out, err = evaluate(capsys, checkpoint, f"text={tmp_path}/a.txt")
     assert "a.txt" in out and err == (f"warning: text={tmp_path}/a.txt: 1 file is not UTF-8 ({tmp_path}/a.txt): stray "
                                       "bytes are read as U+FFFD; convert to UTF-8 (iconv), or leave out\n")
+
+
+def test_documents_are_scored_together_each_as_if_alone(checkpoint, tmp_path, monkeypatch):
+    import model.score
+
+    loaded, score, sizes = load_for_inference(str(checkpoint)), model.score.score, []
+    loaded = dataclasses.replace(loaded, tokenizer=dataclasses.replace(loaded.tokenizer, begin=(65, 66)))
+    texts = [f"def {'x' * n}(): # {n}" for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, "AB begins"]))
+    monkeypatch.setattr(model.score, "score", lambda given, rows, firsts, **how: (
+        sizes.append(len(rows)), score(given, rows, firsts, **how))[1])
+    found, total = evaluate_text(loaded, str(tmp_path / "a.jsonl"), window=96, stride=48)
+    assert sizes == [41] and found.documents == 41 and found.bytes == sum(map(len, texts)) + 9 == found.tokens + 2
+    nats = sum(-float(score(loaded.model, [begun(loaded.tokenizer, text, (65, 66))], [2])[0].log_prob.double().sum())
+               for text in [*texts, "AB begins"])
+    assert found.nats == pytest.approx(nats, rel=1e-5) and total.nats == found.nats
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -172,3 +194,62 @@ def test_a_task_that_asks_for_samples_gets_them(checkpoint, capsys, tasks, monke
 def test_an_answer_that_cannot_be_is_one_line(checkpoint, capsys, tasks, given, words):
     _, err = evaluate(capsys, checkpoint, *tasks(SAY.replace("GIVEN", given)), code=2)
     assert err.strip().splitlines()[-1].startswith(f"error: generation_kwargs.{words}")
+
+
+@pytest.fixture
+def harness(checkpoint, monkeypatch):
+    """The adapter's module and its model; without the extra `eval`, on a stand-in for the class that it adapts to."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        for name in "lm_eval", "lm_eval.api", "lm_eval.api.model":
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["lm_eval.api.model"].LM = type("LM", (), {"__init__": lambda self: None})
+    module = importlib.import_module("orchestrator.evaluate_tasks")
+    yield module, module.HarnessModel(load_for_inference(str(checkpoint)))
+    if not hasattr(sys.modules["lm_eval"], "__file__"):
+        del sys.modules["orchestrator.evaluate_tasks"]
+
+
+def requests(*given: tuple) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=args) for args in given]
+
+
+def test_answers_are_decoded_together_and_say_what_each_says_alone(harness, monkeypatch):
+    module, model = harness
+    alone, slots, decoder = [], [], module.Decoder
+    asked = requests(*((f"def {'x' * n}", {"until": ["q"][: n % 2], "max_gen_toks": 8 + n % 3}) for n in range(20)))
+    for request in asked:
+        alone += model.generate_until([request])
+    monkeypatch.setattr(module, "Decoder", lambda model, **how: slots.append(how["slots"]) or decoder(model, **how))
+    assert model.generate_until(asked) == alone and slots == [7, 7, 6] and len(set(alone)) > 1
+    asked = requests(*(("def ", {"max_gen_toks": 8, "temperature": 1.0}) for _ in range(20)))
+    texts = model.generate_until(asked)
+    assert len(set(texts)) > 10 and model.generate_until(asked[:9]) == texts[:9] and slots[3:] == [16, 9]
+    model.loaded = dataclasses.replace(model.loaded, cache_tokens=60)
+    assert model.generate_until(asked) == texts and slots[-1] == 60 // (5 + 8 + 1)
+
+
+def test_tasks_put_before_a_text_what_its_model_read_there(harness, monkeypatch):
+    module, model = harness
+    tokenizer, rows = dataclasses.replace(model.loaded.tokenizer, begin=(65, 66)), []
+    model = module.HarnessModel(dataclasses.replace(model.loaded, tokenizer=tokenizer))
+    for name in "score", "score_texts", "generate":
+        monkeypatch.setattr(module, name, lambda model, texts, *given, **how: rows.extend(texts) or ())
+    model.loglikelihood(requests(("def", " x"), ("", "def x"), ("AB def", " x")))
+    model.loglikelihood_rolling(requests(("def x",)))
+    model.generate_until(requests(("def x", {})))
+    assert [bytes(row) for row in rows] == [b"ABdef x", b"ABdef x", b"AB def x", b"ABdef x", b"ABdef x"]
+
+
+@pytest.mark.parametrize("context, most, read, told", [
+    (40, 16, 41, 16), (40, 96, 41, 55), (40, 5000, 41, 55), (94, 50, 95, 1), (95, 50, 48, 48), (200, 16, 80, 16),
+    (200, 5000, 48, 48)])
+def test_a_context_that_fits_is_read_whole_however_long_an_answer_may_be(harness, monkeypatch, context, most, read,
+                                                                         told):
+    module, model = harness
+    seen, generate = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda decoder, prompts, **how: seen.append((len(prompts[0]), sum(
+        1 for _ in generate(decoder, prompts, **how)))) or ())
+    model.generate_until(requests(("x" * context, {"max_gen_toks": most})))
+    assert seen == [(read, told)]

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+from model import hf
+from model.transformer import Transformer
 from orchestrator.__main__ import main
 from orchestrator.compose import compose_config
 from orchestrator.errors import UNREAD, BadRequest
@@ -21,6 +23,7 @@ from orchestrator.train.export import export_checkpoint
 from orchestrator.train.loop import run_rank
 from orchestrator.train.memory import _groups
 from orchestrator.train.tokenizer import bytes_as_files, load_tokenizer
+from tests.model.test_hf import TINY
 
 
 def generate(capsys, *arguments, code=0) -> tuple[str, str]:
@@ -59,6 +62,12 @@ def test_prompts_come_from_stdin_and_from_files_in_their_order(checkpoint, tmp_p
     rows = [json.loads(line) for line in
             generate(capsys, checkpoint, "max_tokens=12", f"file={tmp_path / 'p.jsonl'}")[0].splitlines()]
     assert [row["prompt"] for row in rows] == ["class A", "def "] and rows[1]["text"] + "\n" == alone
+    assert [(row["finish"], row["tokens"]) for row in rows] == [("length", 12)] * 2
+    stop = rows[1]["text"][4:6]
+    (row,) = (json.loads(line) for line in generate(capsys, checkpoint, f"file={tmp_path / 'p.jsonl'}", "max_tokens=12",
+                                                    f"stop={stop}")[0].splitlines()[1:])
+    assert row == {"prompt": "def ", "text": alone[: alone.index(stop)], "finish": "stop",
+                   "tokens": alone.index(stop) + 2}
     (tmp_path / "q.txt").write_bytes(b"caf\xe9")
     assert f"1 file is not UTF-8 ({tmp_path}/q.txt)" in generate(capsys, checkpoint, "max_tokens=2",
                                                                  f"file={tmp_path / 'q.txt'}")[1]
@@ -96,6 +105,59 @@ def test_a_stop_text_is_never_shown_in_part(checkpoint, capsys):
     stream = TextStream(load_tokenizer("byte"), ["</end>"])
     assert [stream.push(token) for token in "a\u00e9</en</end>b".encode()] == [
         "a", "", "\u00e9", "", "", "", "", "</en", "", "", "", "", "", ""] and stream.stopped
+
+
+def test_text_that_stdout_cannot_show_is_told_by_number(checkpoint, monkeypatch):
+    class Say:
+        stopped = False
+
+        def __init__(self, *given):
+            pass
+
+        def push(self, token):
+            return "\u6f22"
+
+        def finish(self):
+            return ""
+
+    monkeypatch.setattr("orchestrator.inference.TextStream", Say)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["generate", str(checkpoint), "prompt=def ", "max_tokens=2"]) == 0
+    assert sys.stdout.buffer.getvalue() == b"\\u6f22\\u6f22\n"
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_model_trained_elsewhere_reads_what_it_reads_under_transformers(tmp_path, capsys, imported):
+    """A text behind its BOS token, up to the second of the tokens that end one."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer.from_str(bytes_as_files()["tokenizer.json"])
+    made.add_special_tokens(["<s>", "</s>", "<turn>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    folder, config = tmp_path / "hf", dataclasses.replace(TINY, vocab_size=264, max_seq_len=96)
+    model = Transformer(config)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+        model.lm_head.weight[262:] = 0
+    hf.export(folder, config, model.state_dict())
+    made.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, path = transformers.AutoTokenizer.from_pretrained(folder), folder
+    prompt = tokenizer("def x", return_tensors="pt")
+    ids = theirs.generate(**prompt, max_new_tokens=30, do_sample=False, eos_token_id=258)[0, 6:].tolist()
+    ends = [258, ids[20]]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    ids = theirs.generate(**prompt, max_new_tokens=30, do_sample=False, eos_token_id=ends)[0, 6:].tolist()
+    assert prompt.input_ids[0].tolist() == [257, *b"def x"] and 3 < len(ids) <= 21
+    if imported:
+        assert main(["import", str(folder), str(tmp_path / "in")]) == 0
+        capsys.readouterr()
+        path = tmp_path / "in"
+    text, _ = generate(capsys, path, "prompt=def x", "max_tokens=30")
+    assert text == tokenizer.decode(ids[:-1], skip_special_tokens=True) + "\n"
+    assert generate(capsys, path, "prompt=<s>def x", "max_tokens=30")[0] == text, "and not behind two"
 
 
 def test_bf16_weights_keep_their_router_bias_in_fp32(checkpoint):
@@ -197,13 +259,15 @@ def test_a_tokenizer_travels_with_its_weights(checkpoint, tmp_path, capsys):
     (tmp_path / "hf" / "tokenizer_config.json").unlink()
     made.save(str(tmp_path / "hf" / "tokenizer.json"))
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"eos_token_id": 257}))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"eos_token_id": [257, 10]}))
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "in")]) == 0
     out = capsys.readouterr().out
     assert f"data.tokenizer={tmp_path}/in/tokenizer.json" in out and "M parameters, with any MTP module\n" in out
     assert look(str(tmp_path / "in"))[1].eos == 257
     assert main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
-    assert look(str(tmp_path / "out"))[1].eos == 257
+    told = look(str(tmp_path / "out"))[1]
+    assert told.eos == 257 and told.ends == {257, 10} and told.template == "{{ messages[0].content }}"
 
     data = ["data.path=stdlib:json", f"data.cache_dir={tmp_path}", "train.seq_len=32", "train.validate_sequences=2"]
     asked = compose_config(["model=tiny", "tracker=off", *data, f"resume={tmp_path / 'in'}", "train.steps=1",

@@ -13,7 +13,8 @@ import openai
 import pytest
 import uvicorn
 
-from model.generate import Decoder, Sampling, generate
+from model.decode import Decoder
+from model.generate import Sampling, generate
 from orchestrator import serve, serve_engine
 from orchestrator.errors import BadRequest
 from orchestrator.inference import Loaded
@@ -41,7 +42,7 @@ def alone(loaded: Loaded, prompt: str, tokens: int) -> str:
     found = generate(Decoder(loaded.model, slots=1, capacity=CAPACITY), [loaded.tokenizer.encode(prompt).tolist()],
                      max_tokens=tokens)
     read = loaded.tokenizer.stream()
-    return "".join(read(token) for _, token in found)
+    return "".join(read(token) for _, token in found) + read(None)
 
 
 def test_concurrent_requests_get_what_each_would_get_alone(server, loaded):
@@ -105,7 +106,7 @@ def test_a_client_that_leaves_midway_frees_its_slot(narrow):
     def ends_early(sequence: Sequence, go) -> bool:
         wait_until(lambda: sequence.cancelled, 30, "nobody heard that the client left")
         go.set()
-        wait_until(lambda: narrow.engine.free == [0], 30, "the slot is not free")
+        wait_until(lambda: narrow.engine.batch.free == [0], 30, "the slot is not free")
         return sequence.tokens < 64
 
     with narrow.held() as go:
@@ -198,15 +199,46 @@ def test_an_error_after_a_sequence_ended_frees_its_slot_once(loaded, monkeypatch
         assert [told.get(timeout=60).finish for _ in range(2)] == ["length", "error"]
         engine.submit(Sequence([3], Sampling(), 0, 1, told.put))
         assert told.get(timeout=60).finish == "length", "and none is told twice"
-        assert sorted(engine.free) == [0, 1]
+        assert sorted(engine.batch.free) == [0, 1]
 
 
-def test_an_error_of_the_model_ends_its_requests_not_the_server(server, monkeypatch):
+def test_an_error_of_the_model_ends_its_requests_not_the_server(server, monkeypatch, capfd):
     monkeypatch.setattr(server.engine.batch, "step", lambda: 1 / 0)
     with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
         server.client().completions.create(model=NAME, prompt="x", max_tokens=2)
     monkeypatch.undo()
+    assert "in _attempt" in capfd.readouterr().err, "whoever runs the server hears where"
     assert server.client().completions.create(model=NAME, prompt="x", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_an_error_in_a_prompt_ends_those_that_are_being_read_alone(server, monkeypatch):
+    with server.held() as go:
+        events = server.client().chat.completions.create(**LONG, stream=True)
+        next(iter(events))
+        server.running()
+        monkeypatch.setattr(server.engine.batch.decoder, "read_on", lambda *a, **b: 1 / 0)
+        with ThreadPoolExecutor(1) as pool:
+            fails = pool.submit(lambda: server.client().completions.create(model=NAME, prompt="y", max_tokens=2))
+            go.set()
+            with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+                fails.result(60)
+    assert list(events)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_prompt_that_goes_on_from_an_answer_is_not_read_again(narrow):
+    before = narrow.engine.usage.report(None)
+    narrow.client().completions.create(model=NAME, prompt="once upon a", max_tokens=4)
+    said = narrow.engine.batch.held[0]
+    narrow.client().completions.create(model=NAME, prompt=[*said, *b" time"], max_tokens=1)
+    after = narrow.engine.usage.report(None)
+    assert after["input_tokens"] - before["input_tokens"] == 11 + len(said) + 5 and len(said) == 11 + 4
+    assert after["cached_tokens"] - before["cached_tokens"] == len(said) - 1, "the last one was not read yet"
+
+
+def test_small_answers_are_sent_at_once():
+    """asyncio sets TCP_NODELAY where a socket says what it is."""
+    with contextlib.closing(serve._listen("127.0.0.1", 0)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_token_is_asked_for_where_one_is_set(loaded):
