@@ -87,6 +87,7 @@ class Batch:
         self.decoder, self.speculative, self.counts = decoder, speculative, Counts()
         self.rows: dict[int, _Row] = {}
         self.reading: list[_Prompt] = []
+        self.is_oldests_turn = True
         self.free = list(range(len(decoder.cache.lengths)))
         """Slots that no row has, the longest free first."""
         self.held: list[Sequence[int]] = [[] for _ in self.free]
@@ -125,12 +126,15 @@ class Batch:
         return slot, kept
 
     def read(self) -> None:
-        """One forward of prompts, the shortest first."""
-        found = self.decoder.read_on([prompt.rows[0].slot for prompt in self.reading],
-                                     [prompt.left for prompt in self.reading], drafts=self.speculative)
+        """One forward of prompts: in turns the shortest and the oldest first, so that none waits for all others."""
+        self.is_oldests_turn = not self.is_oldests_turn
+        least = len(self.reading[0].left) if self.is_oldests_turn else 0
+        prompts = [prompt for prompt in self.reading if len(prompt.left) >= least]
+        found = self.decoder.read_on([prompt.rows[0].slot for prompt in prompts], [prompt.left for prompt in prompts],
+                                     drafts=self.speculative)
         self.counts.steps += 1
         for i, number, state in found:
-            prompt = self.reading[i]
+            prompt = prompts[i]
             prompt.left = prompt.left[number:]
             self.counts.prompt_tokens += number
             if not prompt.left:

@@ -271,6 +271,20 @@ def test_a_row_that_leaves_while_its_prompt_is_read_leaves_what_was_read_to_the_
     assert not batch.reading and batch.free == [slots[0]]
 
 
+def test_no_prompt_waits_for_all_that_come_after_it(monkeypatch):
+    monkeypatch.setattr("model.decode.CHUNK_TOKENS", 8)
+    batch = Batch(Decoder(build(V3), slots=2, capacity=64))
+    (long,) = batch.add([list(range(1, 41))], [Sampling()], [0])
+    forwards = 0
+    while long not in batch.rows:
+        (short,) = batch.add([[forwards, 3]], [Sampling()], [0])
+        while short not in batch.rows and long not in batch.rows:
+            batch.read()
+            forwards += 1
+        batch.remove(short)
+    assert forwards == 10, "every other one"
+
+
 def test_what_is_no_number_stays_with_its_own_sequence():
     model = build(QWEN3_MOE)
     decoder = Decoder(model, slots=2, capacity=64)
