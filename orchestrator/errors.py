@@ -64,3 +64,9 @@ def words(error: Exception) -> str:
 def public_kind(error: SparingError) -> str:
     """The name of the nearest of these classes: finer ones are known where they are raised alone."""
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+
+
+def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:
+    """`BadRequest` of one sentence unless the rule holds."""
+    if not holds:
+        raise BadRequest(f"{key}={value}: {rule}; {remedy}")

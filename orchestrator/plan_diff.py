@@ -85,7 +85,8 @@ def headline(a: dict, b: dict) -> str:
     usd = _signed(a["bill"]["expected"]["usd"], b["bill"]["expected"]["usd"])
     parts = [(name, after - before) for name, before, after in difference(a, b)["step"] if name != "step"]
     name, change = max(parts, key=lambda part: abs(part[1]))
-    return f"expected  {usd} and {_change(days)} days; of a step, {name} changes most ({_change(change)} s)"
+    most = f"; of a step, {name} changes most ({_change(change)} s)" if abs(change) >= 0.005 else ""
+    return f"expected  {usd} and {_change(days)} days{most}"
 
 
 def _bill(bill: dict) -> dict[str, tuple[float, float | None]]:

@@ -193,10 +193,16 @@ def _refused(data: dict) -> str:
                    table(["layout", "reason"], rows, numeric_from=9)) if rows else ""
 
 
+def _plainly(value: object) -> str:
+    if isinstance(value, dict):  # a price with its source and day, of which some may be unknown
+        known = [f"{key} {_plainly(item)}" for key, item in value.items() if item not in (None, "")]
+        return ", ".join(known) or "unknown"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def _assumptions(data: dict) -> str:
     groups = (data["assumptions"], data["bill"]["terms"], data["hardware"])
-    rows = [[escape(name), escape(f"{value:g}" if isinstance(value, int | float) else str(value))]
-            for group in groups for name, value in group.items()]
+    rows = [[escape(name), escape(_plainly(value))] for group in groups for name, value in group.items()]
     runs = first_runnable(data["candidates"])
     command = "" if runs is None else details("The best layout that `sparing train` runs",
                                               f"<p>{marked(train_note(data))}</p>"

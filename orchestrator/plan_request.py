@@ -8,14 +8,14 @@ import yaml
 from model.config import ModelConfig
 from orchestrator.compose import compose_config
 from orchestrator.config import ComputeDtype, Config, HardwareConfig, PrecisionConfig, conf_dir
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, require
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import Cpus, routing_of
-from orchestrator.plan.hardware import at_market, catalogue
+from orchestrator.plan.hardware import at_market, catalogue, check_hardware, in_machines
 from orchestrator.plan.keeping import PLANNED as KEPT
 from orchestrator.plan.keeping import own
-from orchestrator.plan.layout import MOST_RANKS, check_hardware, check_ramp, check_stages_per_rank, require
+from orchestrator.plan.layout import MOST_RANKS, check_least, check_ramp, check_stages_per_rank
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import default_batch
 from orchestrator.plan.request import DEGREES, Request, divides_heads
@@ -61,8 +61,8 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     check_hardware(config.hardware)
     for key in ("train.batch_size", "train.seq_len"):
         value = getattr(config.train, key.split(".")[1])
-        require(value >= 1, key, value, "must be at least 1", "use 1 or more")
         require(value <= MOST_RANKS, key, value, f"must be at most {MOST_RANKS:,}", "give a smaller number")
+    check_least(config)
     if config.hardware.device != "cuda" and not calibration.cores:
         raise BadRequest(f"hardware={config.hardware.name}: a plan needs a GPU's data sheet; use hardware=h100 (or "
                          "a100, h800, h200, b200), a cluster that names one, or calibrate=RUN, a run on this CPU")
@@ -96,6 +96,7 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
     stack = calibration.stack or stack_named(options.get("stack", "default"))
     routing = _routing(options.get("routing"), config.model, calibration)
     per_machine, cpus = config.cluster.ranks_per_node, None
+    hardware = in_machines(hardware, per_machine)
     if hardware.device != "cuda":
         cpus = Cpus(hardware, calibration, per_machine, (total_bytes() or inf) / 2**30)
         hardware, assumptions, calibration = cpus.shared_by(devices)
@@ -107,6 +108,9 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
                          "shorten it or raise model.max_seq_len")
     batch_asked = "train.batch_size" in given
     batch = config.train.batch_size if batch_asked else default_batch(devices if sized else 1)
+    start = config.train.batch_start
+    require(start <= batch or not (sized or batch_asked), "train.batch_start", start,
+            f"must not exceed train.batch_size={batch}", "start smaller, or give a larger train.batch_size")
     tokens = number("tokens", options["tokens"], example="1e12")
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "
@@ -177,6 +181,7 @@ def _run_words(options: dict[str, str], config: Config, given: dict[str, str], h
         words += [f"cluster.nodes={nodes}", f"cluster.ranks_per_node={ranks}"]
     if "market" in options:
         price = "null" if hardware.usd_per_h is None else hardware.usd_per_h
+        words = [word for word in words if not word.startswith(("hardware.usd_per_h=", "hardware.market="))]
         words += [f"hardware.usd_per_h={price}", f"hardware.market={hardware.market}"]
     return tuple(words)
 

@@ -37,6 +37,8 @@ def plan_sweep(arguments: list[str]) -> None:
         if key in fixed:
             raise BadRequest(f"{key}={fixed[key]}: goes with one plan, not with -m; leave it out, or plan one of them")
     jobs = combinations([word for word in plain(arguments) if not word.startswith(("out=", "html="))])
+    if any("gpus=fit" in words for words in jobs):
+        raise BadRequest("gpus=fit: goes with one plan, not with -m; give numbers, or plan one of them")
     for words in jobs:
         compose_plan(split_words(words)[1])
     varied = [[word for word in words if any(word not in other for other in jobs)] for words in jobs]

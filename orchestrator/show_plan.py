@@ -9,7 +9,7 @@ from orchestrator.arguments import check_writable, positional, taken, write_file
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import bill_of, money, terms_for
-from orchestrator.plan.planner import price, to_dict
+from orchestrator.plan.planner import price, to_dict, trained
 from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
 from orchestrator.plan.request import DEGREES, Request
 from orchestrator.plan.runs import cannot_run
@@ -76,15 +76,15 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     found, data = planned(options, answer.overrides)
     if answer.question:
         data["question"] = answer.question
+    if "out" in options:  # before who reads what is printed may leave
+        write_file(options, "out", json.dumps(data, indent=2) + "\n")
+    if "html" in options and found.candidates:
+        write_file(options, "html", page(found, data))
     print_plan(found, data)
     if found.candidates and options.get("explain") == "true":
         print_explained(found, data)
-    if "out" in options:
-        write_file(options, "out", json.dumps(data, indent=2) + "\n")
     if not found.candidates:
         raise no_layout(found.request)
-    if "html" in options:
-        write_file(options, "html", page(found, data))
 
 
 def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
@@ -100,7 +100,7 @@ def planned(options: dict[str, str], overrides: list[str]) -> tuple[Plan, dict]:
             data |= money(request, best, terms_for(request, best.work), compared)
             data["scaling"] = scaled(best, request)
             if runs := first_runnable(data["candidates"]):
-                own = found.candidates[data["candidates"].index(runs)]
+                own = trained(found.candidates[data["candidates"].index(runs)])
                 bill = bill_of(request, own, terms_for(request, own.work))["expected"]
                 runs["expected"] = {"days": bill["days"], "usd": bill["usd"]}
             elif row := _but_for_ramp(request):

@@ -13,9 +13,10 @@ from model.config import ModelConfig
 from orchestrator.config import ComputeDtype, Config, HardwareConfig
 from orchestrator.plan.estimate import step_parts
 from orchestrator.plan.exchange import Routing
+from orchestrator.plan.hardware import in_machines
 from orchestrator.plan.keeping import own
 from orchestrator.plan.memory import memory_gib
-from orchestrator.plan.stack import Stack
+from orchestrator.plan.stack import stack_named
 from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
 CPU = Assumptions(gemm=1.0, best_bf16=1.0, attention_forward=1.0, attention_backward=1.0, memory=1.0, inner=16.0,
@@ -24,8 +25,8 @@ CPU = Assumptions(gemm=1.0, best_bf16=1.0, attention_forward=1.0, attention_back
 """A CPU under eager torch, read off profiles of `tiny` on one core and off its CPU seconds under two to four ranks. The
 device is its own host, so dispatch is a gap between operators: a block has about 100 of them in forward, 60 more with
 experts. gloo over loopback: each exchange and each of FSDP2's blocks costs more than its bytes, however tokens go."""
-OWN = Stack(name="sparing", gradient_bytes=6, recomputes_twice=True)
-"""This program: gradients and gathered weights are fp32, so that there are two bytes more than a bf16 weight has."""
+OWN = stack_named("sparing")
+"""This program."""
 CPU_GB_PER_S, LOOPBACK_GB_PER_S = 3.5, 0.4
 """Of one core's operators that are bound by memory, which bytes of fused bf16 kernels count; of one rank's exchange."""
 BARRIER_S = 18e-6
@@ -101,7 +102,9 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
     if machine.device == "cpu":
         calibration = calibration if calibration.cores else _uncalibrated(machine)
         hardware, assumptions, calibration = Cpus(hardware, calibration, machine.ranks_per_node).shared_by(ranks)
-    elif config.precision.compute_dtype is ComputeDtype.fp32:
+    else:
+        hardware = in_machines(hardware, config.cluster.ranks_per_node)
+    if machine.device != "cpu" and config.precision.compute_dtype is ComputeDtype.fp32:
         hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
     on_tensor_cores = (config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
                        and not machine.emulates_fp8)

@@ -1,5 +1,6 @@
 """Which entry of conf/hardware describes a device. Figures live there, with source and date; none is written here."""
 
+import math
 import re
 from dataclasses import fields, replace
 from datetime import date
@@ -9,11 +10,13 @@ from pathlib import Path
 import yaml
 
 from orchestrator.config import HardwareConfig, PriceConfig, conf_dir, from_dict
-from orchestrator.errors import BadRequest
+from orchestrator.errors import BadRequest, require
 
 MARKETS = ("on_demand", "reserved", "spot")
 GIVEN = "given"
 """Source of a price that the user set."""
+MACHINE = 8
+"""Most devices of one that is no rack."""
 CARDS = ("PCIE", "NVL", "FHHL", "LAPTOP")
 """Words of a device's name that tell another form of it from that of an entry."""
 
@@ -75,7 +78,7 @@ def at_market(hardware: HardwareConfig, market: str, *, given: bool = False) -> 
         raise BadRequest(f"market={market}: must be one of {', '.join(MARKETS)}; use market=on_demand")
     entry = catalogue().get(hardware.name, HardwareConfig())
     price, own, other = hardware, entry, market != entry.market
-    given = given and other and hardware.usd_per_h is not None
+    given = given and hardware.usd_per_h is not None
     if other and not given and hardware.usd_per_h in (None, entry.usd_per_h):
         price, own = (getattr(each, market, PriceConfig()) for each in (hardware, entry))
         if price.usd_per_h is None:
@@ -85,6 +88,35 @@ def at_market(hardware: HardwareConfig, market: str, *, given: bool = False) -> 
     if given or price.usd_per_h != own.usd_per_h:
         source, day = (GIVEN if source == own.source else source), ("" if day == own.date else day)
     return replace(hardware, usd_per_h=price.usd_per_h, market=market, source=source, date=day)
+
+
+def check_hardware(hardware: HardwareConfig) -> None:
+    """What is known of a device is a positive number; it may cost nothing."""
+    require(hardware.device in ("cpu", "cuda"), "hardware.device", hardware.device, "must be cpu or cuda",
+            "use cuda for a GPU")
+    prices = {"usd_per_h": hardware.usd_per_h, "reserved.usd_per_h": hardware.reserved.usd_per_h,
+              "spot.usd_per_h": hardware.spot.usd_per_h}
+    for name, value in (vars(hardware) | prices).items():
+        if type(value) in (int, float):
+            free = name in prices
+            require((value >= 0 if free else value > 0) and value < math.inf, f"hardware.{name}", value,
+                    "must be finite and not negative" if free else "must be positive and finite",
+                    "give dollars per hour" if free else "take it from the data sheet, or leave it out")
+            require(not name.endswith("_share") or value <= 1, f"hardware.{name}", value, "must be at most 1",
+                    "give a share of what the device can do")
+            peak = vars(hardware).get(name.replace("_best_", "_")) or value
+            require(value <= peak, f"hardware.{name}", value, f"must not exceed the device's peak of {peak:g}",
+                    "give what its products reach")
+
+
+def in_machines(hardware: HardwareConfig, ranks: int) -> HardwareConfig:
+    """The device in machines of so many (0: the usual ones), whose fast links reach no further: where the entry has
+    those of a machine, not of a rack, and they were not set."""
+    usual = catalogue().get(hardware.name, HardwareConfig()).scale_up_devices
+    reach = hardware.scale_up_devices
+    if hardware.device == "cuda" and reach == usual and reach is not None and 0 < ranks < reach <= MACHINE:
+        return replace(hardware, scale_up_devices=ranks)
+    return hardware
 
 
 def age_days(day: str, today: date) -> int | None:

@@ -5,13 +5,14 @@ consecutive, so that an expert group stays inside a node where one can hold it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from model.config import ModelConfig, divisors
-from orchestrator.config import Config, HardwareConfig, Schedule, TrainConfig
-from orchestrator.errors import BadRequest
+from orchestrator.config import Config, Schedule, TrainConfig
+from orchestrator.errors import BadRequest, require
+from orchestrator.plan.hardware import check_hardware
 
 V_SCHEDULES = (Schedule.zbv, Schedule.dualpipev)
 LOOPED_SCHEDULES = (Schedule.interleaved_1f1b, Schedule.interleaved_zero_bubble)
@@ -141,14 +142,28 @@ MOST = 2**31 - 1
 MOST_RANKS = 2**20
 
 
-def _check_numbers(config: Config) -> None:
-    train, optim = config.train, config.optim
-    for key, value, low in [
-        ("seed", config.seed, 0), ("train.steps", train.steps, 1),
+def check_least(config: Config) -> None:
+    """Of numbers that a plan reads, too: none is too small to mean anything, or too large to be meant."""
+    train, cluster = config.train, config.cluster
+    _least([
         ("train.batch_size", train.batch_size, 1), ("train.seq_len", train.seq_len, 1),
         ("train.batch_start", train.batch_start, 0), ("train.batch_ramp_steps", train.batch_ramp_steps, 0),
         ("train.validate_every", train.validate_every, 0), ("train.validate_sequences", train.validate_sequences, 1),
-        ("train.max_bad_steps", train.max_bad_steps, 1),
+        ("cluster.nodes", cluster.nodes, 0), ("cluster.ranks_per_node", cluster.ranks_per_node, 0),
+    ])
+
+
+def _least(numbers: Iterable[tuple[str, float, float]]) -> None:
+    for key, value, low in numbers:
+        require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")
+        require(value <= MOST, key, value, f"must be at most {MOST:,}", "give a smaller number")
+
+
+def _check_numbers(config: Config) -> None:
+    train, optim = config.train, config.optim
+    check_least(config)
+    _least([
+        ("seed", config.seed, 0), ("train.steps", train.steps, 1), ("train.max_bad_steps", train.max_bad_steps, 1),
         ("train.spike_sigmas", train.spike_sigmas, 0), ("train.spike_window", train.spike_window, 3),
         ("layout.pp", config.layout.pp, 1), ("layout.dp", config.layout.dp, 1), ("layout.ep", config.layout.ep, 1),
         ("layout.ep_per_node", config.layout.ep_per_node, 0),
@@ -157,15 +172,12 @@ def _check_numbers(config: Config) -> None:
         ("checkpoint.keep", config.checkpoint.keep, 0), ("checkpoint.max_failures", config.checkpoint.max_failures, 0),
         ("optim.warmup_steps", optim.warmup_steps, 0), ("optim.weight_decay", optim.weight_decay, 0),
         ("optim.clip_norm", optim.clip_norm, 0),
-        ("cluster.nodes", config.cluster.nodes, 0), ("cluster.ranks_per_node", config.cluster.ranks_per_node, 0),
         ("cluster.threads_per_rank", config.cluster.threads_per_rank, 0),
         ("cluster.spares", config.cluster.spares, 0), ("cluster.min_ranks", config.cluster.min_ranks, 0),
         ("cluster.join_timeout_s", config.cluster.join_timeout_s, 0),
         *((f"cluster.resources.{name}", number, 0) for name, number in config.cluster.resources.items()),
         ("checkpoint.memory_every", config.checkpoint.memory_every, 0),
-    ]:
-        require(value >= low, key, value, f"must be at least {low}", f"use {low} or more")
-        require(value <= MOST, key, value, f"must be at most {MOST:,}", "give a smaller number")
+    ])
     ranks = config.layout.world_size
     require(ranks <= MOST_RANKS, "layout.dp", config.layout.dp, f"makes {ranks:,} ranks with layout.pp="
             f"{config.layout.pp}, and there may be {MOST_RANKS:,}", "use fewer")
@@ -194,20 +206,6 @@ def _check_numbers(config: Config) -> None:
     price = config.hardware.usd_per_h
     require(budget is None or price is not None or config.hardware.name == "auto", "budget.max_usd", budget,
             f"needs a price, and hardware {config.hardware.name} has none", "set hardware.usd_per_h")
-
-
-def check_hardware(hardware: HardwareConfig) -> None:
-    """What is known of a device is a positive number; it may cost nothing."""
-    require(hardware.device in ("cpu", "cuda"), "hardware.device", hardware.device, "must be cpu or cuda",
-            "use cuda for a GPU")
-    prices = {"usd_per_h": hardware.usd_per_h, "reserved.usd_per_h": hardware.reserved.usd_per_h,
-              "spot.usd_per_h": hardware.spot.usd_per_h}
-    for name, value in (vars(hardware) | prices).items():
-        if type(value) in (int, float):
-            free = name in prices
-            require((value >= 0 if free else value > 0) and value < math.inf, f"hardware.{name}", value,
-                    "must be finite and not negative" if free else "must be positive and finite",
-                    "give dollars per hour" if free else "take it from the data sheet, or leave it out")
 
 
 def _check_degrees(config: Config) -> None:
@@ -328,12 +326,6 @@ def ramp_parts(train: TrainConfig) -> Iterator[tuple[int, int]]:
     step, end = 0, train.batch_ramp_steps if train.batch_start else 0
     while step < end:
         sequences, growth = batch_size_at(step, train), train.batch_size - train.batch_start
-        until = min(end, -(-sequences * end // growth)) if growth else end
+        until = min(end, -(-sequences * end // growth)) if growth > 0 else end
         yield until - step, sequences
         step = until
-
-
-def require(holds: bool, key: str, value: object, rule: str, remedy: str) -> None:
-    """`BadRequest` of one sentence unless the rule holds."""
-    if not holds:
-        raise BadRequest(f"{key}={value}: {rule}; {remedy}")

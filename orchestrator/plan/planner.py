@@ -8,8 +8,9 @@ from dataclasses import asdict
 
 from orchestrator.config import TrainConfig
 from orchestrator.plan.cost import MFU_CONVENTION, mfu, mfu_conventions, model_flops
+from orchestrator.plan.estimate import estimate
 from orchestrator.plan.request import Request, layout_of
-from orchestrator.plan.runs import cannot_grow, cannot_run, overrides_of, steps_for
+from orchestrator.plan.runs import as_trained, cannot_grow, cannot_run, overrides_of, steps_for
 from orchestrator.plan.search import Candidate, Plan
 
 V3_BATCH = 15360
@@ -39,8 +40,14 @@ def price(candidate: Candidate, request: Request) -> dict:
         "train": None if reason else overrides_of(work, steps=steps, others=request.run_words,
                                                   validate=terms.validate_sequences,
                                                   per_machine=request.per_machine),
-        "train_not": reason,
+        "train_not": reason, "train_step_s": None if reason else trained(candidate).found.step_time_s,
     }
+
+
+def trained(candidate: Candidate) -> Candidate:
+    """The same by this program's own stack, whatever the plan is priced with."""
+    work = as_trained(candidate.work)
+    return candidate if work.stack == candidate.work.stack else Candidate(work, estimate(work))
 
 
 def to_dict(plan: Plan) -> dict:

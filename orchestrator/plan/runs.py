@@ -11,6 +11,7 @@ from model.config import ModelConfig, divisors
 from orchestrator.config import Schedule, TrainConfig, conf_dir, from_dict
 from orchestrator.plan.bill import steps_of
 from orchestrator.plan.exchange import domains
+from orchestrator.plan.forecast import OWN
 from orchestrator.plan.keeping import own
 from orchestrator.plan.layout import LOOPED_SCHEDULES, ramp_fault, suits_machines
 from orchestrator.plan.memory import too_large
@@ -39,6 +40,14 @@ def cannot_run(work: Workload) -> str | None:
     kept = work if work.keeping.eager else replace(work, keeping=own(work.dtype))
     reason = not_run(work) or too_large(kept)
     return f"as train keeps it, it {reason}" if reason and reason.startswith("needs ") else reason
+
+
+def as_trained(work: Workload) -> Workload:
+    """The same as this program runs it: its own stack, and what it keeps in memory."""
+    if work.keeping.eager:  # a CPU's plan is of nothing else
+        return work
+    stack = work.stack if work.stack.name == OWN.name else replace(OWN, copies=work.ep == 1)
+    return replace(work, keeping=own(work.dtype), stack=stack)
 
 
 def cannot_grow(work: Workload, batch_start: int) -> str | None:

@@ -53,7 +53,7 @@ def keep_plan(config: Config, machine: Machine, learnt: Calibration) -> None:
     found = replace(estimate(work), memory_gib=memory_of(config, machine, work))
     candidate = Candidate(work, found)
     data = to_dict(Plan(request, [candidate], [], 1))
-    del data["best"]["train"], data["best"]["train_not"]  # how to run what is running
+    del data["best"]["train"], data["best"]["train_not"], data["best"]["train_step_s"]  # how to run what is running
     data["bill"] = bill_of(request, candidate, terms)
     storage.write_bytes(storage.join(config.run.dir, PLAN), (json.dumps(data, indent=2) + "\n").encode())
 

@@ -15,11 +15,11 @@ from functools import partial
 import torch
 
 from orchestrator.config import Config, from_dict, to_dict
-from orchestrator.errors import BadRequest, SparingError, words
+from orchestrator.errors import BadRequest, SparingError, require, words
 from orchestrator.parallel.mesh import open_store
 from orchestrator.parallel.rank_info import RankInfo, rank_from_env
 from orchestrator.plan.hardware import resolve_hardware
-from orchestrator.plan.layout import check_run, require
+from orchestrator.plan.layout import check_run
 from orchestrator.train.control import Control, steady
 from orchestrator.train.finish import finish_run
 from orchestrator.train.lineage import look_back

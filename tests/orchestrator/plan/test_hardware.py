@@ -9,7 +9,15 @@ import pytest
 from orchestrator.compose import compose_config
 from orchestrator.config import HardwareConfig, conf_dir
 from orchestrator.errors import BadRequest
-from orchestrator.plan.hardware import age_days, at_market, catalogue, hardware_named, resolve_hardware
+from orchestrator.plan.hardware import (
+    age_days,
+    at_market,
+    catalogue,
+    check_hardware,
+    hardware_named,
+    in_machines,
+    resolve_hardware,
+)
 
 KNOWN = catalogue()
 NVIDIA_SMI_MIB = {"a100": 81920, "a100_40": 40960, "b200": 183359, "b300": 275040, "gb200": 189471, "gb300": 284208,
@@ -82,7 +90,8 @@ def test_a_given_price_holds_for_any_market_and_says_that_it_was_given():
     assert at_market(replace(KNOWN["a100"], usd_per_h=0.9), "spot").usd_per_h == 0.9
     same = at_market(KNOWN["h100"], "spot", given=True)
     assert (same.usd_per_h, same.market, same.source, same.date) == (2.99, "spot", "given", "")
-    assert at_market(KNOWN["h100"], "on_demand", given=True) == KNOWN["h100"]
+    assert at_market(KNOWN["h800"], "on_demand", given=True).source == "given", "also where the entry has the same"
+    assert at_market(KNOWN["h100"], "on_demand") == KNOWN["h100"]
     trained = resolve_hardware(HardwareConfig(usd_per_h=1.5), "NVIDIA H200")
     assert (trained.name, trained.source, trained.date) == ("h200", "given", "")
     assert age_days(trained.date, date(2026, 3, 1)) is None
@@ -109,3 +118,19 @@ def test_a_cluster_is_as_large_as_its_name_says(name):
     config = compose_config([f"cluster={name}"])
     device, devices = name.rsplit("_", 1)
     assert config.hardware.name == device and config.cluster.nodes * config.cluster.ranks_per_node == int(devices)
+
+
+def test_fast_links_reach_no_further_than_a_machine():
+    h100, rack = KNOWN["h100"], KNOWN["gb200"]
+    assert [in_machines(h100, ranks).scale_up_devices for ranks in (0, 1, 4, 8, 16)] == [8, 1, 4, 8, 8]
+    assert in_machines(rack, 4) == rack, "a rack's links go between its machines"
+    assert in_machines(replace(h100, scale_up_devices=6), 4).scale_up_devices == 6, "as it was set"
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"gemm_share": 80.0}, "hardware.gemm_share=80.0: must be at most 1; give a share"),
+    ({"bf16_best_tflops": 1e5}, "hardware.bf16_best_tflops=100000.0: must not exceed the device's peak of 989"),
+])
+def test_a_device_does_no_more_than_its_peak(changed, words):
+    with pytest.raises(BadRequest, match=words):
+        check_hardware(replace(KNOWN["h100"], **changed))

@@ -246,15 +246,23 @@ def test_parts_of_memory_that_are_equal_have_equal_bars(small, capsys):
 def test_the_command_for_train_can_be_pasted_and_says_what_it_misses(small, capsys):
     plan, data = small
     rows = [row | {"train": None, "train_not": "train has no such thing"} for row in data["candidates"]]
-    rows[-1] |= {"train": ["model=x", "layout.pp=2"], "expected": {"days": 26.34, "usd": 51234.0}}
+    rows[0] |= {"train": ["model=x"], "train_step_s": 9e9}
+    rows[-1] |= {"train": ["model=x", "layout.pp=2"], "train_step_s": 1234.5,
+                 "expected": {"days": 26.34, "usd": 51234.0}}
     print_plan(plan, data | {"candidates": rows, "question": {"deadline_days": 25.6}})
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("sparing train model=x layout.pp=2")
     assert lines[at - 1].startswith("train  ") and lines[at + 1] == ""
-    for words in ("26.3 days and $51,234 by the expected bill", "MISSES deadline_days=25.6", "train has no such thing"):
+    rows[0]["train"] = None
+    print_plan(plan, data | {"candidates": rows, "question": {"deadline_days": 25.6}})
+    lines += capsys.readouterr().out.splitlines()
+    at = lines.index("sparing train model=x layout.pp=2", at + 1)
+    for words in ("1234.50 s a step by its own stack (", "26.3 days and $51,234 by the expected bill",
+                  "MISSES deadline_days=25.6", "train has no such thing"):
         assert words in lines[at - 1]
-    assert "MISSES budget_usd=50000" in train_note({"candidates": rows, "question": {"budget_usd": 5e4}})
-    assert "MISSES" not in train_note({"candidates": rows, "question": {"budget_usd": 6e4}})
+    for budget, misses in ((5e4, True), (6e4, False)):
+        note = train_note(data | {"candidates": rows, "question": {"budget_usd": budget}})
+        assert ("MISSES budget_usd=50000" in note) == misses
 
 
 def test_the_mfu_names_its_convention_and_the_best_layouts_by_the_others(small, capsys):

@@ -11,6 +11,7 @@ from model.hf_config import config_to_hf
 from orchestrator.compose import compose_config
 from orchestrator.config import conf_dir
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.plan.forecast import Machine, forecast
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
 from orchestrator.plan.money import terms_for
@@ -128,11 +129,12 @@ def test_the_command_of_a_config_json_is_its_run_whatever_its_folder_is_called(f
 def commands_of(asked: Request, most: int | None = None) -> list:
     """The configs of the printed commands, each the run that was asked for."""
     found = offer(asked).plan.candidates[:most]
-    printed = [row["train"] for row in (price(each, asked) for each in found) if row["train"]]
-    assert printed
-    configs = [compose_config(shlex.split(shlex.join(words))) for words in printed]
-    for config in configs:
+    rows = [row for row in (price(each, asked) for each in found) if row["train"]]
+    assert rows
+    configs = [compose_config(shlex.split(shlex.join(row["train"]))) for row in rows]
+    for row, config in zip(rows, configs, strict=True):
         check_run(config)
+        assert row["train_step_s"] == pytest.approx(forecast(config, Machine("cuda", 1.0))["step_time_s"])
         train = config.train
         assert config.model == asked.model and (train.batch_size, train.seq_len) == (asked.batch_size, asked.seq_len)
         assert (train.batch_start, train.batch_ramp_steps) == (asked.terms.batch_start, asked.terms.ramp_steps)
