@@ -5,6 +5,7 @@ a shape that none has is refused, with what the nearest one lacks. Training sett
 no place in config.json and come back as this project's defaults.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ def _config_from_hf(values: Mapping, name: str) -> ModelConfig:
         if values.get(key, only) != only:
             raise ValueError(f"config.json: {key}={values[key]}: must be {only}, nothing else is implemented; "
                              f"convert the model first or choose another")
+    _check_all_read(values, family)
     _check_quantization(values.get("quantization_config"))
     rope = values.get("rope_parameters") or {**(values.get("rope_scaling") or {}),
                                              "rope_theta": values.get("rope_theta", 10000.0)}
@@ -176,8 +178,9 @@ def _mismatches(family: Family, config: ModelConfig) -> list[str]:
 def _family_named(architectures: object) -> Family:
     named = {family.architecture: family for family in FAMILIES.values()}
     architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
-    if architecture not in named:
-        raise ValueError(f"config.json: architectures={architectures}: must be one of {', '.join(named)}")
+    if not isinstance(architecture, str) or architecture not in named:
+        raise ValueError(f"config.json: architectures={architectures}: must be one of {', '.join(named)}; another "
+                         "model may be planned as its nearest shape, by model=NAME and model.* keys")
     return named[architecture]
 
 
@@ -210,6 +213,21 @@ def _check_expressible(config: ModelConfig) -> None:
     yarn = config.rope_factor > 1 and config.rope_scaling is RopeScaling.yarn
     if yarn and not config.mscale_all_dim and config.mscale != 1:
         raise ValueError(f"model.mscale={config.mscale}: must be 1 where mscale_all_dim=0, as in transformers; set it")
+
+
+PARTS = re.compile(r"^index_|^linear_|expert|^sliding_window$|^layer_types$")
+"""Keys of what changes a model's arithmetic: sparse and linear attention, windows, experts."""
+
+
+def _check_all_read(values: Mapping, family: Family) -> None:
+    """Nothing that makes another model of it is passed over."""
+    read = {*COMMON, *family.keys, *family.constants, *_ALIASES.values()}
+    for key, value in values.items():
+        means_nothing = not value or key == "layer_types" and set(value) == {"full_attention"} or (
+            key == "sliding_window" and "use_sliding_window" in family.constants)
+        if PARTS.search(key) and key not in read and not means_nothing:
+            raise ValueError(f"config.json: {key}={value}: {family.architecture} has no such part here; take it out of "
+                             "the file for the model without it")
 
 
 def _check_quantization(found: Mapping | None) -> None:

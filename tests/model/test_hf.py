@@ -179,6 +179,16 @@ def test_a_value_of_the_wrong_kind_is_no_traceback(wrong):
         config_from_hf(config_to_hf(TINY) | wrong)
 
 
+def test_keys_that_ask_for_nothing_are_none():
+    whole = config_to_hf(TINY)
+    asked = {"layer_types": ["full_attention"] * TINY.n_layers, "sliding_window": None, "index_topk": 0}
+    assert config_from_hf(whole | asked) == config_from_hf(whole)
+    qwen = {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False, "sliding_window": 4096}
+    assert config_from_hf(config_to_hf(LLAMA) | qwen).n_routed_experts == 0
+    with pytest.raises(ValueError, match="sliding_window=1024: LlamaForCausalLM has no such part here"):
+        config_from_hf(config_to_hf(LLAMA) | {"sliding_window": 1024})
+
+
 def test_tensors_missing_unknown_or_misshapen_are_named():
     theirs = dict(to_hf(random_tensors(TINY), TINY))
     with pytest.raises(ValueError, match="1 tensors are missing, such as model.norm.weight; take all shards"):
@@ -237,6 +247,9 @@ def test_a_directory_in_use_is_not_overwritten(exported):
     ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}},
      "rope_scaling.truncate=false: must be true"),
+    ({"index_topk": 2048}, "index_topk=2048: DeepseekV3ForCausalLM has no such part here; take it out"),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=.*: DeepseekV3ForCausalLM has no such"),
+    ({"architectures": []}, r"architectures=\[\]: must be one of .* by model=NAME and model"),
     ({"vocab_size": None}, "vocab_size is missing"),
     ({"hidden_size": "big"}, r"^config\.json: hidden_size='big': must be a whole number; take the file from the model"),
     ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: must be a whole number"),
