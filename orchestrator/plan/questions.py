@@ -17,6 +17,7 @@ from math import inf, lcm
 from orchestrator.config import Recompute
 from orchestrator.plan.bill import make_bill
 from orchestrator.plan.estimate import check_hardware, estimate
+from orchestrator.plan.hardware import MACHINE
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.money import bill_of, terms_for
 from orchestrator.plan.planner import default_batch, price
@@ -102,10 +103,15 @@ def sizes(request: Request, most: int = MOST_DEVICES) -> Iterator[Request]:
             yield each
 
 
+TRAY = 4
+"""Devices of one machine of a rack."""
+
+
 def between(low: int, high: Request) -> list[Request]:
-    """The numbers of GPUs above `low` and below `high` that `sizes` leaves out."""
+    """The numbers of GPUs above `low` and below `high` that `sizes` leaves out: in a machine any, in a rack machines,
+    else by nodes."""
     node, unit = high.hardware.scale_up_devices, _unit(high)
-    step = unit if high.devices <= node else lcm(node, unit)
+    step = unit if high.devices <= min(node, MACHINE) else lcm(TRAY if high.devices <= node else node, unit)
     return [resized(high, devices) for devices in range(low // step * step + step, high.devices, step)]
 
 

@@ -191,6 +191,9 @@ def test_the_smallest_cluster_holds_the_model_and_half_of_it_does_not(request_):
     short = dataclasses.replace(v3, hardware=dataclasses.replace(v3.hardware, memory_gib=74.5))
     assert fits(resized(short, 144)) and smallest(short).devices <= 144  # the grid has 128 and 192
     assert [each.devices for each in between(128, resized(v3, 192))] == list(range(136, 192, 8))
+    rack = dataclasses.replace(v3, hardware=catalogue()["gb200"])
+    assert [each.devices for each in between(8, resized(rack, 16))] == [12], "machines of a rack are of four"
+    assert [each.devices for each in between(4, resized(rack, 8))] == [5, 6, 7], "one that is shared"
 
 
 def test_several_values_become_one_plan_and_a_table(capsys):
