@@ -76,13 +76,15 @@ def plan(options: dict[str, str], overrides: list[str]) -> None:
     found, data = planned(options, answer.overrides)
     if answer.question:
         data["question"] = answer.question
-    if "out" in options:  # before who reads what is printed may leave
-        write_file(options, "out", json.dumps(data, indent=2) + "\n")
-    if "html" in options and found.candidates:
-        write_file(options, "html", page(found, data))
-    print_plan(found, data)
-    if found.candidates and options.get("explain") == "true":
-        print_explained(found, data)
+    try:  # before who reads what is printed may leave
+        if "out" in options:
+            write_file(options, "out", json.dumps(data, indent=2) + "\n")
+        if "html" in options and found.candidates:
+            write_file(options, "html", page(found, data))
+    finally:  # whatever a full disk refuses
+        print_plan(found, data)
+        if found.candidates and options.get("explain") == "true":
+            print_explained(found, data)
     if not found.candidates:
         raise no_layout(found.request)
 
