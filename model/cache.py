@@ -93,7 +93,7 @@ class Cache:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Another slot gets the first `length` tokens of one, and nothing else."""
-        self.clear(target)
+        self.clear(target, length)
         for table in itertools.chain(*self.layers):
             table[target, :length] = table[source, :length]
         self.lengths[target] = self._written[target] = length

@@ -92,11 +92,14 @@ def _cache(folder: str) -> Path:
 
 def _check_free(shapes: dict[str, torch.Size], form: str, limit: int, rest: int, device: torch.device | str) -> None:
     """Refuse a limit that is more than there is, unless the model takes less."""
-    experts = sum(shape[0] * packed_bytes(*shape[1:], form) for name, shape in shapes.items() if EXPERTS in name)
     free = free_bytes(device)
-    if free is not None and min(limit, rest + experts) > free:
+    if free is not None and min(limit, rest + _stored_bytes(shapes, form)) > free:
         raise BadRequest(f"memory.max_gib={limit / GIB:g}: only {free / GIB:.2f} GiB are free here; end other "
                          f"programs, or use memory.max_gib={free / GIB * 0.8:.2g}")
+
+
+def _stored_bytes(shapes: dict[str, torch.Size], form: str) -> int:
+    return sum(shape[0] * packed_bytes(*shape[1:], form) for name, shape in shapes.items() if EXPERTS in name)
 
 
 def _place(model: Transformer, folder: Path, hot: HotExperts, *, read_ahead: bool) -> None:
@@ -124,8 +127,8 @@ def _prepare(weights: Weights, shapes: dict[str, torch.Size], form: str,
     except OSError as error:
         raise NotFit(f"{cache}: {error.strerror}; make it writable") from error
     kept: dict[str, Tensor] = {}
-    size = sum(shape[0] * packed_bytes(*shape[1:], form) for name, shape in shapes.items() if EXPERTS in name)
-    print(f"writing experts to {target} once ({size / GIB:.3g} GiB)", file=sys.stderr, flush=True)
+    size = _stored_bytes(shapes, form) / GIB
+    print(f"writing experts to {target} once ({size:.3g} GiB)", file=sys.stderr, flush=True)
     try:
         for name in weights.tensors:
             if EXPERTS not in name:

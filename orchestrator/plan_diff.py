@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.errors import BadRequest
+from orchestrator.plan_format import SEEN_S, dollars
 from orchestrator.plan_format import console as console_of
-from orchestrator.plan_format import dollars
 from orchestrator.plan_request import TERMS, option_of
 from orchestrator.report_plots import format_number
 
@@ -85,7 +85,7 @@ def headline(a: dict, b: dict) -> str:
     usd = _signed(a["bill"]["expected"]["usd"], b["bill"]["expected"]["usd"])
     parts = [(name, after - before) for name, before, after in difference(a, b)["step"] if name != "step"]
     name, change = max(parts, key=lambda part: abs(part[1]))
-    most = f"; of a step, {name} changes most ({_change(change)} s)" if abs(change) >= 0.005 else ""
+    most = f"; of a step, {name} changes most ({_change(change)} s)" if abs(change) >= SEEN_S else ""
     return f"expected  {usd} and {_change(days)} days{most}"
 
 

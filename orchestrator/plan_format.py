@@ -6,6 +6,9 @@ import sys
 
 from orchestrator.train.finish import format_usd
 
+SEEN_S = 0.005
+"""A difference of steps that two digits show."""
+
 
 def dollars(usd: float | None) -> str:
     """Whole dollars, cents below $100, three digits below $1; an unknown cost is said to be unknown."""
@@ -42,7 +45,7 @@ def train_note(data: dict) -> str:
     it is not the plan's fastest."""
     runs, best, asked = first_runnable(data["candidates"]), data["candidates"][0], data.get("question", {})
     note = f"{runs['train_step_s']:.2f} s a step"
-    if abs(runs["train_step_s"] - runs["step_time_s"]) >= 0.005:
+    if abs(runs["train_step_s"] - runs["step_time_s"]) >= SEEN_S:
         note += f" by its own stack ({runs['step_time_s']:.2f} by {data['stack']})"
     if bill := runs.get("expected"):
         note += f", {days(bill['days'])} days and {dollars(bill['usd'])} by the expected bill"

@@ -15,7 +15,7 @@ from orchestrator.plan.forecast import Cpus, routing_of
 from orchestrator.plan.hardware import at_market, catalogue, check_hardware, in_machines
 from orchestrator.plan.keeping import PLANNED as KEPT
 from orchestrator.plan.keeping import own
-from orchestrator.plan.layout import MOST_RANKS, check_least, check_ramp, check_stages_per_rank
+from orchestrator.plan.layout import MOST_RANKS, check_least, check_ramp, check_stages_per_rank, ramp_fault
 from orchestrator.plan.money import terms_of
 from orchestrator.plan.planner import default_batch
 from orchestrator.plan.request import DEGREES, Request, divides_heads
@@ -108,9 +108,8 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
                          "shorten it or raise model.max_seq_len")
     batch_asked = "train.batch_size" in given
     batch = config.train.batch_size if batch_asked else default_batch(devices if sized else 1)
-    start = config.train.batch_start
-    require(start <= batch or not (sized or batch_asked), "train.batch_start", start,
-            f"must not exceed train.batch_size={batch}", "start smaller, or give a larger train.batch_size")
+    wrong = ramp_fault(config.train.batch_start, batch, 1, "") if sized or batch_asked else None
+    require(wrong is None, "train.batch_start", config.train.batch_start, *(wrong or ("", "")))
     tokens = number("tokens", options["tokens"], example="1e12")
     if tokens < batch * seq_len:
         raise BadRequest(f"tokens={options['tokens']}: must be at least one step of {batch:,} sequences of "

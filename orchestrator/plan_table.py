@@ -6,8 +6,8 @@ from datetime import date
 from orchestrator.plan.hardware import GIVEN, age_days
 from orchestrator.plan.money import ITSELF
 from orchestrator.plan.search import PARTICULAR, Plan
+from orchestrator.plan_format import SEEN_S, days, dollars, first_runnable, gib, hours, train_note, usd_range
 from orchestrator.plan_format import console as console_of
-from orchestrator.plan_format import days, dollars, first_runnable, gib, hours, train_note, usd_range
 from orchestrator.report_plots import format_number
 
 SHOWN = 8
@@ -18,8 +18,6 @@ OLD_DAYS = 365
 BESIDE_BAR = 72
 SEEN_GIB = 0.005
 """What two digits show."""
-SEEN_S = 0.005
-"""A difference of steps that two digits show."""
 
 
 def print_plan(plan: Plan, data: dict) -> None:

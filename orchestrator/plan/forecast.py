@@ -104,8 +104,8 @@ def workload_of(config: Config, machine: Machine, calibration: Calibration = Cal
         hardware, assumptions, calibration = Cpus(hardware, calibration, machine.ranks_per_node).shared_by(ranks)
     else:
         hardware = in_machines(hardware, config.cluster.ranks_per_node)
-    if machine.device != "cpu" and config.precision.compute_dtype is ComputeDtype.fp32:
-        hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
+        if config.precision.compute_dtype is ComputeDtype.fp32:
+            hardware = replace(hardware, bf16_tflops=machine.peak_flops_per_s / 1e12)
     on_tensor_cores = (config.precision.fp8 and machine.device != "cpu" and hardware.fp8_tflops
                        and not machine.emulates_fp8)
     if not layout.overlap:

@@ -17,6 +17,8 @@ GIVEN = "given"
 """Source of a price that the user set."""
 MACHINE = 8
 """Most devices of one that is no rack."""
+TRAY = 4
+"""Devices of one machine of a rack."""
 CARDS = ("PCIE", "NVL", "FHHL", "LAPTOP")
 """Words of a device's name that tell another form of it from that of an entry."""
 
@@ -112,11 +114,11 @@ def check_hardware(hardware: HardwareConfig) -> None:
 def in_machines(hardware: HardwareConfig, ranks: int) -> HardwareConfig:
     """The device in machines of so many (0: the usual ones), whose fast links reach no further: where the entry has
     those of a machine, not of a rack, and they were not set."""
-    usual = catalogue().get(hardware.name, HardwareConfig()).scale_up_devices
     reach = hardware.scale_up_devices
-    if hardware.device == "cuda" and reach == usual and reach is not None and 0 < ranks < reach <= MACHINE:
-        return replace(hardware, scale_up_devices=ranks)
-    return hardware
+    if hardware.device != "cuda" or reach is None or not 0 < ranks < reach <= MACHINE:
+        return hardware
+    usual = catalogue().get(hardware.name, HardwareConfig()).scale_up_devices
+    return replace(hardware, scale_up_devices=ranks) if reach == usual else hardware
 
 
 def age_days(day: str, today: date) -> int | None:

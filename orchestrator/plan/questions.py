@@ -17,7 +17,7 @@ from math import inf, lcm
 from orchestrator.config import Recompute
 from orchestrator.plan.bill import make_bill
 from orchestrator.plan.estimate import check_hardware, estimate
-from orchestrator.plan.hardware import MACHINE
+from orchestrator.plan.hardware import MACHINE, TRAY
 from orchestrator.plan.memory import too_large
 from orchestrator.plan.money import bill_of, terms_for
 from orchestrator.plan.planner import default_batch, price
@@ -101,10 +101,6 @@ def sizes(request: Request, most: int = MOST_DEVICES) -> Iterator[Request]:
         each = resized(request, devices)
         if devices <= most and each.batch_size * each.seq_len <= each.tokens:
             yield each
-
-
-TRAY = 4
-"""Devices of one machine of a rack."""
 
 
 def between(low: int, high: Request) -> list[Request]:
