@@ -67,9 +67,9 @@ usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8|any] [mark
   sparing plan prices                                  published API prices beside what serving costs
   sparing plan budgets                                 published training budgets, each with its source
 
-Keys and groups are those of train. The batch is 8 sequences a GPU, at most 15,360, unless train.batch_size says
-otherwise. stack= names the software (conf/stacks.yaml), routing= how even it is (balanced, bias,
-unbalanced, or a run).
+Keys and groups are those of train. The batch is 8 sequences a GPU, at most 15,360, of more than 4,096 tokens so many
+fewer, unless train.batch_size says otherwise. stack= names the software (conf/stacks.yaml), routing= how even it is
+(balanced, bias, unbalanced, or a run).
 layout.* holds for every layout; tp= cp= zero= and layout.schedule=dualpipe do too, which `train` does not run.
 calibrate=RUN takes what a finished run on the same kind of device measured.
 multiplier_from=compare.json adds the dense model of equal loss that `sparing compare` measured.
@@ -202,7 +202,7 @@ def _run(argv: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     from orchestrator.compose import check_overrides, compose_config, with_hydra_flags
-    from orchestrator.words import expanded
+    from orchestrator.own_files import expanded
 
     arguments = expanded(arguments)
     if any(argument.startswith("-") for argument in arguments):

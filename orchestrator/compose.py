@@ -18,7 +18,8 @@ from pathlib import Path
 
 from orchestrator.config import Config, conf_dir, from_dict, register, to_dict
 from orchestrator.errors import BadRequest, SparingError
-from orchestrator.words import expanded, word
+from orchestrator.own_files import expanded
+from orchestrator.words import word
 
 HYDRA_VERSION_BASE = "1.3"
 RESOLVER = re.compile(r"\$\{[^{}]*:")
@@ -142,10 +143,9 @@ def _check_group(override) -> None:
     options = _options(group)
     for name in value if isinstance(value, list) else [value]:
         if str(name) not in options and not override.is_sweep_override():
-            own = ", or the path of a Hugging Face config.json" * (group == "model")
-            shown = "null" if name is None else name
-            raise BadRequest(f"{group}={shown}: no such option{_near(str(name), options)}; options are "
-                             f"{', '.join(options)}{own}")
+            own = f", or the path of a YAML file{' or a Hugging Face config.json' * (group == 'model')} of yours"
+            raise BadRequest(f"{group}={'null' if name is None else name}: no such option{_near(str(name), options)}; "
+                             f"options are {', '.join(options)}{own}")
 
 
 def _check_key(override, shown: str) -> None:
@@ -306,8 +306,8 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, prog
     from omegaconf.errors import OmegaConfBaseException
 
     for flag in filter(FOREIGN.match, arguments):
-        raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; put yours "
-                         "into conf/experiment/")
+        raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; give "
+                         "yours as a file, as in experiment=FILE.yaml")
     flags = [text.split("=", 1)[0] for text in arguments if text.startswith("-")]
     for flag in flags:
         if flag not in FLAGS:

@@ -74,8 +74,8 @@ class Job:
 
 def run(arguments: list[str]) -> int:
     from orchestrator.compose import compose_config
+    from orchestrator.own_files import expanded
     from orchestrator.plan.layout import check_run
-    from orchestrator.words import expanded
 
     arguments = expanded(arguments)
     flags = [argument for argument in arguments if argument.startswith("-")]

@@ -5,15 +5,16 @@ from datetime import date
 
 from orchestrator.config import HardwareConfig
 from orchestrator.plan.hardware import age_days
-from orchestrator.plan.planner import V3_BATCH
+from orchestrator.plan.planner import V3_BATCH, V3_SEQ_LEN
 from orchestrator.plan.questions import Offer, assumed, comparable, front
 from orchestrator.plan_format import console, days, dollars
 from orchestrator.plan_table import grid, layout_words, price_words
 from orchestrator.report_plots import format_number
 
-FOLLOWS = (f"The batch (tokens a step) follows the GPUs, 8 sequences each up to {V3_BATCH:,}: rows are different "
-           "trainings. Give train.batch_size to compare one.")
-BASIS = "Days, GPU-hours and USD of the expected bill: start-up, validation, checkpoints and failures included."
+FOLLOWS = (f"The batch (tokens a step) follows the GPUs, 8 sequences each up to {V3_BATCH:,}, fewer of more than "
+           f"{V3_SEQ_LEN:,} tokens: rows are different trainings. Give train.batch_size to compare one.")
+BASIS = ("On the front: none here beats it in days and dollars both. Days, GPU-hours and USD of the expected bill: "
+         "start-up, validation, checkpoints and failures included.")
 
 
 def offer_words(each: Offer) -> str:
@@ -24,7 +25,7 @@ def question_of(offers: list[Offer], best: Offer, **asked) -> dict:
     """`question` of plan.json. asked: what was asked for; None is left out."""
     pareto = front(offers)
     rows = [{"hardware": each.request.hardware.name, "devices": each.request.devices,
-             "batch_size": each.request.batch_size, "days": each.days,
+             "batch_size": each.request.batch_size, "days": each.days, "band_days": each.band_days,
              "usd_total": each.usd, "price": price_of(each.request.hardware), "layout": each.best["layout"],
              "on_front": each in pareto, "chosen": each is best}
             if each.best else {"hardware": each.request.hardware.name, "devices": each.request.devices,
@@ -53,7 +54,7 @@ class Told:
     def show(self, offers: list[Offer], best: Offer | None) -> None:
         """The table of these by number of GPUs, with the price of each kind; below it what cannot be planned."""
         out = console(markup=False)
-        table = grid("<hardware", "GPUs", "tokens\na step", "days", "GPU-hours", "USD", "<layout", "<")
+        table = grid("<hardware", "GPUs", "tokens\na step", "days", "P10-P90", "GPU-hours", "USD", "<layout", "<")
         pareto, compared = front(offers), comparable(offers)
         names = list(dict.fromkeys(each.request.hardware.name for each in offers))
         offers = sorted(offers, key=lambda each: (names.index(each.request.hardware.name), each.request.devices))
@@ -61,12 +62,12 @@ class Told:
             name, devices = each.request.hardware.name, f"{each.request.devices:,}"
             batch = format_number(each.request.batch_size * each.request.seq_len)
             if each.best is None:
-                table.add_row(name, devices, batch, "", "", "", each.reason, "")
+                table.add_row(name, devices, batch, "", "", "", "", each.reason, "")
                 continue
-            marks = ["on the front of dollars against days"] * (each in pareto)
+            marks = ["on the front"] * (each in pareto)
             marks += ["price assumed, so not compared in dollars"] * (each.usd is not None and each not in compared)
-            table.add_row(name, devices, batch, days(each.days), f"{each.expected['gpu_hours']:,.0f}",
-                          dollars(each.usd), layout_words(each.best["layout"]),
+            table.add_row(name, devices, batch, days(each.days), "-".join(map(days, each.band_days)),
+                          f"{each.expected['gpu_hours']:,.0f}", dollars(each.usd), layout_words(each.best["layout"]),
                           ", ".join(marks + ["chosen"] * (each is best)))
         if table.row_count:
             out.print(table)

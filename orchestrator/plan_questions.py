@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.own_files import is_own
 from orchestrator.plan.hardware import MARKETS, catalogue, hardware_named
 from orchestrator.plan.questions import (
-    MOST_DEVICES,
     Offer,
     chosen,
     for_budget,
@@ -171,7 +171,7 @@ def _limited(options: dict[str, str], overrides: list[str], asked: str | None, l
         nearest = min(near, key=lambda each: each.days if limit.deadline else each.usd or float("inf"), default=None)
         least = f"; the nearest is {offer_words(nearest)}" if nearest else ""
         of = start.hardware.name if len(names) == 1 else ", ".join(names)
-        raise NotFit(f"{limit}: no number of {of} that was tried, up to {MOST_DEVICES:,}, meets it{least}")
+        raise NotFit(f"{limit}: no number of {of} that was tried, up to {start.most_devices:,}, meets it{least}")
     question = {"deadline_days": limit.deadline, "budget_usd": limit.budget}
     if limit.deadline is None and limit.budget is None:
         question["smallest"] = best.request.devices
@@ -185,7 +185,7 @@ def _fit(options: dict[str, str], words: list[str], start: Request) -> Answer:
     except ValueError as error:
         raise BadRequest(str(error)) from None
     if least is None:
-        raise NotFit(f"gpus=fit: no cluster up to {MOST_DEVICES:,} x {start.hardware.name} holds "
+        raise NotFit(f"gpus=fit: no cluster up to {start.most_devices:,} x {start.hardware.name} holds "
                      f"model={start.model.name}; {start.more_memory}")
     return Answer(options | {"gpus": str(least.devices)}, words, {"smallest": least.devices})
 
@@ -213,7 +213,8 @@ def _names(asked: str) -> list[str]:
         return [name for name, entry in catalogue().items() if entry.device == "cuda"]
     names = _listed(asked)
     for name in names:
-        hardware_named(name)
+        if not is_own("hardware", name):
+            hardware_named(name)
     return names
 
 

@@ -2,13 +2,13 @@
 
 from dataclasses import fields, replace
 from math import inf, prod
-
-import yaml
+from pathlib import Path
 
 from model.config import ModelConfig
 from orchestrator.compose import compose_config
 from orchestrator.config import ComputeDtype, Config, HardwareConfig, PrecisionConfig, conf_dir
 from orchestrator.errors import BadRequest, require
+from orchestrator.own_files import is_own, words_of
 from orchestrator.plan.bill import Terms
 from orchestrator.plan.exchange import NAMED, Routing
 from orchestrator.plan.forecast import Cpus, routing_of
@@ -32,6 +32,7 @@ PLANNED = ("train.batch_size", "train.seq_len")
 """Keys that a plan sets itself."""
 DUALPIPE = "layout.schedule=dualpipe"
 """A schedule that is priced, and that no config has since `train` does not run it."""
+THOUSANDS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 TERMS = tuple(f.name for f in fields(Terms) if not f.name.startswith(("validate", "batch", "ramp")))
 """What a bill counts, by the words of a plan; validation and the batch's ramp are keys of train."""
 
@@ -47,10 +48,8 @@ def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
 
 def _keys_of(experiment: str) -> set[str]:
     """Groups and keys that it sets."""
-    file = conf_dir() / "experiment" / f"{experiment}.yaml"
-    values = yaml.safe_load(file.read_text()) if file.exists() else {}
-    groups = {name.removeprefix("override /") for each in values.pop("defaults", []) for name in each}
-    return groups | {f"{section}.{key}" for section, keys in values.items() for key in keys}
+    file = experiment if is_own("experiment", experiment) else conf_dir() / "experiment" / f"{experiment}.yaml"
+    return {word.split("=", 1)[0] for word in words_of("experiment", str(file))} if Path(file).exists() else set()
 
 
 def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:
@@ -107,7 +106,7 @@ def read_request(options: dict[str, str], config: Config, given: dict[str, str],
         raise BadRequest(f"train.seq_len={seq_len}: must not exceed model.max_seq_len={config.model.max_seq_len}; "
                          "shorten it or raise model.max_seq_len")
     batch_asked = "train.batch_size" in given
-    batch = config.train.batch_size if batch_asked else default_batch(devices if sized else 1)
+    batch = config.train.batch_size if batch_asked else default_batch(devices if sized else 1, seq_len)
     wrong = ramp_fault(config.train.batch_start, batch, 1, "") if sized or batch_asked else None
     require(wrong is None, "train.batch_start", config.train.batch_start, *(wrong or ("", "")))
     tokens = number("tokens", options["tokens"], example="1e12")
@@ -252,8 +251,10 @@ def option_of(key: str) -> str:
 
 
 def number(key: str, text: str, *, least: float = 1, whole: bool = False, example: str = "64") -> float:
+    """An amount may end in one of `THOUSANDS`, as in 14.8T."""
+    factor = 1.0 if whole else THOUSANDS.get(text[-1:].upper(), 1.0)
     try:
-        value = float(text)
+        value = float(text if factor == 1.0 else text[:-1]) * factor
     except ValueError:
         value = -1.0
     if not least <= value < 1e30 or (whole and value % 1):

@@ -12,7 +12,8 @@ from orchestrator.plan_format import days, dollars, usd_range
 from orchestrator.plan_offers import price_lines
 from orchestrator.plan_plots import cost_chart
 from orchestrator.plan_questions import OPTIONS as QUESTIONS
-from orchestrator.plan_request import compose_plan
+from orchestrator.plan_request import compose_plan, number
+from orchestrator.report_plots import format_number
 from orchestrator.report_style import document, figure, table
 from orchestrator.words import plain
 
@@ -47,7 +48,7 @@ def plan_sweep(arguments: list[str]) -> None:
     results = [_one(words) for words in shown]
     console = console_of(markup=False)
     head = [*(word.split("=", 1)[0] for word in varied[0]), *HEAD]
-    rows = [[*(word.split("=", 1)[1] for word in words), *_cells(result)]
+    rows = [[*map(_shown, words), *_cells(result)]
             for words, result in zip(varied, results, strict=True)]
     printed = Table(*head, box=None, pad_edge=False)
     for column in printed.columns[len(varied[0]) + 1 :]:
@@ -82,6 +83,12 @@ def sweep_page(head: list[str], rows: list[list[str]], results: list[dict], pric
         '<section class="grid">', *charts, "</section>",
         figure("Every combination", NOTE, table(head, cells, numeric_from=len(head) - len(HEAD) + 1)
                + "".join(f"<p>{escape(line)}</p>" for line in ["A GPU-hour:", *prices] * bool(prices)), wide=True)])
+
+
+def _shown(word: str) -> str:
+    """A value as its column has it: tokens that were given as 1e12 are no 1000000000000.0."""
+    key, _, value = word.partition("=")
+    return format_number(number(key, value)) if key == "tokens" else value
 
 
 def _one(words: list[str]) -> dict:

@@ -88,8 +88,9 @@ def price_words(price: dict) -> str:
 
 def band_words(bill: dict) -> str:
     """How the step was predicted, and where eight of ten published runs of its kind lay."""
-    usd = "" if bill["band_usd"] is None else " (P10-P90 {} to {})".format(*map(dollars, bill["band_usd"]))
-    return f"{bill['made']}{usd}"
+    usd = "" if bill["band_usd"] is None else ", {} to {}".format(*map(dollars, bill["band_usd"]))
+    low, high = (bill["steady"]["days"] * edge for edge in bill["band"])
+    return f"{bill['made']} (P10-P90 {days(low)} to {days(high)} days{usd})"
 
 
 def mfu_words(mfu: float, data: dict) -> str:

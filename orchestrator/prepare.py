@@ -2,8 +2,8 @@
 
 from orchestrator.choices import DataKind
 from orchestrator.compose import compose_config
+from orchestrator.own_files import expanded
 from orchestrator.plan.layout import check_run
-from orchestrator.words import expanded
 
 HELP = """\
 usage: sparing prepare [KEY=VALUE ...]

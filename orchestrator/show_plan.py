@@ -10,7 +10,7 @@ from orchestrator.errors import BadRequest, NotFit
 from orchestrator.plan.dense import measured_multiplier
 from orchestrator.plan.money import bill_of, money, terms_for
 from orchestrator.plan.planner import price, to_dict, trained
-from orchestrator.plan.questions import MOST_DEVICES, fits, scaled, smallest
+from orchestrator.plan.questions import fits, scaled, smallest
 from orchestrator.plan.request import DEGREES, Request
 from orchestrator.plan.runs import cannot_run
 from orchestrator.plan.search import Plan, layouts, search
@@ -143,7 +143,8 @@ def no_layout(request: Request) -> NotFit:
     if request.pinned and (least is None or least.devices == devices):
         remedy = f"leave one of {', '.join(option_of(key) for key, _ in request.pinned)} to the plan"
     elif least is None:
-        remedy = f"nor does it on any number up to {MOST_DEVICES:,} of {request.hardware.name}; {request.more_memory}"
+        remedy = (f"nor does it on any number up to {request.most_devices:,} of {request.hardware.name}; "
+                  f"{request.more_memory}")
     else:
         remedy = f"the smallest that holds it is gpus={least.devices}"
         if least.devices < devices and fits(replace(request, batch_size=larger)):

@@ -4,6 +4,7 @@ Everything here is predicted by `estimate`. The bill is *steady*: step time time
 or validation, as in DeepSeek's published one.
 """
 
+import math
 from dataclasses import asdict
 
 from orchestrator.config import TrainConfig
@@ -13,7 +14,7 @@ from orchestrator.plan.request import Request, layout_of
 from orchestrator.plan.runs import as_trained, cannot_grow, cannot_run, overrides_of, steps_for
 from orchestrator.plan.search import Candidate, Plan
 
-V3_BATCH = 15360
+V3_BATCH, V3_SEQ_LEN = 15360, 4096
 MAX_REFUSED = 40
 """Of each kind in plan.json."""
 
@@ -68,7 +69,9 @@ def to_dict(plan: Plan) -> dict:
     }
 
 
-def default_batch(devices: int) -> int:
+def default_batch(devices: int, seq_len: int) -> int:
     """Sequences a step: 8 a device, so that every power of two divides it, up to V3's 15,360; more sequences would
-    make ever more devices useful on paper, and not in training."""
-    return min(8 * devices, V3_BATCH)
+    make ever more devices useful on paper, and not in training. Of sequences above V3's 4,096 tokens so many fewer, as
+    in its context extension (section 4.3), but one a device where that is no more tokens than V3's."""
+    longer = 2 ** max(0, math.ceil(math.log2(seq_len / V3_SEQ_LEN)))
+    return max(1, min(max(8 * devices // longer, devices), V3_BATCH // longer))

@@ -16,6 +16,7 @@ from math import inf, lcm
 
 from orchestrator.config import Recompute
 from orchestrator.plan.bill import make_bill
+from orchestrator.plan.confidence import band
 from orchestrator.plan.estimate import check_hardware, estimate
 from orchestrator.plan.hardware import MACHINE, TRAY
 from orchestrator.plan.memory import too_large
@@ -25,7 +26,6 @@ from orchestrator.plan.request import Request
 from orchestrator.plan.search import Candidate, Plan, layouts, least_step_s, search, variants_of
 from orchestrator.plan.workload import SPLIT, Workload, illegal
 
-MOST_DEVICES = 16384
 DEARER = 3
 """Sizes in a row that are dearer than a smaller one or than the budget, after which no cheaper one is looked for."""
 
@@ -47,6 +47,11 @@ class Offer:
     @property
     def days(self) -> float:
         return self.expected["days"] if self.expected else inf
+
+    @property
+    def band_days(self) -> list[float]:
+        """P10 and P90, as far as the step goes."""
+        return [self.days * edge for edge in band(self.plan.candidates[0].work)]
 
     @property
     def usd(self) -> float | None:
@@ -91,7 +96,7 @@ def chosen(offers: list[Offer], objective: str) -> Offer | None:
     return min(able, key=lambda each: each.days if objective == "time" else (each.usd, each.days), default=None)
 
 
-def sizes(request: Request, most: int = MOST_DEVICES) -> Iterator[Request]:
+def sizes(request: Request) -> Iterator[Request]:
     """The same question on 1, 2, 4, ... GPUs of a node, then on 1, 2, 3, 4, 6, 8, 12, ... nodes; where degrees were
     asked for, on such multiples of what they take."""
     node, unit = request.hardware.scale_up_devices, _unit(request)
@@ -99,7 +104,7 @@ def sizes(request: Request, most: int = MOST_DEVICES) -> Iterator[Request]:
     whole = lcm(node, unit)
     for devices in [*inside, *sorted({whole * factor * 2**power for power in range(16) for factor in (1, 3)})]:
         each = resized(request, devices)
-        if devices <= most and each.batch_size * each.seq_len <= each.tokens:
+        if devices <= request.most_devices and each.batch_size * each.seq_len <= each.tokens:
             yield each
 
 
@@ -122,7 +127,7 @@ def resized(request: Request, devices: int) -> Request:
     """On so many GPUs. A batch that was not asked for follows their number, and so does a CPU rank's share of its
     machine."""
     request = replace(request, devices=devices,
-                      batch_size=request.batch_size if request.batch_asked else default_batch(devices))
+                      batch_size=request.batch_size if request.batch_asked else default_batch(devices, request.seq_len))
     if request.cpus is None:
         return request
     hardware, assumptions, calibration = request.cpus.shared_by(devices)

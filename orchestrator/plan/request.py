@@ -14,6 +14,8 @@ from orchestrator.plan.workload import Assumptions, Calibration, Workload
 
 SCHEDULES = [schedule.name for schedule in Schedule if schedule is not Schedule.gpipe] + ["dualpipe"]
 MAX_TP = 8
+MOST_DEVICES = 16384
+"""That a question looks at."""
 DEGREES = ("tp", "cp")
 """That only others' programs have, beside a ZeRO stage."""
 
@@ -72,6 +74,12 @@ class Request:
         if self.cpus and not self.per_machine:
             return "name more machines than this one, as in cluster.ranks_per_node=2"
         return "use larger devices"
+
+    @property
+    def most_devices(self) -> int:
+        """That a question looks at; a single machine has no more ranks than cores."""
+        single = self.cpus and not self.per_machine
+        return max(1, self.cpus.calibration.cores) if single else MOST_DEVICES
 
     @property
     def most_tp(self) -> int:

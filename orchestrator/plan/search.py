@@ -20,7 +20,7 @@ from orchestrator.config import Recompute, Schedule
 from orchestrator.plan.block import LayerTime, head_time, layer_time
 from orchestrator.plan.bound import clock_s, floor_s
 from orchestrator.plan.estimate import Estimate, check_hardware, estimate, linked
-from orchestrator.plan.layout import LOOPED_SCHEDULES
+from orchestrator.plan.layout import LOOPED_SCHEDULES, ramp_fault
 from orchestrator.plan.memory import activation_peaks, too_large
 from orchestrator.plan.request import DEGREES, SCHEDULES, Request, divides_heads, layout_of
 from orchestrator.plan.runs import cannot_grow, cannot_run, not_run
@@ -136,6 +136,8 @@ def layouts(request: Request) -> Iterator[Workload]:
                    and divides_heads(model, tp)):
             for cp in (cp for cp in divisors(devices // (pp * tp)) if not _not_cut(request.seq_len, cp)):
                 dp = devices // (pp * tp * cp)
+                if _cannot_begin(request, dp):
+                    continue
                 for ep in (ep for ep in divisors(dp * cp * tp) if experts % ep == 0):
                     for microbatches in _microbatches(request.batch_size, dp, pinned.get("microbatches")):
                         for dtype in dtypes:
@@ -236,9 +238,10 @@ def _needed_to_run(work: Workload, enough: Recompute, best: "_Best", request: Re
 
 
 def _uncut(request: Request) -> list[Refused]:
-    """Context parallelism of up to 8 ranks that does not suit the sequences."""
-    reasons = {cp: _not_cut(request.seq_len, cp) for cp in range(2, 9) if request.devices % cp == 0}
-    return [Refused({"cp": cp}, reason) for cp, reason in reasons.items() if reason]
+    """Context parallelism of up to 8 ranks that does not suit the sequences, replicas that do not suit the ramp."""
+    reasons = {("cp", cp): _not_cut(request.seq_len, cp) for cp in range(2, 9) if request.devices % cp == 0}
+    reasons |= {("dp", dp): _cannot_begin(request, dp) for dp in divisors(request.devices)}
+    return [Refused({key: degree}, reason) for (key, degree), reason in reasons.items() if reason]
 
 
 def _not_cut(seq_len: int, cp: int) -> str | None:
@@ -250,6 +253,13 @@ def _not_cut(seq_len: int, cp: int) -> str | None:
     if cp > 1 and seq_len % (2 * cp):
         return f"a sequence of {seq_len} tokens has no {2 * cp} equal parts"
     return None
+
+
+def _cannot_begin(request: Request, dp: int) -> str | None:
+    """Why the ramp does not begin on so many replicas, or None; one that begins above the batch suits no number."""
+    start, batch = request.terms.batch_start, request.batch_size
+    fault = ramp_fault(start, batch, dp, f"dp={dp}") if start <= batch else None
+    return f"train.batch_start={start}: {fault[0]}" if fault else None
 
 
 def _even_s(work: Workload, layers: dict) -> float:

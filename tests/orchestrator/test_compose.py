@@ -1,14 +1,17 @@
 """The command line into a config: everything shipped composes, everything wrong is answered with key, rule, remedy."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
 
+from model.config import ModelConfig
 from orchestrator.__main__ import MODULES, VERBS, main
 from orchestrator.compose import compose_config
 from orchestrator.config import Config, HardwareConfig, conf_dir, from_dict, to_dict
@@ -72,7 +75,7 @@ BAD = {
     "no option": (["experiment=null"], r"experiment=null: no such option; options are"),
     "nothing": (["run.dir="], r"run\.dir='': is empty; give a value, or leave run\.dir out"),
     "a file that is no model": (["model=no/where.json"], r"model=no/where\.json: is no readable JSON object"),
-    "no folder for a model": (["model=no/where"], r"or the path of a Hugging Face config\.json$"),
+    "no folder for a model": (["model=no/where"], r"path of a YAML file or a Hugging Face config\.json of yours$"),
     "a folder without one": (["model=tests"], r"^model=tests: is no readable JSON object \(.*give a Hugging Face"),
     "a file of something else": (["model=Makefile"], r"^model=Makefile: is no readable JSON object"),
     "text for a resource": (["cluster.resources={rack1:a}"], r"Value 'a' of type 'str' could not be converted"),
@@ -199,6 +202,61 @@ def test_continuing_takes_the_runs_own_config_then_this_commands_overrides(tmp_p
     (tmp_path / "config.yaml").write_text("train: {stepz: 3}")
     with pytest.raises(BadRequest, match=r"config\.yaml: is no config of a run \(train\.stepz: unknown key"):
         compose_config([f"run.dir={tmp_path}", "resume=auto"])
+
+
+OWN_FILES = {
+    "experiment": (["experiment=FILE", "train.steps=9"], """
+        defaults: [override /model: mini, _self_]
+        train: {batch_size: 64, steps: 7}
+        optim: {lr: 1e-3}
+        layout: {schedule: 1f1b, pp: 2}
+        cluster: {resources: {rack1: 1}}
+        data: {path: "it's, here"}""",
+                   ["model=mini", "train.batch_size=64", "train.steps=9", "optim.lr=1e-3", "layout.schedule=1f1b",
+                    "layout.pp=2", "cluster.resources={rack1: 1}", "data.path=\"it's, here\""]),
+    "an option and what differs": (["hardware=FILE"], """
+        defaults: [h100, _self_]
+        name: ours
+        usd_per_h: 1.9
+        spot: {usd_per_h: 0.9}""",
+                                   ["hardware=h100", "hardware.name=ours", "hardware.usd_per_h=1.9",
+                                    "hardware.spot.usd_per_h=0.9"]),
+    "a whole option": (["experiment=tiny", "model=FILE"], """
+        defaults: [base_model, _self_]
+        dim: 128
+        n_layers: 3""", ["experiment=tiny", "model.name=own", "model.dim=128", "model.n_layers=3"]),
+}
+
+
+@pytest.mark.parametrize("words, text, same", OWN_FILES.values(), ids=OWN_FILES)
+def test_a_file_of_the_users_own_is_an_option(words, text, same, tmp_path):
+    """As if it were in conf/, wherever it lies."""
+    file = tmp_path / "own.yaml"
+    file.write_text(textwrap.dedent(text))
+    config, like = compose_config([word.replace("FILE", str(file)) for word in words]), compose_config(same)
+    if "model=FILE" in words:  # of the schema, not of what the experiment chose
+        like = dataclasses.replace(like, model=ModelConfig(name="own", dim=128, n_layers=3))
+    assert config == like
+
+
+@pytest.mark.parametrize("word, text, message", [
+    ("experiment", "train: {stepz: 3}", r"train\.stepz: unknown key; did you mean train\.steps\?"),
+    ("experiment", "optim: {lr: fast}", r"optim\.lr=fast: must be a number"),
+    ("experiment", "tracker: {wandb_api_key: x}", "secrets are never part of a config"),
+    ("experiment", "run: {name: '${oc.env:HOME}'}", "values are not computed from elsewhere"),
+    ("experiment", "model: {_target_: os.system}", "unknown key"),
+    ("experiment", "- 1", r"experiment=.*own\.yaml: holds no keys; write it as those of conf/experiment"),
+    ("experiment", "a: [", r"experiment=.*own\.yaml: cannot be read as YAML \(.*; write it as"),
+    ("experiment", "defaults: [mini]", r"defaults has mini; write `- override /model: mini`"),
+    ("hardware", "defaults: [override /model: mini]", r"defaults has .*; write the name of an option of hardware"),
+    ("hardware", "defaults: [h1000]", r"hardware=h1000: no such option; did you mean h100\?"),
+    ("hardware", None, r"hardware=.*own\.yaml: cannot be read as YAML \(.*No such file"),
+])
+def test_what_is_wrong_in_a_users_own_file_is_told_as_of_an_override(word, text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(BadRequest, match=message):
+        compose_config([f"{word}={tmp_path}/own.yaml"])
 
 
 def test_a_run_that_was_copied_or_renamed_has_its_checkpoints_with_it(tmp_path):

@@ -11,6 +11,7 @@ from model.hf_config import config_to_hf
 from orchestrator.compose import compose_config
 from orchestrator.config import conf_dir
 from orchestrator.errors import BadRequest, NotFit
+from orchestrator.own_files import expanded
 from orchestrator.plan.forecast import Machine, forecast
 from orchestrator.plan.hardware import catalogue
 from orchestrator.plan.layout import check_run
@@ -28,7 +29,6 @@ from orchestrator.plan_questions import settle
 from orchestrator.plan_request import compose_plan, read_request
 from orchestrator.show_plan import run
 from orchestrator.train.data import samples_before
-from orchestrator.words import expanded
 
 H100 = "hardware=h100"
 SMALL = ["model=deepseek_v2_lite", H100, "train.seq_len=2048", "train.batch_size=64"]
