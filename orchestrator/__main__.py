@@ -41,6 +41,7 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
   sparing train experiment=tiny                        four ranks on this machine (layout pp=2, dp=2, ep=2)
   sparing train experiment=tiny train.steps=50 layout.schedule=dualpipev layout.microbatches=4
   sparing train data=text data.path='/corpus/*.jsonl'  your own text
+  sparing train data=text 'data.path="web/*.jsonl,code/*.jsonl"' data.weights=[0.8,0.2]    mixed by these shares
   sparing train model=path/to/config.json              the shape of a Hugging Face config.json, from scratch
   sparing train run.dir=runs/NAME resume=auto          go on with a run, with its own config
   sparing train budget.max_usd=25                      end, with a checkpoint, before it costs more

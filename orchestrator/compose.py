@@ -48,8 +48,9 @@ def compose_config(overrides: list[str]) -> Config:
             config = to_config(compose("config", overrides=_opened(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
-            raise BadRequest(f"{several[1]}: names several values; give one (train and plan take -m, for each in turn)"
-                             ) from None
+            one = several[1].replace("=", '="', 1) + '"'
+            raise BadRequest(f"{several[1]}: names several values; give one (train and plan take -m, for each), "
+                             f"or quotes if it is one: '{one}'") from None
         raise BadRequest(_first_lines(error)) from error
     return _over_saved(config, overrides)
 
@@ -91,8 +92,7 @@ def to_config(composed) -> Config:
     plain = OmegaConf.to_object(composed)
     if isinstance(plain, Config):
         return plain
-    plain.pop("hydra", None)
-    return from_dict(Config, to_dict(plain))
+    return from_dict(Config, to_dict({key: value for key, value in plain.items() if key != "hydra"}))
 
 
 def _refuse_resolvers(node: object, path: str = "") -> None:

@@ -98,6 +98,8 @@ class DataConfig:
     path: str = "stdlib"
     """fsspec glob(s), comma separated, of plain text, .jsonl or .parquet; `stdlib` is the running Python's library
     source."""
+    weights: list[float] = field(default_factory=list)
+    """Shares of the sequences, one for each part of `path` between commas; none: all files are one row of tokens."""
     text_key: str = "text"
     """Field that holds the text in JSONL and Parquet."""
     tokenizer: str = "byte"

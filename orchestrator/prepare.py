@@ -26,8 +26,13 @@ def run(arguments: list[str]) -> int:
         return 0
     with Progress() as progress:
         corpus = data.prepare_here(config, progress)
-    for split, stream in corpus.streams.items():
-        print(f"{split:10s} {stream.num_tokens:,} tokens of {stream.num_bytes:,} bytes")
+    steps, read = config.train.steps, data.samples_before(config.train.steps, config.train) * config.train.seq_len
+    for weight, streams in zip(corpus.weights, corpus.sources, strict=True):
+        for split, stream in streams.items():
+            print(f"{split:10s} {stream.num_tokens:,} tokens of {stream.num_bytes:,} bytes")
+        share = f", {weight:.1%} of the sequences" * (len(corpus.sources) > 1)
+        print(f"{'epochs':10s} {read * weight / streams['train'].num_tokens:.2g} in train.steps={steps}{share}\n"
+              f"{'kept in':10s} {stream.folder}")
     print(f"bits per byte of the held-out text: bigram {corpus.baselines['bigram']:.3f}, gzip "
-          f"{corpus.baselines['gzip']:.3f}\nkept in    {stream.folder}")
+          f"{corpus.baselines['gzip']:.3f}")
     return 0

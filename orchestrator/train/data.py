@@ -1,16 +1,19 @@
 """Which tokens a step sees: a pure function of (seed, sample index), the same under every layout.
 
 Sample i of a stream covers tokens [i * seq_len, i * seq_len + seq_len + n_extra): the look-ahead overlaps the next
-sample. grain permutes the samples anew each epoch; a run's position is the number of samples before it.
+sample. grain permutes the samples anew each epoch, and mixes those of several sources by their weights, each with
+epochs of its own; a run's position is the number of samples before it.
 """
 
 import hashlib
 import logging
 import time
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -72,16 +75,18 @@ def _map(shard: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared data set. `streams` is None for random tokens."""
+    """A prepared data set: the streams of each source by split; `sources` is None for random tokens."""
 
     digest: str
     """Identity of the tokens: a run resumes on the same ones or not at all."""
     vocab_size: int
-    streams: dict[str, TokenStream] | None
+    sources: list[dict[str, TokenStream]] | None
     baselines: dict[str, float | None]
     """Bits per byte of a bigram model and of gzip -9 on the validation split."""
     bytes_per_token: float | None
     """Of the validation split, to turn nats per token into bits per byte."""
+    weights: tuple[float, ...] = (1.0,)
+    """Each source's share of the sequences, in training and in validation."""
     notice: str | None = None
     """What every run on these tokens is to be told of them."""
 
@@ -91,21 +96,33 @@ def prepare(config: DataConfig, *, model: ModelConfig, seq_len: int, n_extra: in
     """Tokenise if nobody has yet, map the shards, and refuse data that this model or length cannot use."""
     if config.kind is DataKind.random:
         return Corpus("random", model.vocab_size, None, {"bigram": None, "gzip": None}, None)
-    folder = build_index(config, on_progress)
-    index = read_index(folder)
-    if index["vocab_size"] > model.vocab_size:
-        raise BadRequest(f"model.vocab_size={model.vocab_size}: must hold the {index['vocab_size']} tokens of "
-                         f"data.tokenizer={config.tokenizer}; use model.vocab_size={-(-index['vocab_size'] // 8) * 8}")
-    streams = {split: TokenStream(folder, index["dtype"], shards) for split, shards in index["shards"].items()}
-    for split, stream in streams.items():
-        if stream.num_tokens < seq_len + n_extra:
-            raise BadRequest(f"train.seq_len={seq_len}: the {split} split has only {stream.num_tokens} tokens; use "
-                             "shorter sequences, more data or another data.validation_fraction")
-    hashes = [shard["sha256"] for split in sorted(streams) for shard in index["shards"][split]]
-    held_out, stray = streams["validation"], index["not_utf8"]
-    notice = not_utf8(f"data.path={config.path}", stray["files"], stray["first"]) if stray["files"] else None
-    return Corpus(hashlib.sha256("".join(hashes).encode()).hexdigest(), index["vocab_size"], streams,
-                  index["baselines"], held_out.num_bytes / held_out.num_tokens, notice)
+    parts = [part.strip() for part in config.path.split(",")] if config.weights else [config.path]
+    folders = [build_index(replace(config, path=part), on_progress) for part in parts]
+    indexes = [read_index(folder) for folder in folders]
+    vocab_size = indexes[0]["vocab_size"]
+    if vocab_size > model.vocab_size:
+        raise BadRequest(f"model.vocab_size={model.vocab_size}: must hold the {vocab_size} tokens of "
+                         f"data.tokenizer={config.tokenizer}; use model.vocab_size={-(-vocab_size // 8) * 8}")
+    sources = [{split: TokenStream(folder, index["dtype"], shards) for split, shards in index["shards"].items()}
+               for folder, index in zip(folders, indexes, strict=True)]
+    for part, streams in zip(parts, sources, strict=True):
+        for split, stream in streams.items():
+            if stream.num_tokens < seq_len + n_extra:
+                raise BadRequest(f"train.seq_len={seq_len}: the {split} split of data.path={part} has only "
+                                 f"{stream.num_tokens} tokens; use shorter sequences, more data or another "
+                                 "data.validation_fraction")
+    weights = tuple(each / sum(config.weights) for each in config.weights) or (1.0,)
+    hashes = [shard["sha256"] for index, streams in zip(indexes, sources, strict=True) for split in sorted(streams)
+              for shard in index["shards"][split]] + [str(weights)] * bool(config.weights)
+    stray = [index["not_utf8"] for index in indexes if index["not_utf8"]["files"]]
+    notice = not_utf8(f"data.path={config.path}", sum(each["files"] for each in stray), stray[0]["first"]
+                      ) if stray else None
+    read = [weight * streams["validation"].num_bytes / streams["validation"].num_tokens
+            for weight, streams in zip(weights, sources, strict=True)]
+    baselines = {name: sum(bytes_ * index["baselines"][name] for bytes_, index in zip(read, indexes, strict=True))
+                 / sum(read) for name in indexes[0]["baselines"]}
+    return Corpus(hashlib.sha256("".join(hashes).encode()).hexdigest(), vocab_size, sources, baselines, sum(read),
+                  weights, notice)
 
 
 def prepare_here(config: Config, progress: Progress) -> Corpus:
@@ -134,32 +151,45 @@ def compare_over_ranks(corpus: Corpus, config: DataConfig, rank: int, store, on_
 
 def batch(corpus: Corpus, *, seed: int, first_sample: int, num: int, seq_len: int, n_extra: int) -> np.ndarray:
     """Samples [first_sample, first_sample + num) of the run's order, int64 [num, seq_len + n_extra]."""
-    if corpus.streams is None:
+    if corpus.sources is None:
         return np.stack([_random_row(corpus.vocab_size, seed, i, seq_len + n_extra)
                          for i in range(first_sample, first_sample + num)])
-    stream = corpus.streams["train"]
-    order = sample_order((stream.num_tokens - n_extra) // seq_len, seed)
-    rows = [stream.read(int(order[i]) * seq_len, seq_len + n_extra) for i in range(first_sample, first_sample + num)]
-    return np.stack(rows)
+    streams = [source["train"] for source in corpus.sources]
+    order = sample_order(tuple((stream.num_tokens - n_extra) // seq_len for stream in streams), corpus.weights, seed)
+    places = [order[i] for i in range(first_sample, first_sample + num)]
+    return np.stack([streams[source].read(int(sample) * seq_len, seq_len + n_extra) for source, sample in places])
 
 
 def validation_batch(corpus: Corpus, asked: range, num: int, seq_len: int, n_extra: int) -> np.ndarray:
-    """Those `asked` of `num` sequences spread evenly over the held-out tokens, always the same ones, int64
-    [len(asked), seq_len + n_extra]."""
-    if corpus.streams is None:
+    """Those `asked` of `num` sequences spread evenly over the held-out tokens of each source, which has its share of
+    them, always the same ones, int64 [len(asked), seq_len + n_extra]."""
+    if corpus.sources is None:
         return np.stack([_random_row(corpus.vocab_size, -1, i, seq_len + n_extra) for i in asked])
-    stream = corpus.streams["validation"]
-    last = stream.num_tokens - seq_len - n_extra
-    return np.stack([stream.read(last * i // max(1, num - 1), seq_len + n_extra) for i in asked])
+    ends = [round(num * share) for share in accumulate(corpus.weights)]
+    rows = []
+    for i in asked:
+        source = bisect_right(ends, i)
+        begin, end = [0, *ends][source : source + 2]
+        stream = corpus.sources[source]["validation"]
+        last = stream.num_tokens - seq_len - n_extra
+        rows.append(stream.read(last * (i - begin) // max(1, end - begin - 1), seq_len + n_extra))
+    return np.stack(rows)
 
 
 @lru_cache(maxsize=4)
-def sample_order(num_samples: int, seed: int):
-    """`order[i]` for any global index i >= 0: a permutation of the samples per epoch, each epoch another one."""
+def sample_order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int):
+    """`order[i]` for any global index i >= 0: a source by its weight and one of its samples, a permutation of them per
+    epoch of the source, each epoch another one. sizes: samples of each source."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # else the import warns that there is no jax
     import grain
 
-    return grain.MapDataset.range(num_samples).seed(seed).shuffle().repeat()
+    orders = [grain.MapDataset.range(size).seed(seed + source).shuffle().repeat().map(partial(_of_source, source))
+              for source, size in enumerate(sizes)]
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+
+
+def _of_source(source: int, sample: int) -> tuple[int, int]:
+    return source, sample
 
 
 def samples_before(step: int, train: TrainConfig) -> int:

@@ -283,8 +283,10 @@ class Checkpoints:
     def _check_same_data(self, state: dict, path: str) -> None:
         """Refuse a checkpoint whose samples this run would not continue."""
         if state["data_digest"] != self.data_digest:
-            raise BadRequest(f"data.path={self.config.data.path}: the data is not what the checkpoint {path} was "
-                             "trained on; restore the data, or start a new run with resume=none")
+            data = self.config.data
+            weights = f" data.weights={data.weights}" if data.weights else ""
+            raise BadRequest(f"data.path={data.path}{weights}: the data is not what the checkpoint {path} was trained "
+                             "on; restore the data, or start a new run with resume=none")
 
 
 def _expert_blocks(model: ModelConfig) -> dict[str, int]:

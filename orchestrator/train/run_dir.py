@@ -51,9 +51,16 @@ def claim_run_dir(config: Config) -> Iterator[Claim]:
         stack.enter_context(_locked_folder(local, run_dir) if local else _locked_url(run_dir))
         _refuse_used(config)
         attempt = 1 + len([row for row in read_lines(run_dir, EVENTS) if row.get("kind") == "attempt_claimed"])
-        storage.write_bytes(storage.join(run_dir, CONFIG), _yaml(config).encode())
+        path = storage.join(run_dir, CONFIG)
+        before = storage.read_bytes(path) if storage.exists(path) else None
+        storage.write_bytes(path, _yaml(config).encode())
         append_event(run_dir, "attempt_claimed", attempt=attempt, node=socket.gethostname(), pid=os.getpid())
-        yield Claim(config, attempt)
+        try:
+            yield Claim(config, attempt)
+        except BadRequest:  # the run goes on with the config that it had
+            if before is not None:
+                storage.write_bytes(path, before)
+            raise
 
 
 def named(config: Config) -> Config:

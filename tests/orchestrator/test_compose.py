@@ -81,7 +81,7 @@ BAD = {
     "text for a resource": (["cluster.resources={rack1:a}"], r"Value 'a' of type 'str' could not be converted"),
     "a value for a group": (["layout=5"], r"layout=5: no such option; options are"),
     "a number for names and numbers": (["cluster.resources=3"], r"cluster\.resources=3: must be names and numbers, as"),
-    "several values": (["model=tiny,mini"], r"model=tiny,mini: names several values; give one"),
+    "several values": (["model=tiny,mini"], "model=tiny,mini: names several values; give one .*'model=\"tiny,mini\"'$"),
     "another name for a key": (["model.mtp_depth=0"], r"did you mean model\.mtp_loss_weight or model\.n_mtp_layers\?"),
     "a path of other letters": (["run.dir=runs/a \u00e9"], "characters: 'run.dir=\"runs/a \u00e9\"'$"),
     "bad quoting": (["data.path='x"], r"cannot be read; put quotes"),
@@ -181,6 +181,10 @@ RULES = {
     "no steps": ([*FOUR, "train.steps=0"], "train.steps=0: must be at least 1"),
     "nodes and ranks": ([*FOUR, "cluster.nodes=3"], "cluster.nodes=3: must divide the 4 ranks"),
     "missing data": (["data=text"], r"data\.path='': must name text.*use data\.path="),
+    "weights of other parts": (["data=text", "data.path=\"a,b\"", "data.weights=[1]"],
+                               r"data\.weights=\[1\.0\]: must be a positive number for each of the 2 parts of "
+                               r"data\.path=a,b; use data\.weights=\[1,1\]"),
+    "a weight of none": ([*FOUR, "data.weights=[0]"], r"data\.weights=\[0\.0\]: must be a positive number"),
     "a contradiction in the model": ([*FOUR, "model.n_activated_experts=9"], "model.n_activated_experts"),
 }
 

@@ -15,8 +15,9 @@ def test_a_run_finds_its_corpus_tokenised(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tokens, "_build", None)  # would be called
     config = compose_config(words)
     corpus = data.prepare(config.data, model=config.model, seq_len=64, n_extra=1)
-    assert f"train      {corpus.streams['train'].num_tokens:,} tokens" in said
-    assert f"kept in    {corpus.streams['train'].folder}" in said
+    assert f"train      {corpus.sources[0]['train'].num_tokens:,} tokens" in said
+    assert "\nepochs     " in said and " in train.steps=100\n" in said
+    assert f"kept in    {corpus.sources[0]['train'].folder}" in said
 
 
 def test_what_cannot_be_prepared_is_said(tmp_path, capsys):

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,10 +76,59 @@ def test_a_step_sees_the_same_samples_under_every_data_parallel_degree(folder):
 
 
 def test_each_epoch_is_another_permutation():
-    order = data.sample_order(101, 5)
-    epochs = [[int(order[i]) for i in range(e * 101, (e + 1) * 101)] for e in range(3)]
+    order = data.sample_order((101,), (1.0,), 5)
+    epochs = [[int(order[i][1]) for i in range(e * 101, (e + 1) * 101)] for e in range(3)]
     assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != list(range(101))
+
+
+@pytest.fixture
+def mixed(tmp_path) -> DataConfig:
+    """Two sources, of digits and of capitals, the second a tenth of the first, of which 3 sequences in 4 shall be."""
+    chance = random.Random(0)
+    for name, letters, number in (("digits", "0123456789", 40), ("capitals", "ABCDEFGH", 4)):
+        (tmp_path / name).mkdir()
+        for i in range(number):
+            (tmp_path / name / f"{i}.txt").write_text("".join(chance.choices(letters, k=300)))
+    return config_for(tmp_path, path=f"{tmp_path}/digits/*.txt, {tmp_path}/capitals/*.txt", weights=[1, 3])
+
+
+def test_sources_are_mixed_by_their_weights_in_training_and_validation(mixed):
+    corpus = prepare(mixed)
+    sizes = [(source["train"].num_tokens - 2) // 16 for source in corpus.sources]
+    assert corpus.weights == (0.25, 0.75) and sizes[0] > 5 * sizes[1]
+
+    def is_capitals(rows: np.ndarray) -> np.ndarray:
+        return (rows[:, :16].clip(max=127) >= ord("A")).sum(1) > 8
+
+    rows = data.batch(corpus, seed=1, first_sample=0, num=4 * sizes[1], seq_len=16, n_extra=2)
+    capitals = is_capitals(rows)
+    assert capitals.sum() == 3 * sizes[1] and 10 <= capitals[: 4 * sizes[1] // 3].sum() <= 4 * sizes[1] // 3 - 5
+    for epoch in range(3):  # each of a source's own
+        seen = rows[capitals][epoch * sizes[1] : (epoch + 1) * sizes[1]]
+        assert len(np.unique(seen, axis=0)) == sizes[1]
+    one = np.concatenate([data.batch(corpus, seed=1, first_sample=i, num=1, seq_len=16, n_extra=2) for i in (7, 5)])
+    assert (one == rows[[7, 5]]).all()
+    held_out = data.validation_batch(corpus, range(8), 8, 16, 2)
+    assert is_capitals(held_out).tolist() == [False] * 2 + [True] * 6
+    assert (data.validation_batch(corpus, range(1, 5), 8, 16, 2) == held_out[1:5]).all()
+    alone = [prepare(replace(mixed, path=mixed.path.split(", ")[part], weights=[])) for part in (0, 1)]
+    for name, bits in corpus.baselines.items():
+        assert min(each.baselines[name] for each in alone) < bits < max(each.baselines[name] for each in alone)
+    assert len({corpus.digest, prepare(replace(mixed, weights=[1, 2])).digest, alone[0].digest}) == 3
+    assert prepare(replace(mixed, weights=[2, 6])).digest == corpus.digest, "shares count"
+
+
+def test_sources_that_are_mixed_are_tokenised_each_by_itself_once(mixed, monkeypatch):
+    prepare(mixed)
+    monkeypatch.setattr(tokens, "_build", None)  # would be called
+    assert prepare(replace(mixed, weights=[5, 1])).weights == (5 / 6, 1 / 6)
+    assert len(prepare(replace(mixed, path=mixed.path.split(", ")[0], weights=[])).sources) == 1
+
+
+def test_a_source_that_is_too_small_is_named(mixed):
+    with pytest.raises(BadRequest, match="the train split of data.path=.*capitals/.* has only 903 tokens"):
+        prepare(mixed, seq_len=1000)
 
 
 def test_concurrent_processes_build_the_shards_once(folder):
@@ -96,10 +146,10 @@ def test_concurrent_processes_build_the_shards_once(folder):
 
 def test_damage_is_found_and_named(folder):
     place = tokens.build_index(config_for(folder))
-    shard, stream = place / "train-00000.bin", prepare(config_for(folder)).streams["train"]
+    shard, stream = place / "train-00000.bin", prepare(config_for(folder)).sources[0]["train"]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    for found in (stream, prepare(config_for(folder)).streams["train"]):  # altered behind its back, and before
+    for found in (stream, prepare(config_for(folder)).sources[0]["train"]):  # altered behind its back, and before
         with pytest.raises(NotTrustworthy, match=r"train-00000\.bin: its content is not what was written; delete"):
             found.read(45, 10)
     shard.write_bytes(whole[:-2])
@@ -125,7 +175,7 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found_by_what_reads_there_and_by_n
     monkeypatch.setattr(data, "BLOCK_BYTES", 64)
     monkeypatch.setattr(tokens, "SHARD_TOKENS", 2000)
     monkeypatch.setattr(data, "OPEN_SHARDS", 2)
-    stream, chance = prepare(config_for(folder)).streams["train"], random.Random(1)
+    stream, chance = prepare(config_for(folder)).sources[0]["train"], random.Random(1)
     whole = stream.read(0, stream.num_tokens)
     assert len(stream.files) > 2 and min(len(stream.mapped(file)[1]) for file in stream.files) > 1
     starts = [0, *stream.ends]
@@ -160,7 +210,7 @@ def test_the_same_texts_in_three_formats_make_the_same_documents(folder):
         other = prepare(config_for(folder, pattern, text_key="body"))
         assert other.baselines["bigram"] == plain.baselines["bigram"]
         for split in tokens.SPLITS:
-            assert sorted(documents_of(other.streams[split])) == sorted(documents_of(plain.streams[split]))
+            assert sorted(documents_of(other.sources[0][split])) == sorted(documents_of(plain.sources[0][split]))
 
 
 @pytest.mark.parametrize("number, fraction", [(1, 0.2), (2, 0.2), (3, 0.2), (40, 0.2), (3, 0.0), (3, 0.999)])
@@ -169,7 +219,7 @@ def test_the_splits_are_disjoint_and_whole_however_few_the_documents(tmp_path, n
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
     corpus = prepare(config_for(tmp_path, validation_fraction=fraction), seq_len=4)
-    train, held_out = (documents_of(corpus.streams[split]) for split in tokens.SPLITS)
+    train, held_out = (documents_of(corpus.sources[0][split]) for split in tokens.SPLITS)
     assert train and held_out
     if number == 1:
         assert train[0] + held_out[0] == texts[0] and len(held_out[0]) < len(train[0])
@@ -179,7 +229,7 @@ def test_the_splits_are_disjoint_and_whole_however_few_the_documents(tmp_path, n
 
 def test_the_baselines_are_what_an_independent_computation_says(folder):
     corpus = prepare(config_for(folder))
-    train, held_out = ([text.encode() for text in documents_of(corpus.streams[split])] for split in tokens.SPLITS)
+    train, held_out = ([text.encode() for text in documents_of(corpus.sources[0][split])] for split in tokens.SPLITS)
     pairs = Counter(pair for text in train for pair in zip([256, *text], text, strict=False))
     before = Counter(first for first, _ in pairs.elements())
     after = Counter(second for _, second in pairs.elements())
@@ -217,7 +267,7 @@ def test_a_hugging_face_tokenizer_is_taken(folder):
     path = str(folder / "tokenizer.json")
     made.save(path)
     corpus = prepare(config_for(folder, tokenizer=path), model=ModelConfig(vocab_size=304))
-    stream = corpus.streams["train"]
+    stream = corpus.sources[0]["train"]
     ids = stream.read(0, stream.num_tokens)
     first = ids[: int(np.flatnonzero(ids == made.token_to_id("<|endoftext|>"))[0])]
     assert made.decode(first.tolist()) in make_texts() and corpus.bytes_per_token > 1
@@ -240,7 +290,7 @@ BAD_FILES = {
     "a folder": ("", "", r"is a folder; name its files, as in '.*\*\*/\*\.txt'"),
     "what is no text": ("a.txt.gz", "\x1f\x8b\x08\0", r"a\.txt\.gz: is no text, it holds zero bytes; unpack what"),
     "another encoding": ("utf16.txt", "a\0b\0", r"utf16\.txt: is no text"),
-    "too short": ("short.txt", "ab", r"train\.seq_len=16: the train split has only"),
+    "too short": ("short.txt", "ab", r"train\.seq_len=16: the train split of .* has only"),
 }
 
 
@@ -260,7 +310,7 @@ def test_bytes_that_are_not_utf8_are_read_and_every_run_on_them_is_told(folder):
     corpus = prepare(config)
     assert corpus.notice == (f"warning: data.path={config.path}: 2 files are not UTF-8 ({folder}/050.txt, ...): stray "
                              "bytes are read as U+FFFD; convert to UTF-8 (iconv), or leave out")
-    found = documents_of(corpus.streams["train"]) + documents_of(corpus.streams["validation"])
+    found = documents_of(corpus.sources[0]["train"]) + documents_of(corpus.sources[0]["validation"])
     assert "na\ufffdve caf\ufffd " * 20 in found and "caf\ufffd" in found and len(found) == 43
     said = []
     for _ in range(2):  # the second from the cache
@@ -296,7 +346,7 @@ def test_only_a_change_builds_anew(folder):
 def test_any_fsspec_place_and_several_globs_will_do(folder):
     storage.write_bytes(f"memory://{folder.name}/a.txt", b"in memory " * 20)
     corpus = prepare(config_for(folder, path=f"{folder}/00*.txt, memory://{folder.name}/*.txt"))
-    found = documents_of(corpus.streams["train"]) + documents_of(corpus.streams["validation"])
+    found = documents_of(corpus.sources[0]["train"]) + documents_of(corpus.sources[0]["validation"])
     assert len(found) == 11 and "in memory " * 20 in found
 
 
@@ -305,7 +355,7 @@ def test_what_replaces_an_object_of_the_same_size_is_read(folder):
     for content in (b"first  ", b"second "):
         storage.write_bytes(url, content * 40)
         corpus = prepare(config_for(folder, path=url))
-        assert documents_of(corpus.streams["train"])[0].startswith(content.decode())
+        assert documents_of(corpus.sources[0]["train"])[0].startswith(content.decode())
 
 
 def test_stdlib_is_the_source_of_this_python_without_its_tests():

@@ -50,6 +50,18 @@ def test_a_run_without_a_directory_gets_a_new_one_of_its_own(tmp_path, monkeypat
             assert from_dict(Config, saved) == claim.config
 
 
+def test_a_continuation_that_is_refused_leaves_the_runs_config_as_it_was(tmp_path):
+    with claim_run_dir(config_for(tmp_path)):
+        before = (tmp_path / "config.yaml").read_bytes()
+    for ending in (BadRequest, NotFit):
+        with pytest.raises(ending):
+            with claim_run_dir(config_for(tmp_path, seed=7, resume="auto")) as claim:
+                assert (tmp_path / "config.yaml").read_bytes() != before
+                raise ending("such data was not trained on")
+        kept = (tmp_path / "config.yaml").read_bytes()
+        assert kept == before if ending is BadRequest else from_dict(Config, yaml.safe_load(kept)) == claim.config
+
+
 def test_a_used_directory_is_continued_only_on_purpose(tmp_path):
     with claim_run_dir(config_for(tmp_path)) as claim:
         assert claim.attempt == 1
