@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from html import escape
+from itertools import product
 
 from model import count
 from model.config import ModelConfig
@@ -30,7 +31,7 @@ from orchestrator.report_run import Run, read_run
 from orchestrator.report_style import document, figure, table
 from orchestrator.train import storage
 from orchestrator.train.finish import SUMMARY, earlier_end
-from orchestrator.train.run_dir import CONFIG
+from orchestrator.train.run_dir import CONFIG, read_config
 from orchestrator.words import plain, quoted
 
 HELP = """\
@@ -48,6 +49,8 @@ at= takes the words of a plan, and says what both would cost there: an extrapola
 OPTIONS = ("seeds", "out", "at")
 STOPPED = (Preempted.exit_code, INTERRUPTED, -signal.SIGINT)
 """How a run ends after Ctrl-C: with a checkpoint, with nothing to save yet, before Python was up."""
+TRAINED_BY = ("model", "train", "layout", "data", "optim", "precision")
+"""Parts of a config that a run's losses and times follow from."""
 COSTS = {"flops": "FLOPs", "device_s": "device-seconds", "usd": "dollars"}
 
 
@@ -68,6 +71,7 @@ def run(arguments: list[str]) -> int:
     out = named.get("out") or f"runs/compare-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if any(storage.exists(storage.join(out, name)) for name in (CONFIG, SUMMARY)):
         raise BadRequest(f"out={out}: is a run's own directory; name a new folder, or that of an earlier comparison")
+    _check_earlier(configs, seeds, out)
     result = compare(_train_all(commands, seeds, out, steps=config.train.steps), configs)
     if at is not None:
         result["extrapolated"] = extrapolate(named["at"], *at, result)
@@ -94,6 +98,20 @@ def variants(config: Config) -> dict[str, list[str]]:
             raise BadRequest(str(error)) from error
         found[name] = [*common, *_changes(config.model, twin), "layout.ep=1", "layout.ep_per_node=0"]
     return found
+
+
+def _check_earlier(configs: dict[str, Config], seeds: list[int], out: str) -> None:
+    """Refuse to take runs of other settings, finished or begun, for those that are asked for."""
+    for seed, (name, config) in product(seeds, configs.items()):
+        path = storage.join(out, f"{name}-seed{seed}")
+        if not storage.exists(storage.join(path, CONFIG)):
+            continue
+        theirs, ours = to_dict(read_config(storage.join(path, CONFIG))), to_dict(config)
+        differing = [f"{part}.{key}={theirs[part][key]} there, {value} here" for part in TRAINED_BY
+                     for key, value in ours[part].items() if theirs[part][key] != value]
+        if differing:
+            raise BadRequest(f"out={out}: holds {name}-seed{seed} of another command: {'; '.join(differing[:4])}; give "
+                             "another out=DIR, or the command that made it")
 
 
 def compare(runs: dict[str, list[Run]], configs: dict[str, Config]) -> dict:

@@ -136,5 +136,8 @@ def test_a_small_comparison_reports_what_its_runs_measured_and_goes_on_where_it_
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "preempted"}))
     assert run([*words, "seeds=3", f"out={tmp_path}/c", "tracker=off"]) == 0 and len(trained) == 4
     assert json.loads(file.read_text())["status"] == "completed"
+    with pytest.raises(BadRequest, match=r"holds moe-seed3 of another command: train\.seq_len=64 there, 32 here; give"):
+        run([*words, "seeds=4,3", f"out={tmp_path}/c", "train.seq_len=32", "tracker=off"])
+    assert len(trained) == 4
     with pytest.raises(BadRequest, match="moe-seed3: is a run's own directory; name a new folder"):
         run([*words, f"out={tmp_path}/c/moe-seed3"])
