@@ -176,10 +176,10 @@ def extrapolate(words: str, request: Request, data: dict, result: dict) -> dict:
 
 def lines(result: dict) -> list[str]:
     """What the command prints."""
-    said = [f"{'':14}{'parameters':>12}{'active':>10}{'loss':>9}  lowest to highest of the seeds"]
+    said = [f"{'':14}{'parameters':>18}{'active':>18}{'loss':>9}  lowest to highest of the seeds"]
     for name, found in result["variants"].items():
         loss = found["loss"]
-        said.append(f"{name:14}{found['parameters']:>12,}{found['active_parameters']:>10,}{loss['median']:>9.4f}  "
+        said.append(f"{name:14}{found['parameters']:>18,}{found['active_parameters']:>18,}{loss['median']:>9.4f}  "
                     f"{_range(loss, '{:.4f}'.format)}")
     for twin, ratios in result["multiplier"].items():
         for cost, ratio in ratios.items():

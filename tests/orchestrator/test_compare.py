@@ -75,6 +75,14 @@ def test_a_models_name_is_text_on_the_page():
     assert '<meta name="viewport"' in text
 
 
+def test_columns_of_the_largest_models_stay_apart():
+    found = {"parameters": 671_026_419_200, "active_parameters": 37_551_562_752,
+             "loss": {"low": 2.0, "median": 2.0, "high": 2.0, "seeds": 1}}
+    said = compare.lines({"variants": {"moe": found}, "multiplier": {}})
+    assert said[1].split()[:4] == ["moe", "671,026,419,200", "37,551,562,752", "2.0000"]
+    assert said[0].index("active") + len("active") == said[1].index("37,551,562,752") + len("37,551,562,752")
+
+
 @pytest.mark.parametrize("code", compare.STOPPED)
 def test_a_run_that_is_interrupted_has_time_for_its_checkpoint(code, tmp_path, monkeypatch):
     """The child is slow to end after Ctrl-C, which the whole terminal hears."""
