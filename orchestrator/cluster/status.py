@@ -33,7 +33,8 @@ def show_status(run_dir: str) -> None:
     lead = status["ranks"][0]
     waiting = None if ended else status.get("waiting")
     state = summary["status"] if ended else "waiting" if waiting else DOING.get(lead.get("phase"), "starting")
-    line = f"{run_dir}: {state}, step {lead.get('step', 0)} of {lead.get('steps', '?')}, attempt {status['attempt']}"
+    step = summary["steps"] if ended else lead.get("step", 0)  # an attempt that was refused took none
+    line = f"{run_dir}: {state}, step {step} of {lead.get('steps', '?')}, attempt {status['attempt']}"
     if lead.get("loss") is not None:
         told = summary if ended else lead  # a run is charged until its devices are released
         rate = "" if told["tokens_per_s"] is None else f", {told['tokens_per_s']:,.0f} tokens/s"

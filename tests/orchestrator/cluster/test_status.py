@@ -9,7 +9,7 @@ from orchestrator.__main__ import main
 from orchestrator.cluster.status import show_status
 
 
-@pytest.mark.parametrize("released_at, said", [(5.0, "running, step 3 of 9"), (11.0, "completed, step 3 of 9")])
+@pytest.mark.parametrize("released_at, said", [(5.0, "running, step 3 of 9"), (11.0, "completed, step 9 of 9")])
 def test_a_run_that_has_ended_is_told_with_its_whole_bill_and_a_live_one_with_its_bill_so_far(
         tmp_path, capsys, released_at, said):
     rank = {"rank": 0, "node_rank": 0, "host": "node-0000", "pid": 7, "phase": "step", "step": 3, "steps": 9,
@@ -17,7 +17,7 @@ def test_a_run_that_has_ended_is_told_with_its_whole_bill_and_a_live_one_with_it
             "experts": [0, 2], "tokens_per_expert": {"1": [1000, 2000], "2": [1, 2]}, "heartbeat_at": 9.0}
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "status.json").write_text(json.dumps({"time": 10.0, "attempt": 1, "ranks": [rank]}))
-    summary = {"status": "completed", "released_at": released_at, "usd_total": 0.75, "tokens_per_s": 200.0}
+    summary = {"status": "completed", "steps": 9, "released_at": released_at, "usd_total": 0.75, "tokens_per_s": 200.0}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     show_status(str(tmp_path))
     lines = capsys.readouterr().out.splitlines()
@@ -63,12 +63,12 @@ def test_status_of_a_failed_run_says_why_and_no_empty_table(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("")
     rank = {"rank": 0, "node_rank": 0, "host": "a", "pid": 7, "phase": "start"}
     (tmp_path / "status.json").write_text(json.dumps({"time": 10.0, "attempt": 1, "ranks": [rank]}))
-    summary = {"status": "failed", "released_at": 11.0, "tokens_per_s": None, "usd_total": 0.01}
+    summary = {"status": "failed", "steps": 6, "released_at": 11.0, "tokens_per_s": None, "usd_total": 0.01}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "events.jsonl").write_text('{"kind": "run_failed", "cause": "local rank 0: was to train on h100"}\n')
     show_status(str(tmp_path))
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}: failed, step 0 of ?, attempt 1", "failed: local rank 0: was to train on h100"]
+        f"{tmp_path}: failed, step 6 of ?, attempt 1", "failed: local rank 0: was to train on h100"]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "status.json"])
