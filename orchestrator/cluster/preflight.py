@@ -53,12 +53,10 @@ def checked_request(config: Config, *, gpu: bool, simulated: bool) -> placement.
 
 def check_data(config: Config, progress: Progress, *, here: bool) -> None:
     """Find out that the data cannot be used before a device is paid for; on this machine also tokenise it."""
-    from orchestrator.train import data, texts, tokenizer
+    from orchestrator.train import data, lineage, texts, tokenizer
 
-    if config.data.kind is not DataKind.text:
-        return
     if here:
-        data.prepare_here(config, progress)
-    else:
+        lineage.check_data(config, data.prepare_here(config, progress).digest)
+    elif config.data.kind is DataKind.text:
         texts.find_files(config.data.path)
         tokenizer.load_tokenizer(config.data.tokenizer)

@@ -24,7 +24,7 @@ FREE_MODEL_KEYS = {"name", "max_seq_len", "init_std", "bias_update_speed", "bala
 CONTEXT_MODEL_KEYS = {"rope_theta", "rope_factor", "rope_scaling", "original_seq_len", "beta_fast", "beta_slow",
                       "mscale", "mscale_all_dim"}
 """How far positions reach: a new run from weights alone may extend it (V3 report, section 4.3)."""
-FIXED_KEYS = ("seed", "train.seq_len", "train.batch_size", "train.batch_start", "train.batch_ramp_steps")
+FIXED_KEYS = ("seed", "data.kind", "train.seq_len", "train.batch_size", "train.batch_start", "train.batch_ramp_steps")
 
 _STEP_NAME = re.compile(r"step-(\d{8,12})\.(\d{4,9})-(\d{1,9})", re.ASCII)
 
@@ -74,6 +74,25 @@ def check_same(config: Config, path: str, state: dict) -> None:
         if _get(ours, key) != _get(theirs, key):
             raise BadRequest(f"{key}={_get(ours, key)}: the checkpoint {path} was written with {_get(theirs, key)}"
                              f", and the order of samples depends on it; use {key}={_get(theirs, key)}")
+
+
+def check_data(config: Config, digest: str) -> None:
+    """`check_same_data` of the checkpoint that `resume` means, before the ranks are started on this machine."""
+    if found := _named(config, here=True):
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # as in `look_back`
+            check_same_data(config, found[0], found[1].state, digest)
+
+
+def check_same_data(config: Config, path: str, state: dict, digest: str) -> None:
+    """Refuse a checkpoint whose samples this run would not continue. digest: of this run's tokens."""
+    if state.get("weights_only") or state["data_digest"] == digest:
+        return
+    theirs = state["config"]["data"]
+    differing = [f"data.{key}={theirs[key]} there, {value} here" for key, value in to_dict(config.data).items()
+                 if key != "cache_dir" and theirs.get(key, value) != value]
+    raise BadRequest(f"data.path={config.data.path}: is not the text that the checkpoint {path} was trained on: "
+                     f"{'; '.join(differing) or 'the files have changed since'}; restore the data, or start a new run "
+                     "with resume=none")
 
 
 def tokenizer_of(path: str, state: dict) -> str:

@@ -254,8 +254,7 @@ class Checkpoints:
             loader = Loader(path)
             weights_only = bool(loader.state.get("weights_only"))
             lineage.check_same(self.config, path, loader.state)
-            if not weights_only:
-                self._check_same_data(loader.state, path)
+            lineage.check_same_data(self.config, path, loader.state, self.data_digest)
             restore(self.pipeline, self.optimizer, loader, weights_only=weights_only, on_progress=self.on_progress)
             return loader, None
         except (KeyError, TypeError, AttributeError) as error:  # a state that no run has written
@@ -279,14 +278,6 @@ class Checkpoints:
         dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.mesh.world)
         kind, message = json.loads(store.get(f"{prefix}/{first.item()}"))
         return getattr(errors, kind)(message)
-
-    def _check_same_data(self, state: dict, path: str) -> None:
-        """Refuse a checkpoint whose samples this run would not continue."""
-        if state["data_digest"] != self.data_digest:
-            data = self.config.data
-            weights = f" data.weights={data.weights}" if data.weights else ""
-            raise BadRequest(f"data.path={data.path}{weights}: the data is not what the checkpoint {path} was trained "
-                             "on; restore the data, or start a new run with resume=none")
 
 
 def _expert_blocks(model: ModelConfig) -> dict[str, int]:

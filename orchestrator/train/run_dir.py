@@ -57,7 +57,7 @@ def claim_run_dir(config: Config) -> Iterator[Claim]:
         append_event(run_dir, "attempt_claimed", attempt=attempt, node=socket.gethostname(), pid=os.getpid())
         try:
             yield Claim(config, attempt)
-        except BadRequest:  # the run goes on with the config that it had
+        except BadRequest:  # the ranks', and the next resume goes on with the run's config, not with what they refused
             if before is not None:
                 storage.write_bytes(path, before)
             raise

@@ -11,11 +11,12 @@ import pytest
 
 from model.config import RopeScaling
 from orchestrator.__main__ import main
-from orchestrator.cluster import session
+from orchestrator.cluster import preflight, session
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.train import lineage, manifest, storage
 from orchestrator.train.progress import Progress
+from orchestrator.train.run_dir import claim_run_dir
 from tests.harness import write_corpus
 
 SMALL = ["model=tiny", "model.dim=32", "model.inter_dim=32", "model.moe_inter_dim=16", "train.seq_len=16",
@@ -102,6 +103,7 @@ REFUSED = {
     "another model": (["model.dim=48"], "a checkpoint of another model: model.dim=32 there, 48 here; use the same"),
     "another length": (["train.seq_len=32"], "train.seq_len=32: the checkpoint .* was written with 16, .*; use train"),
     "another seed": (["seed=5"], "seed=5: the checkpoint .* was written with 0, .*; use seed=0"),
+    "another kind of data": (["data=random"], "data.kind=random: the checkpoint .* was written with text, .*; use da"),
     "another batch": (["train.batch_size=4"], "train.batch_size=4: the checkpoint .* was written with 2, .*; use tr"),
 }
 
@@ -123,6 +125,23 @@ def test_what_the_ranks_would_refuse_is_refused_before_anything_starts(run, text
         assert not out and err.count("\n") == 1
         assert re.search(message, err), err
     assert files(run) == before and not new.exists()
+
+
+def test_data_that_the_checkpoint_was_not_trained_on_is_refused_before_anything_is_placed(run, tmp_path):
+    """On a cluster, where the ranks are the first to see it, the run's config stays as it was."""
+    write_corpus(tmp_path, 10)
+    asked = [f"run.dir={run}", "resume=auto", "train.steps=9"]
+    config = compose_config([*asked, f"data.path={tmp_path}/*.txt"])
+    with pytest.raises(BadRequest, match=rf"data.path=.*there, {tmp_path}/\*\.txt here; restore the data, or st"):
+        preflight.check_data(config, Progress(print), here=True)
+    preflight.check_data(compose_config(asked), Progress(print), here=True)
+    with pytest.raises(BadRequest, match="was trained on: the files have changed since; restore"):
+        lineage.check_data(compose_config(asked), "other tokens")
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(BadRequest), claim_run_dir(config):
+        assert (run / "config.yaml").read_bytes() != before
+        raise BadRequest("the ranks refuse")
+    assert (run / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("steps", [5, 8])
