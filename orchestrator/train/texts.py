@@ -80,10 +80,17 @@ def _field(line: str, text_key: str, where: str, key: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadRequest(f"{where}: is not JSON ({error.msg}); one object per line is wanted") from None
-    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+    if not isinstance(row, dict) or text_key not in row:
         raise BadRequest(f"{where}: has no text under {key}{text_key}; its keys are "
                          f"{list(row) if isinstance(row, dict) else type(row).__name__}")
-    return row[text_key].encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+    text = _text(row[text_key], where, f"{key}{text_key}", list(row))
+    return text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
+
+
+def _text(value: object, where: str, field: str, names: list[str]) -> str:
+    if not isinstance(value, str):
+        raise BadRequest(f"{where}: holds {repr(value)[:40]} under {field}, which is no text; name another of {names}")
+    return value
 
 
 def _lines(file: str) -> Iterator[bytes]:
@@ -108,6 +115,7 @@ def _parquet_texts(file: str, text_key: str, key: str) -> Iterator[str]:
                 raise BadRequest(f"{file}: has no column {key}{text_key}; its columns are "
                                  f"{table.schema_arrow.names}")
             for batch in table.iter_batches(columns=[text_key]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+                yield from (_text(value, file, f"{key}{text_key}", table.schema_arrow.names)
+                            for value in batch.column(0).to_pylist() if value is not None)
         except pyarrow.ArrowException as error:
             raise BadRequest(f"{file}: is not readable Parquet ({error}); remove or repair it") from None

@@ -285,6 +285,8 @@ BAD_FILES = {
     "only empty files": ("empty.txt", "", r"has too little text"),
     "a torn line": ("torn.jsonl", '{"text": "a"}\n{"text": ', r"torn\.jsonl:2: is not JSON"),
     "no such field": ("field.jsonl", '{"body": "a"}\n', r"field\.jsonl:1: has no text under data\.text_key=text.*body"),
+    "no text in it": ("none.jsonl", '{"text": null, "body": "a"}\n',
+                      r"none\.jsonl:1: holds None under data\.text_key=text, which is no text; name .*'body'"),
     "no object": ("list.jsonl", "[1]\n", r"list\.jsonl:1: has no text"),
     "no Parquet": ("bad.parquet", "PAR1 but no", r"bad\.parquet: is not readable Parquet"),
     "a folder": ("", "", r"is a folder; name its files, as in '.*\*\*/\*\.txt'"),
@@ -326,13 +328,16 @@ def test_a_cache_that_cannot_be_is_named(folder):
         prepare(config_for(folder, cache_dir=str(folder / "000.txt" / "x")))
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path):
+def test_a_column_that_is_not_there_or_no_text_is_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(BadRequest, match=r"has no column data\.text_key=text; its columns are \['body'\]"):
         prepare(config_for(tmp_path, "a.parquet"))
+    parquet.write_table(pyarrow.table({"body": ["x"], "text": [5]}), tmp_path / "b.parquet")
+    with pytest.raises(BadRequest, match=r"b\.parquet: holds 5 under data\.text_key=text, which is no text; name"):
+        prepare(config_for(tmp_path, "b.parquet"))
 
 
 def test_only_a_change_builds_anew(folder):
