@@ -57,7 +57,7 @@ def compose_config(overrides: list[str]) -> Config:
 
 def _opened(overrides: list[str]) -> list[str]:
     """As Hydra takes names that a mapping does not have yet: to be added."""
-    mappings = {key for key, hint in _all_keys().items() if typing.get_origin(hint) is dict}
+    mappings = {key for key, hint in all_keys().items() if typing.get_origin(hint) is dict}
     return [f"++{text}" if text.split("=", 1)[0] in mappings else text for text in overrides]
 
 
@@ -159,7 +159,7 @@ def _check_key(override, shown: str) -> None:
         if part not in hints:
             prefix = "".join(f"{name}." for name in walked)
             near = (_same_leaf(part) or _in_section(part, list(hints), prefix, key) or _near(part, list(hints), prefix)
-                    or _near(key, [*_all_keys(), *_groups()]))
+                    or _near(key, [*all_keys(), *_groups()]))
             raise BadRequest(f"{key}: unknown key{near or '; `sparing train --cfg job` prints all keys'}")
         walked.append(part)
         hint = hints[part]
@@ -176,7 +176,7 @@ def _check_key(override, shown: str) -> None:
 
 def _is_secret(key: str) -> bool:
     """The schema has no secrets, so what it knows is none, `data.text_key` for one."""
-    return SECRET.search(key) is not None and key.lstrip("~") not in _all_keys()
+    return SECRET.search(key) is not None and key.lstrip("~") not in all_keys()
 
 
 def _mismatch(value: object, hint: object) -> str | None:
@@ -255,11 +255,11 @@ def _options(group: str) -> list[str]:
     return sorted(file.stem for file in Path(conf_dir(), group).glob("*.yaml"))
 
 
-def _all_keys(kind: type = Config, prefix: str = "") -> dict[str, object]:
+def all_keys(kind: type = Config, prefix: str = "") -> dict[str, object]:
     """Every key with its type."""
     keys = {}
     for name, hint in typing.get_type_hints(kind).items():
-        keys |= _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+        keys |= all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
     return keys
 
 
@@ -277,7 +277,7 @@ def _near(name: str, among: list[str], prefix: str = "") -> str:
 
 def _in_section(name: str, among: list[str], prefix: str, key: str) -> str:
     """The whole key, where it is a section before the last name that is mistyped, or both are."""
-    rest, known = key.removeprefix(f"{prefix}{name}"), _all_keys()
+    rest, known = key.removeprefix(f"{prefix}{name}"), all_keys()
     for section in difflib.get_close_matches(name.lower(), among) if rest else ():
         inside = [each for each in known if each.startswith(f"{prefix}{section}.")]
         if found := difflib.get_close_matches(f"{prefix}{section}{rest}", inside, n=1, cutoff=0.8):
@@ -286,7 +286,7 @@ def _in_section(name: str, among: list[str], prefix: str, key: str) -> str:
 
 
 def _same_leaf(name: str) -> str:
-    found = [key for key in _all_keys() if key.rsplit(".", 1)[-1] == name]
+    found = [key for key in all_keys() if key.rsplit(".", 1)[-1] == name]
     return f"; did you mean {' or '.join(found[:2])}?" if found else ""
 
 
@@ -312,7 +312,7 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, prog
     for flag in flags:
         if flag not in FLAGS:
             key = flag.lstrip("-")
-            remedy = (f"write {key}=VALUE, without dashes" if key in (*_all_keys(), *_groups()) else
+            remedy = (f"write {key}=VALUE, without dashes" if key in (*all_keys(), *_groups()) else
                       f"there are {', '.join(flag for flag in FLAGS if flag.startswith('--'))}")
             raise BadRequest(f"{flag}: no such flag; {remedy}")
         if flag in ("--resolve", "--package", "-p") and not {"--cfg", "-c"} & set(flags):

@@ -335,7 +335,9 @@ def test_hydras_own_flags_work_behind_the_verb():
 
 @pytest.mark.parametrize("line, choices", [
     ("sparing pl", {"plan"}), ("sparing train layout.sched", {"layout.schedule="}), ("sparing status ", set()),
-    ("sparing plan cluster=h800_", {"cluster=h800_2048", "cluster=h800_256"})])
+    ("sparing plan cluster=h800_", {"cluster=h800_2048", "cluster=h800_256"}),
+    ("sparing train tracker=", {"tracker=off", "tracker=wandb", "tracker=wandb_offline"}),
+    ("sparing train x=1 layout.schedule=zb", {"layout.schedule=zbv"})])
 def test_a_shell_completes_verbs_and_overrides(line, choices):
     done = run("-sc", "query=bash", env=os.environ | {"COMP_LINE": line})
     assert (done.returncode, done.stderr) == (0, "")
