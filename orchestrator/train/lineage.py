@@ -40,6 +40,8 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
             raise
         return None
     if found is None:
+        if config.resume == "auto" and not config.run.dir and not config.checkpoint.dir:
+            raise BadRequest("resume=auto: goes on with the run in run.dir, and none is named; use run.dir=runs/NAME")
         if config.resume == "auto" and config.run.dir:
             progress.say(f"resume=auto: {config.run.dir} has steps but no whole checkpoint; starting from step 0"
                          if storage.exists(storage.join(config.run.dir, METRICS)) else

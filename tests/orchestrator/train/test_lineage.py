@@ -204,6 +204,8 @@ def test_resuming_where_nothing_is_says_that_a_new_run_begins(text, tmp_path):
     config = compose_config([*words(text, tmp_path / "new"), "resume=auto"])
     assert lineage.look_back(config, Progress(said.append), here=True) is None
     assert said == [f"notice: nothing to resume in {tmp_path}/new: a new run"]
+    with pytest.raises(BadRequest, match=r"resume=auto: goes on with the run in run\.dir, and none is named; use run"):
+        lineage.look_back(compose_config([*SMALL, "resume=auto"]), Progress(pytest.fail), here=True)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", None], ids=["damaged", "no object", "gone"])
