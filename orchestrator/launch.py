@@ -47,6 +47,8 @@ nodes with all they have."""
 SKY_NAMES = {"a100": "A100-80GB", "a100_40": "A100", "rtx_3090": "RTX3090", "rtx_4090": "RTX4090",
              "rtx_5090": "RTX5090", "mi300x": "MI300X", "mi325x": "MI325X", "mi355x": "MI355X"}
 """Accelerators as SkyPilot spells them where that is not the upper case of ours."""
+SLURM_HOURS = 0.2
+"""Least time limit: a run that is told of its end, five minutes before, as it starts is queued again for ever."""
 JOIN_TIMEOUT_S = 600
 """How long a run may wait for the nodes of the cluster that its manifest starts."""
 PULL_S = 300
@@ -149,7 +151,8 @@ def _check(config: Config) -> None:
     if kind is LaunchKind.kuberay and not launch.image:
         raise BadRequest("launch.image=null: launch=kuberay needs a container image; build one with deploy/Dockerfile, "
                          "push it, and give launch.image=REGISTRY/NAME:TAG")
-    for key, value, low in [("launch.hours", launch.hours, 0.02), ("launch.restarts", launch.restarts, 0)]:
+    hours = SLURM_HOURS if kind is LaunchKind.slurm else 0.02
+    for key, value, low in [("launch.hours", launch.hours, hours), ("launch.restarts", launch.restarts, 0)]:
         if not value >= low or not math.isfinite(value):
             raise BadRequest(f"{key}={value:g}: must be at least {low:g}; use {key}={24 if low else 3}")
 
