@@ -53,6 +53,9 @@ JOIN_TIMEOUT_S = 600
 """How long a run may wait for the nodes of the cluster that its manifest starts."""
 PULL_S = 300
 """And KubeRay beside that for the image to be fetched."""
+USED_BY = {"launch.address": (LaunchKind.ray_job, LaunchKind.torchrun), "launch.allow_insecure": (LaunchKind.ray_job,),
+           "launch.install": (LaunchKind.ray_job,), "launch.image": (LaunchKind.kuberay,),
+           "launch.hours": (LaunchKind.slurm, LaunchKind.kuberay), "launch.restarts": ASK_FOR_DEVICES}
 ENVIRONMENT = ("torch", "ray", "hydra-core", "omegaconf", "wandb", "fsspec", "s3fs", "grain", "numpy", "rich",
                "safetensors", "tenacity", "tokenizers", "pyarrow")
 """What a node needs to run, as opposed to develop, this program."""
@@ -98,6 +101,7 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
     """The manifest for this run; `BadRequest` for what a launcher cannot do."""
     launch = config.launch
     _check(config)
+    _check_words(arguments, launch.kind)
     run = f"sparing-{re.sub('[^a-z0-9]+', '-', config.run.name.lower())[:20].strip('-')}"
     name = f"{run}-{stamp}"
     nodes, ranks_per_node = _nodes(config)
@@ -155,6 +159,18 @@ def _check(config: Config) -> None:
     for key, value, low in [("launch.hours", launch.hours, hours), ("launch.restarts", launch.restarts, 0)]:
         if not value >= low or not math.isfinite(value):
             raise BadRequest(f"{key}={value:g}: must be at least {low:g}; use {key}={24 if low else 3}")
+
+
+def _check_words(arguments: list[str], kind: LaunchKind) -> None:
+    """Refuse what this launcher would leave out of its manifest."""
+    for word in arguments:
+        users = USED_BY.get(word.split("=", 1)[0], (kind,))
+        if kind not in users:
+            raise BadRequest(f"{word}: is of launch={' and '.join(user.name for user in users)} alone, and "
+                             f"launch={kind.name} knows nothing like it; leave it out")
+        if word == "resume=none":
+            raise BadRequest("resume=none: a run that is launched again goes on (resume=auto); leave it out, and for a "
+                             "new run name a new run.dir")
 
 
 def _check_folder(kind: LaunchKind, key: str, folder: str) -> None:
