@@ -109,16 +109,21 @@ class Pipeline:
         return collected.total
 
     def _forward_only(self, tokens: Tensor) -> Tensor:
-        """Breadth first: a stage runs all microbatches, then the rank's next stage; sends do not wait."""
+        """Breadth first: a stage runs all microbatches, then the rank's next stage; sends do not wait. A stage asks for
+        all that it receives before it sends any on: NCCL does what two ranks exchange in the order in which each asks,
+        and where these differ, as with two ranks of two stages in turn, both would wait for ever."""
         total = torch.zeros(1 + 2 * self.model.n_mtp_layers, device=tokens.device)
         sends, local = [], {}
         parts = tokens.chunk(self.layout.microbatches)
         for index, stage in zip(self.stage_ids, self.stages, strict=True):
+            here = stage.is_first or (index, 0) in local
+            coming = [] if here else [self._receive(part, self._owner(index - 1)) for part in parts]
             for i, part in enumerate(parts):
-                x = part if stage.is_first else local.pop((index, i), None)
-                if x is None:
-                    x = self._hidden(part)
-                    dist.recv(x, group=self.mesh.pp, group_src=self._owner(index - 1))
+                if here:
+                    x = part if stage.is_first else local.pop((index, i))
+                else:
+                    x, work = coming.pop(0)
+                    work.wait()
                 out = stage(x, part)
                 if stage.is_last:
                     total += out[0]
@@ -129,6 +134,11 @@ class Pipeline:
         for work, _ in sends:
             work.wait()
         return total
+
+    def _receive(self, part: Tensor, source: int) -> tuple[Tensor, dist.Work]:
+        """Hidden states of one microbatch, under way from a pipeline rank."""
+        hidden = self._hidden(part)
+        return hidden, dist.irecv(hidden, group=self.mesh.pp, group_src=source)
 
     def _owner(self, stage: int) -> int:
         """The pipeline rank that runs a stage."""

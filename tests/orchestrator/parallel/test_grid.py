@@ -175,6 +175,32 @@ def test_recompute_equals_keeping_activations(ranks, reference, recompute, sched
     assert_equal_to_one_process(ranks.run(train, config, world=4), reference[1, False])
 
 
+def order_of_messages(info: RankInfo, config: Config) -> list[tuple[int, int]]:
+    """Sender and receiver of what this rank sends and asks for in a validation, in order."""
+    mesh, asked = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60), []
+    pipeline = build_pipeline(config, mesh, torch.float32)
+
+    def noting(call, peer: str):
+        def noted(tensor, **where):
+            asked.append((info.rank, where[peer]) if peer == "group_dst" else (where[peer], info.rank))
+            return call(tensor, **where)
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("isend", "send", "irecv", "recv"):
+            patch.setattr(dist, name, noting(getattr(dist, name), "group_dst" if "send" in name else "group_src"))
+        pipeline.validate(torch.zeros(SEQUENCES, SEQ_LEN + 2, dtype=torch.int64))
+    mesh.close()
+    return asked
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zbv"])
+def test_both_ends_ask_for_what_passes_in_a_validation_in_one_order(ranks, schedule):
+    """Else NCCL, which takes the messages of two ranks in the order in which each asks, waits for ever."""
+    ends = ranks.run(order_of_messages, make_config(2, 1, 1, schedule), world=2)
+    assert ends[0] == ends[1] and len(ends[0]) >= 8
+
+
 def train_in_bf16(info: RankInfo, config: Config) -> tuple:
     """Losses of two steps in bf16, and the dtypes that master weights and gradients have."""
     mesh = connect(layout_of(config), info, torch.device("cpu"), timeout_s=60)
