@@ -20,6 +20,7 @@ from orchestrator.config import Config, from_dict, to_dict
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, SparingError
 from orchestrator.train import storage
 from orchestrator.train.finish import SUMMARY, read_kept
+from orchestrator.train.lineage import list_checkpoints
 from orchestrator.train.metrics import EVENTS, METRICS, append_event, read_lines
 from orchestrator.train.processes import born, try_lock
 
@@ -111,10 +112,18 @@ def _new_dir(name: str) -> str:
 
 
 def _refuse_used(config: Config) -> None:
+    """A new run has both directories to itself: it would delete another one's checkpoints as its own older ones, and
+    go on from them under resume=auto."""
+    if config.resume == "auto":
+        return
     used = [name for name in (METRICS, SUMMARY) if storage.exists(storage.join(config.run.dir, name))]
-    if used and config.resume != "auto":
+    if used:
         raise BadRequest(f"run.dir={config.run.dir}: holds a run already ({used[0]}); continue it with resume=auto, or "
                          "choose another run.dir")
+    if found := list_checkpoints(config.checkpoint.dir):
+        raise BadRequest(f"checkpoint.dir={config.checkpoint.dir}: holds checkpoints already ({found[-1]}), and a run "
+                         "that does not continue them needs a directory of its own; continue with resume=auto, or "
+                         "choose another checkpoint.dir")
 
 
 @contextlib.contextmanager

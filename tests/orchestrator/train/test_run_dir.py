@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from orchestrator.config import Config, from_dict
+from orchestrator.config import CheckpointConfig, Config, from_dict
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.train import run_dir, storage
+from orchestrator.train.manifest import MANIFEST
 from orchestrator.train.processes import born
 from orchestrator.train.run_dir import claim_run_dir
 
@@ -72,6 +73,21 @@ def test_a_used_directory_is_continued_only_on_purpose(tmp_path):
     for attempt in (2, 3):
         with claim_run_dir(config_for(tmp_path, resume="auto")) as claim:
             assert claim.attempt == attempt
+
+
+def test_a_new_run_does_not_take_the_checkpoints_of_another_for_its_own(tmp_path):
+    """It would delete them as it saves, and under resume=auto go on from them."""
+    shared = CheckpointConfig(dir=str(tmp_path / "shared"))
+    committed = tmp_path / "shared" / "step-00000008.0001-2" / MANIFEST
+    with claim_run_dir(config_for(tmp_path / "first", checkpoint=shared)):
+        committed.parent.mkdir(parents=True)
+        committed.write_text("{}")
+    for resume in ("none", str(committed.parent)):
+        with pytest.raises(BadRequest, match=r"checkpoint\.dir=.*shared: holds checkpoints already \(.*step-00000008"):
+            with claim_run_dir(config_for(tmp_path / "second", checkpoint=shared, resume=resume)):
+                pass
+    with claim_run_dir(config_for(tmp_path / "third", checkpoint=shared, resume="auto")) as claim:
+        assert claim.attempt == 1, "where the run directory was lost and the checkpoints were not"
 
 
 def test_a_directory_is_free_again_once_its_holder_is_killed(tmp_path):
