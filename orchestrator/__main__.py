@@ -6,6 +6,7 @@ reader (`| head`).
 SPARING_TRACEBACK=1 shows where an error came from. What takes time to import is imported where `main` hears Ctrl-C.
 """
 
+import errno
 import importlib
 import logging
 import os
@@ -125,7 +126,7 @@ def _system_told(error: OSError, argv: list[str]) -> int:
     from orchestrator.arguments import blamed
     from orchestrator.train.storage import FULL, refusal
 
-    unread = isinstance(error, BrokenPipeError) and _is_unread()
+    unread = error.errno in (errno.EPIPE, errno.EIO) and _is_unread()  # a pipe, or a terminal
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

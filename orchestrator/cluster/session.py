@@ -14,9 +14,9 @@ from ray.exceptions import RayError
 from orchestrator.choices import ClusterKind
 from orchestrator.config import Config
 from orchestrator.errors import NotFit, Preempted, Transient
+from orchestrator.train import processes
 
 RANK_PROGRAM = "orchestrator.train.loop"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def early_end() -> Iterator[None]:
     """Until `stop_signals`, SIGTERM ends the run at once, as one that is to be started again. Afterwards the handlers
     are those of before. It is an exit, as in Ray's own handler while Ray starts, which takes an Exception for a failure
     of what it tries."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in processes.stop_signals()}
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
     try:
         yield
@@ -74,16 +74,16 @@ def early_end() -> Iterator[None]:
 
 
 def stop_signals() -> Callable[[], str | None]:
-    """A function that names the first SIGTERM or Ctrl-C from now on: it asks for a checkpoint and a clean end. A second
-    one ends at once. Within `early_end`, which puts the handlers back."""
+    """A function that names the first SIGTERM, Ctrl-C or closed terminal from now on: it asks for a checkpoint and a
+    clean end. A second one ends at once. Within `early_end`, which puts the handlers back."""
     heard: list[str] = []
 
     def caught(number, _frame):
-        if heard:
+        if heard and number != signal.SIGHUP:
             raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
         heard.append(signal.Signals(number).name)  # no print: the signal may have come in the middle of one
 
-    for number in STOP_SIGNALS:
+    for number in processes.stop_signals():
         signal.signal(number, caught)
     return lambda: heard[0] if heard else None
 
@@ -94,7 +94,7 @@ def _start(ranks: int, **options) -> None:
     path = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
     environment = {"PYTHONPATH": path, "RAY_preload_python_modules": RANK_PROGRAM, "RAY_ADDRESS": None,
                    "RAY_num_workers_soft_limit": str(ranks), "RAY_kill_worker_timeout_milliseconds": "500"}
-    with _process_group_of_its_own(), _environment(**environment):
+    with _process_group_of_its_own(), _deaf_to_hangups(), _environment(**environment):
         try:
             ray.init(address="local", num_cpus=ranks, **options)
         except Exception:
@@ -135,6 +135,17 @@ def _process_group_of_its_own() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # the group may be gone, with whoever led it
             os.setpgid(0, group)
+
+
+@contextlib.contextmanager
+def _deaf_to_hangups() -> Iterator[None]:
+    """The processes that are started meanwhile: a terminal that is closed tells all of them, and Ray must outlive the
+    driver by a checkpoint."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _knock(address: str, *, patience_s: float) -> None:

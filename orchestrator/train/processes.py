@@ -1,9 +1,17 @@
-"""What the kernel says of a process, and the file locks that it drops with their holder."""
+"""What the kernel says of a process and to it, and the file locks that it drops with their holder."""
 
 import fcntl
+import signal
 from typing import IO
 
 from orchestrator.errors import NotFit
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those that ask a run to end with a checkpoint: SIGTERM, Ctrl-C, and a terminal that is closed, of which shell and
+    kernel may tell twice; but not where nohup has made a process deaf to it."""
+    deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if deaf else [signal.SIGHUP])]
 
 
 def born(pid: int | None) -> str | None:

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one moving line on a terminal, plain lines in a log."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -33,14 +34,16 @@ class Progress:
 
     def __exit__(self, *_) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with contextlib.suppress(OSError):
+                self.bar.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        if self.bar is not None:
-            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        else:
-            self.print_line(line)
+        """A line that stays. A terminal that is closed, a pipe without a reader or a full disk costs no run."""
+        with contextlib.suppress(OSError):
+            if self.bar is not None:
+                self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            else:
+                self.print_line(line)
 
     def warn(self, line: str | None) -> None:
         """A line that is said once, whoever says it; None is none."""
@@ -54,7 +57,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, description=what, completed=done, total=total, facts=facts)
         elif self._due((what, done == total)):
-            self.print_line(f"{what} {facts}")
+            self.say(f"{what} {facts}")
 
     def show(self, status: dict) -> None:
         """status: of rank 0, see `Control.status`."""
@@ -72,7 +75,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, description=description, completed=step or 0, total=steps, facts=facts)
         elif step and self._due(("step", step == steps), fresh=step):
-            self.print_line(f"{facts}{self._eta(status)}")
+            self.say(f"{facts}{self._eta(status)}")
 
     def follow(self, status: Callable[[], dict], stopped: threading.Event, *, every_s: float = 0.5) -> None:
         """Show what `status()` says until stopped; for a thread beside the rank program."""

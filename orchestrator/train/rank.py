@@ -24,6 +24,7 @@ from orchestrator.train.control import Control, steady
 from orchestrator.train.finish import finish_run
 from orchestrator.train.lineage import look_back
 from orchestrator.train.memory import check_state
+from orchestrator.train.processes import stop_signals
 from orchestrator.train.progress import Progress
 from orchestrator.train.run_dir import Claim, claim_run_dir, read_config
 
@@ -43,7 +44,7 @@ def train_as_rank(config: Config) -> dict | None:
             "is for runs on Ray: torchrun keeps no warm rank", "leave it at 0, or start the run by `sparing train`")
     store = open_store(info, timeout_s=config.cluster.start_timeout_s)
     control = Control()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, lambda caught, frame: control.request_stop(signal.Signals(caught).name))
     with contextlib.ExitStack() as stack:
         if info.rank == 0:

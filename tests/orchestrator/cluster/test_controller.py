@@ -161,6 +161,16 @@ def test_sigterm_ends_the_run_with_a_checkpoint(tmp_path):
     assert (end["status"], end["steps"]) == ("preempted", 10)
 
 
+def test_a_run_that_nobody_reads_of_any_more_goes_on(tmp_path):
+    def unread(line: str) -> None:
+        raise BrokenPipeError
+
+    config = config_of(tmp_path)
+    ranks = Dummy(config, FailAt(1, 15, "killed"), nodes=3)
+    end = Controller(config, 1, Progress(unread), clock=lambda: ranks.now).run(lambda: ranks)
+    assert end["status"] == "completed" and decisions(ranks) == ["replace"]
+
+
 def test_layouts_to_go_on_with_keep_the_pipeline_and_the_batch(tmp_path):
     config = config_of(tmp_path, min_ranks=1)
     shapes = {size: (layout.pp, layout.dp, layout.ep) for size, layout in layouts(config).items()}

@@ -22,7 +22,7 @@ from orchestrator.cluster.placement import (
 )
 from orchestrator.cluster.policy import Action, Fault, Limits, Phase, RankState, decide, respond
 from orchestrator.config import Config
-from orchestrator.errors import NotFit
+from orchestrator.errors import NotFit, Transient
 from orchestrator.train.progress import Progress
 
 LIMITS = Limits(start_s=60, step_s=30, save_s=30)
@@ -238,3 +238,28 @@ def test_sigterm_while_the_head_is_waited_for_is_a_preemption(tmp_path, monkeypa
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert main(["train", "experiment=tiny", f"run.dir={tmp_path}"]) == 34
     assert "SIGTERM before there were ranks" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_closed_terminal_asks_for_a_checkpoint_as_often_as_it_is_told_and_not_under_nohup(monkeypatch):
+    before = signal.getsignal(signal.SIGHUP)
+    with session.early_end():
+        cause = session.stop_signals()
+        for _ in range(2):  # by the shell and by the kernel
+            signal.raise_signal(signal.SIGHUP)
+        assert cause() == "SIGHUP"
+        with pytest.raises(Transient, match="a second SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is before
+    seen = []
+    monkeypatch.setattr(session.ray, "init", lambda **_: seen.append(signal.getsignal(signal.SIGHUP)))
+    session._start(1)
+    assert seen == [signal.SIG_IGN], "what a Ray of our own starts inherits it"
+    assert signal.getsignal(signal.SIGHUP) is before
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with session.early_end():
+            cause = session.stop_signals()
+            signal.raise_signal(signal.SIGHUP)
+            assert cause() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
