@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from orchestrator.config import HardwareConfig
 from orchestrator.errors import NotFit
-from orchestrator.parallel.rank_info import RankInfo, under_torchrun
+from orchestrator.parallel.rank_info import RankInfo, restarts, under_torchrun
 from orchestrator.plan.layout import Coordinate, Layout
 
 SIOCGIFADDR = 0x8915
@@ -81,13 +81,15 @@ def pick_device(info: RankInfo, hardware: HardwareConfig) -> torch.device:
 
 
 def open_store(info: RankInfo, *, timeout_s: float) -> dist.Store | None:
-    """The key-value store that all ranks share; None for a rank alone. torchrun's agent already serves one."""
+    """The key-value store that all ranks share; None for a rank alone. torchrun's agent already serves one, with all
+    that ranks have left there which it has started before these."""
     if info.world_size == 1:
         return None
-    return dist.TCPStore(info.master_addr, info.master_port, info.world_size,
-                         timeout=datetime.timedelta(seconds=timeout_s),
-                         is_master=info.rank == 0 and not under_torchrun(), multi_tenant=True,
-                         master_listen_fd=info.listen_fd if info.listen_fd >= 0 else None)
+    store = dist.TCPStore(info.master_addr, info.master_port, info.world_size,
+                          timeout=datetime.timedelta(seconds=timeout_s),
+                          is_master=info.rank == 0 and not under_torchrun(), multi_tenant=True,
+                          master_listen_fd=info.listen_fd if info.listen_fd >= 0 else None)
+    return dist.PrefixStore(f"restart/{restarts()}", store) if under_torchrun() else store
 
 
 def meet(store: dist.Store | None, info: RankInfo, *, timeout_s: float) -> None:

@@ -32,3 +32,8 @@ def rank_from_env() -> RankInfo:
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun has started these ranks anew (`--max-restarts`): its store outlives them."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+import torch.distributed as dist
 
 from orchestrator.config import HardwareConfig
 from orchestrator.errors import NotFit
@@ -37,3 +38,16 @@ def test_gloo_is_told_the_nodes_interface_where_its_name_is_loopbacks(monkeypatc
     monkeypatch.setattr(mesh, "_address_of", {"lo": "127.0.0.1", "ib1": "10.9.9.9", "eth0": "10.0.0.2"}.get)
     mesh.use_the_nodes_address(RankInfo(0, 2, local_world_size=1, master_addr=master))
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+
+
+def test_ranks_that_torchrun_has_started_anew_do_not_read_what_those_before_wrote(monkeypatch):
+    """One store serves them all: who was there, which config and which checkpoint was meant."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
+    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        info = RankInfo(0, 2, master_addr="127.0.0.1", master_port=agents.port)
+        ranks = [mesh.open_store(info, timeout_s=5) for _ in range(2)]
+        assert not ranks[0].check(["config"]) and ranks[0].add("here", 1) == 1
+        ranks[0].set("config", count)
+        assert ranks[1].clone().get("config").decode() == count
