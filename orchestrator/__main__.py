@@ -50,34 +50,6 @@ usage: sparing train [KEY=VALUE ...] [Hydra flags]
 Groups: model layout data optim precision checkpoint tracker hardware cluster experiment; `model=x` lists what there is.
 Flags:  --cfg job (print the config), --multirun (one run per value), --hydra-help; and, for completion in bash,
         eval "$(sparing -sc install=bash)\"""",
-    "plan": """\
-usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8|any] [market=on_demand|reserved|spot]
-                    [out=plan.json] [html=plan.html] [explain=true] [-m]
-       sparing plan diff A B                 each a plan.json or a run's directory
-       sparing plan prices | budgets
-
-  sparing plan model=deepseek_v3 cluster=h800_2048 tokens=14.8e12 dtype=fp8
-  sparing plan model=moonlight_16b hardware=h100 gpus=64 tokens=1e12 train.batch_size=1024 market=spot
-  sparing plan model=path/to/config.json hardware=h100 gpus=64 tokens=1e12      a Hugging Face config.json
-  sparing plan model=moonlight_16b hardware=h100 tokens=1e12 deadline_days=30   GPUs needed (gpus=fit: to hold it)
-  sparing plan model=moonlight_16b hardware=h100 tokens=1e12 budget_usd=5e4     the fastest for that; without tokens
-                                                       but with gpus: the tokens it buys
-  sparing plan model=moonlight_16b hardware=h100,h200 gpus=32,64 tokens=1e12    front of dollars against days;
-                                                       hardware=all objective=dollars: the cheapest type
-  sparing plan -m cluster=h100_1024,h200_1024 model=deepseek_v3,qwen3_235b_a22b tokens=1e12    every combination
-  sparing plan diff before.json after.json             what a change does to days and dollars, by term
-  sparing plan prices                                  published API prices beside what serving costs
-  sparing plan budgets                                 published training budgets, each with its source
-
-Keys and groups are those of train. The batch is 8 sequences a GPU, at most 15,360, of more than 4,096 tokens so many
-fewer, unless train.batch_size says otherwise. stack= names the software (conf/stacks.yaml), routing= how even it is
-(balanced, bias, unbalanced, or a run).
-layout.* holds for every layout; tp= cp= zero= and layout.schedule=dualpipe do too, which `train` does not run.
-calibrate=RUN takes what a finished run on the same kind of device measured.
-multiplier_from=compare.json adds the dense model of equal loss that `sparing compare` measured.
-The expected bill takes failures= and preemptions= (per 1,000 node-days), recovery_s= checkpoint_stall_s= start_up_s=
-server_factor= power_share= pue= other_gpu_hours= extension=STEPSxSEQUENCESxTOKENS+... and, of train, batch_start,
-batch_ramp_steps, validate_every and validate_sequences.""",
     "status": "usage: sparing status RUN\n\nRUN is a run directory, such as runs/tiny-20261124-120000.",
     "report": "usage: sparing report RUN [RUN ...] [out=FILE.html]\n\n"
               "Several runs are overlaid. Default: RUN/report.html.",
@@ -88,7 +60,8 @@ batch_ramp_steps, validate_every and validate_sequences.""",
 }
 # Verbs that have a module of their own, with HELP and run(arguments) -> exit code; imported when called.
 MODULES = {"compare": "orchestrator.compare", "evaluate": "orchestrator.evaluate", "generate": "orchestrator.generate",
-           "launch": "orchestrator.launch", "prepare": "orchestrator.prepare", "serve": "orchestrator.serve"}
+           "launch": "orchestrator.launch", "plan": "orchestrator.show_plan", "prepare": "orchestrator.prepare",
+           "serve": "orchestrator.serve"}
 EXIT_CODES = {"completed": 0, "budget": 0, "preempted": 34, "failed": 1}
 
 
@@ -248,12 +221,6 @@ def train_config(config) -> int:
     return NotFit.exit_code if summary["checkpoint"]["error"] else EXIT_CODES[summary["status"]]
 
 
-def _plan(arguments: list[str]) -> int:
-    from orchestrator.show_plan import run
-
-    return run(arguments)
-
-
 def _status(arguments: list[str]) -> int:
     from orchestrator.arguments import positional
     from orchestrator.cluster.status import show_status
@@ -335,7 +302,7 @@ def _shown(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-VERBS = {"train": _train, "plan": _plan, "status": _status, "report": _report, "export": _export, "import": _import}
+VERBS = {"train": _train, "status": _status, "report": _report, "export": _export, "import": _import}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,6 +24,34 @@ from orchestrator.plan_request import TERMS, compose_plan, option_of, read_reque
 from orchestrator.plan_table import print_plan, reasons
 from orchestrator.words import plain
 
+HELP = """\
+usage: sparing plan [KEY=VALUE ...] tokens=N [gpus=N] [dtype=bf16|fp8|any] [market=on_demand|reserved|spot]
+                    [out=plan.json] [html=plan.html] [explain=true] [-m]
+       sparing plan diff A B                 each a plan.json or a run's directory
+       sparing plan prices | budgets
+
+  sparing plan model=deepseek_v3 cluster=h800_2048 tokens=14.8e12 dtype=fp8
+  sparing plan model=moonlight_16b hardware=h100 gpus=64 tokens=1e12 train.batch_size=1024 market=spot
+  sparing plan model=path/to/config.json hardware=h100 gpus=64 tokens=1e12      a Hugging Face config.json
+  sparing plan model=moonlight_16b hardware=h100 tokens=1e12 deadline_days=30   GPUs needed (gpus=fit: to hold it)
+  sparing plan model=moonlight_16b hardware=h100 tokens=1e12 budget_usd=5e4     the fastest for that; without tokens
+                                                       but with gpus: the tokens it buys
+  sparing plan model=moonlight_16b hardware=h100,h200 gpus=32,64 tokens=1e12    front of dollars against days;
+                                                       hardware=all objective=dollars: the cheapest type
+  sparing plan -m cluster=h100_1024,h200_1024 model=deepseek_v3,qwen3_235b_a22b tokens=1e12    every combination
+  sparing plan diff before.json after.json             what a change does to days and dollars, by term
+  sparing plan prices                                  published API prices beside what serving costs
+  sparing plan budgets                                 published training budgets, each with its source
+
+Keys and groups are those of train. The batch is 8 sequences a GPU, at most 15,360, of more than 4,096 tokens so many
+fewer, unless train.batch_size says otherwise. stack= names the software (conf/stacks.yaml), routing= how even it is
+(balanced, bias, unbalanced, or a run).
+layout.* holds for every layout; tp= cp= zero= and layout.schedule=dualpipe do too, which `train` does not run.
+calibrate=RUN takes what a finished run on the same kind of device measured.
+multiplier_from=compare.json adds the dense model of equal loss that `sparing compare` measured.
+The expected bill takes failures= and preemptions= (per 1,000 node-days), recovery_s= checkpoint_stall_s= start_up_s=
+server_factor= power_share= pue= other_gpu_hours= extension=STEPSxSEQUENCESxTOKENS+... and, of train, batch_start,
+batch_ramp_steps, validate_every and validate_sequences."""
 OPTIONS = ("tokens", "gpus", "dtype", "stack", "routing", "out", "html", "explain", "market", "multiplier_from",
            "calibrate", *DEGREES, "zero", *QUESTIONS, *TERMS)
 
