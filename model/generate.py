@@ -7,6 +7,7 @@
 No text here: tokens in, tokens out. `Batch` is what serving stands on. V is the vocabulary.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,10 +24,11 @@ NUCLEUS = 2048
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy, and what is next to it; top_p keeps the fewest tokens with that share of probability
-    (Holtzman et al. 2020)."""
+    (Holtzman et al. 2020). tops: each token's log probability is told, and so many of the likeliest; None: neither."""
 
     temperature: float = 0.0
     top_p: float = 1.0
+    tops: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -46,6 +48,15 @@ class Sampling:
             p = torch.zeros_like(p).scatter_(-1, order, ordered)
             p = p / p.sum(-1, keepdim=True)
         return p
+
+
+@dataclass(frozen=True)
+class Odds:
+    """Of one token and of the likeliest in its place: log probabilities by the model itself, at temperature 1."""
+
+    token: int
+    logprob: float
+    tops: list[tuple[int, float]]
 
 
 @dataclass
@@ -160,6 +171,10 @@ class Batch:
         self.counts.tokens += len(found)
         return found
 
+    def odds(self, slot: int) -> Odds | None:
+        """Of the row's oldest token that nobody has asked this of, if its sampling tells any."""
+        return self.rows[slot].odds.popleft() if self.rows[slot].odds else None
+
     def remove(self, slot: int, *, forget: bool = False) -> None:
         """The row is over, its slot free. forget: nothing of it may be used again, as after an error."""
         if self.rows.pop(slot, None) is None:
@@ -201,6 +216,8 @@ class _Row:
     def __init__(self, slot: int, tokens: list[int], sampling: Sampling, generator: torch.Generator):
         self.slot, self.tokens, self.sampling, self.generator = slot, tokens, sampling, generator
         self.fresh: list[int] = []
+        self.odds: deque[Odds] = deque()
+        """Of settled tokens, where they are asked for, until somebody takes them."""
         self.proposed: tuple[int, Tensor] | None = None
 
     def draw(self, p: Tensor) -> int:
@@ -208,7 +225,7 @@ class _Row:
 
     def settle(self, cache: Cache, counts: Counts) -> list[int]:
         """The tokens that this step's logits [1 or 2, V] decide; a rejected draft is forgotten."""
-        p, tokens = self.sampling.probabilities(self.logits), []
+        p, tokens, logits = self.sampling.probabilities(self.logits), [], self.logits
         self.logits = None
         if self.proposed is not None:
             (token, q), self.proposed = self.proposed, None
@@ -225,7 +242,15 @@ class _Row:
         tokens.append(self.draw(p[0]))
         self.fresh += tokens
         self.tokens += tokens
+        if self.sampling.tops is not None:
+            self.odds += map(self._odds, tokens, logits)
         return tokens
+
+    def _odds(self, token: int, logits: Tensor) -> Odds:
+        """logits: [V]"""
+        scores = logits.float().log_softmax(-1)
+        values, ids = scores.topk(min(self.sampling.tops, len(scores)))
+        return Odds(token, scores[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling = Sampling(),

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from orchestrator.serve_engine import Engine, Full, Piece, Sequence
+from orchestrator.serve_logprobs import Told, of_chat, of_completion
 from orchestrator.serve_request import Asked, Limits, Refused, check_model, read
 
 _HEADERS = {408: {"connection": "close"}, 413: {"connection": "close"}, 429: {"retry-after": "1"}}
@@ -98,14 +99,16 @@ async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits,
     except Full:
         raise Refused(429, f"{len(sequences)} more sequences than may wait; try again later",
                       code="rate_limit") from None
-    form = _Form(name, chat, sum(map(len, asked.prompts)))
+    form = _Form(name, chat, sum(map(len, asked.prompts)), with_odds=asked.sampling.tops is not None)
     if asked.stream:
         return _Stream(_events(asked, sequences, news, form, limits), sequences)
     listener = asyncio.create_task(_until_gone(request, sequences))
     texts, counts, ends = [""] * len(sequences), [0] * len(sequences), [None] * len(sequences)
+    odds = [[] for _ in sequences]
     try:
         async for index, piece in _pieces(sequences, news):
             texts[index] += piece.text
+            odds[index] += piece.odds
             counts[index], ends[index] = piece.tokens, piece.finish
             if failure := _failure(piece, limits):
                 raise failure
@@ -113,18 +116,20 @@ async def answer(asked: Asked, request: Request, engine: Engine, limits: Limits,
         listener.cancel()
         for sequence in sequences:
             sequence.cancelled = True
-    return JSONResponse(form.whole(texts, ends, sum(counts)))
+    return JSONResponse(form.whole(texts, ends, odds, sum(counts)))
 
 
 async def _events(asked: Asked, sequences: list[Sequence], news: asyncio.Queue, form: "_Form",
                   limits: Limits) -> AsyncIterator[str]:
+    begins = [0] * len(sequences)
     for index in range(len(sequences)) if form.chat else ():
         yield form.event(index, "", None, opening=True)
     async for index, piece in _pieces(sequences, news):
         if failure := _failure(piece, limits):
             yield f"data: {json.dumps(failure.body)}\n\n"
             return
-        yield form.event(index, piece.text, piece.finish)
+        yield form.event(index, piece.text, piece.finish, odds=piece.odds, begin=begins[index])
+        begins[index] += sum(len(one.text) for one in piece.odds)
     if asked.with_usage:
         yield form.closing(sum(sequence.tokens for sequence in sequences))
     yield "data: [DONE]\n\n"
@@ -177,21 +182,22 @@ def _failure(piece: Piece, limits: Limits) -> Refused | None:
 class _Form:
     """OpenAI's objects for one answer."""
 
-    def __init__(self, name: str, chat: bool, input_tokens: int):
-        self.chat, self.input_tokens = chat, input_tokens
+    def __init__(self, name: str, chat: bool, input_tokens: int, *, with_odds: bool):
+        self.chat, self.input_tokens, self.with_odds = chat, input_tokens, with_odds
         self.head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
                      "object": "chat.completion" if chat else "text_completion", "created": int(time.time()),
                      "model": name}
 
-    def whole(self, texts: list[str], ends: list[str | None], tokens: int) -> dict:
-        choices = [{"index": index, "finish_reason": end, "logprobs": None,
+    def whole(self, texts: list[str], ends: list[str | None], odds: list[list[Told]], tokens: int) -> dict:
+        choices = [{"index": index, "finish_reason": end, "logprobs": self._logprobs(odds[index], 0),
                     **({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text})}
                    for index, (text, end) in enumerate(zip(texts, ends, strict=True))]
         return self.head | {"choices": choices, "usage": self._usage(tokens)}
 
-    def event(self, index: int, text: str, end: str | None, *, opening: bool = False) -> str:
+    def event(self, index: int, text: str, end: str | None, *, opening: bool = False, odds: tuple[Told, ...] = (),
+              begin: int = 0) -> str:
         delta = ({"role": "assistant"} if opening else {}) | ({"content": text} if text or opening else {})
-        choice = {"index": index, "finish_reason": end, "logprobs": None,
+        choice = {"index": index, "finish_reason": end, "logprobs": self._logprobs(odds, begin) if odds else None,
                   **({"delta": delta} if self.chat else {"text": text})}
         return self._line({"choices": [choice]})
 
@@ -201,6 +207,11 @@ class _Form:
     def _line(self, fields: dict) -> str:
         kind = {"object": "chat.completion.chunk"} if self.chat else {}
         return f"data: {json.dumps(self.head | kind | fields)}\n\n"
+
+    def _logprobs(self, odds: list[Told] | tuple[Told, ...], begin: int) -> dict | None:
+        if not self.with_odds:
+            return None
+        return of_chat(odds) if self.chat else of_completion(odds, begin)
 
     def _usage(self, tokens: int) -> dict:
         return {"prompt_tokens": self.input_tokens, "completion_tokens": tokens,

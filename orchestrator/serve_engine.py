@@ -17,6 +17,7 @@ from model.decode import Decoder
 from model.generate import Batch, Sampling
 from orchestrator.inference import Loaded, TextStream
 from orchestrator.plan.published import serving_cost
+from orchestrator.serve_logprobs import Told, in_words
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Piece:
     finish: str | None = None
     """`stop`, `length`, `timeout`, `cancelled` or `error`; None while it goes on."""
     error: str = ""
+    odds: tuple[Told, ...] = ()
+    """Of the tokens since the last piece, if they were asked for."""
 
 
 @dataclass
@@ -45,6 +48,14 @@ class Sequence:
     """Set by whoever no longer listens; the slot is free within a step."""
     tokens: int = 0
     stream: TextStream | None = None
+    last: int | None = None
+    """The newest token."""
+    odds: list[Told] = field(default_factory=list)
+    """Of tokens whose text was not told yet."""
+
+    def told(self) -> tuple[Told, ...]:
+        odds, self.odds = tuple(self.odds), []
+        return odds
 
 
 @dataclass
@@ -101,6 +112,7 @@ class Engine:
                 raise Full
             for sequence in sequences:
                 sequence.stream = TextStream(self.loaded.tokenizer, sequence.stops, sequence.prompt)
+                sequence.last = sequence.prompt[-1]
                 self.waiting.append(sequence)
             self.usage.requests += 1
             self.changed.notify()
@@ -180,14 +192,17 @@ class Engine:
                 continue
             sequence.tokens += 1
             self.usage.output_tokens += 1
+            if (odds := self.batch.odds(slot)) and token not in sequence.stream.ends:
+                sequence.odds.append(in_words(self.loaded.tokenizer, odds, [sequence.last]))
+            sequence.last = token
             text, is_last = sequence.stream.push(token), sequence.tokens == sequence.max_tokens
             text += sequence.stream.finish() if is_last else ""
             if sequence.stream.stopped or is_last:
                 self._end(slot, "stop" if sequence.stream.stopped else "length", text)
             elif text:
-                sequence.tell(Piece(text, sequence.tokens))
+                sequence.tell(Piece(text, sequence.tokens, odds=sequence.told()))
 
     def _end(self, slot: int, finish: str, text: str = "", *, error: str = "") -> None:
         sequence = self.going.pop(slot)
         self.batch.remove(slot, forget=finish == "error")
-        sequence.tell(Piece(text, sequence.tokens, finish, error))
+        sequence.tell(Piece(text, sequence.tokens, finish, error, sequence.told()))

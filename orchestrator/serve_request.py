@@ -1,6 +1,6 @@
 """What a client may ask for: a request's JSON, checked against the limits, by the parameters of OpenAI's API.
 
-What a model here cannot do (log probabilities, tools, penalties, ...) is refused with the parameter's name rather than
+What a model here cannot do (tools, penalties, ...) is refused with the parameter's name rather than
 passed over. No HTTP here.
 """
 
@@ -15,12 +15,13 @@ from orchestrator.serve_engine import Engine
 from orchestrator.train.tokenizer import Tokenizer, begun
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "echo": False,
+NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "echo": False,
            "suffix": None, "best_of": 1, "tools": [], "response_format": {"type": "text"},
-           "top_logprobs": 0, "tool_choice": "none", "modalities": ["text"], "verbosity": "medium",
+           "tool_choice": "none", "modalities": ["text"], "verbosity": "medium",
            "reasoning_effort": "none", "repetition_penalty": 1, "ignore_eos": False, "top_k": (-1, 0), "min_p": 0}
 """Parameters that are refused unless they ask for nothing: this, or one of these."""
 MAX_CHOICES = 16
+MAX_TOPS = 20
 
 
 class Refused(Exception):
@@ -64,8 +65,8 @@ class Asked:
 
 def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -> Asked:
     """Check a request's JSON; `Refused` names the parameter."""
-    known = {"model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed"}
-    known |= {"messages", "max_completion_tokens"} if chat else {"prompt"}
+    known = {"model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed", "logprobs"}
+    known |= {"messages", "max_completion_tokens", "top_logprobs"} if chat else {"prompt"}
     for key, value in body.items():
         if key in NEUTRAL and value is not None and not _alike(value, NEUTRAL[key]):
             raise Refused(400, f"{key}={json.dumps(value)[:80]}: is not supported; leave it out", param=key)
@@ -89,7 +90,8 @@ def read(body: dict, engine: Engine, limits: Limits, name: str, *, chat: bool) -
         raise Refused(400, f"n={choices}: {choices * len(prompts)} answers, must be at most {engine.room} here (slots "
                            "and waiting); ask for fewer", param="n")
     return Asked(prompts, choices, _max_tokens(body, engine, limits, max(map(len, prompts)), chat=chat),
-                 Sampling(_number(body, "temperature", 1, 0, 2), max(1e-6, _number(body, "top_p", 1, 0, 1))),
+                 Sampling(_number(body, "temperature", 1, 0, 2), max(1e-6, _number(body, "top_p", 1, 0, 1)),
+                          _tops(body, chat=chat)),
                  int(_number(body, "seed", secrets.randbits(32), -(2**63), 2**63, whole=True)), stops, stream,
                  _with_usage(body.get("stream_options"), stream))
 
@@ -181,6 +183,18 @@ def _stops(stops: object) -> list[str]:
         raise Refused(400, f"stop: {longest} characters, must be at most {MAX_STOP}; end at a shorter text",
                       param="stop")
     return list(found)
+
+
+def _tops(body: dict, *, chat: bool) -> int | None:
+    """So many of the likeliest tokens beside each of the answer's, None without log probabilities: a completion asks
+    for a number, a chat whether, and then for a number."""
+    if not chat and not isinstance(body.get("logprobs"), bool):
+        return None if body.get("logprobs") is None else int(_number(body, "logprobs", 0, 0, MAX_TOPS, whole=True))
+    tops = int(_number(body, "top_logprobs", 0, 0, MAX_TOPS, whole=True))
+    if tops and not body.get("logprobs"):
+        raise Refused(400, f"top_logprobs={tops}: are of log probabilities; add logprobs=true, or leave it out",
+                      param="top_logprobs")
+    return tops if _flag(body, "logprobs") else None
 
 
 def _with_usage(options: object, stream: bool) -> bool:

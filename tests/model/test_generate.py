@@ -210,6 +210,34 @@ def test_rows_are_seeded_and_stop_by_themselves():
     assert stopped == [rows[0], rows[1][:1], rows[2]], "the third waits for the second's slot"
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+@torch.no_grad()
+def test_a_tokens_odds_are_those_of_the_whole_forward_at_temperature_1(speculative):
+    model, n = build(dataclasses.replace(V3, vocab_size=5)), 12
+    sampling = Sampling(temperature=1.3, top_p=0.9, tops=3)
+    samplings = [sampling, sampling, dataclasses.replace(sampling, tops=None)]
+    batch = Batch(Decoder(model, slots=3, capacity=32), speculative=speculative)
+    slots = batch.add([[1, 2, 3], [4], [2, 2]], samplings, range(3))
+    read_all(batch)
+    odds = {slot: [] for slot in slots}
+    while any(len(batch.rows[slot].tokens) < n for slot in slots):
+        for slot, token in batch.step():
+            odds[slot].append(batch.odds(slot))
+            assert slot == slots[2] or odds[slot][-1].token == token
+    assert not speculative or 0 < batch.counts.accepted < batch.counts.drafted
+    assert not any(odds[slots[2]]) and batch.odds(slots[0]) is None
+    for slot in slots[:2]:
+        tokens = batch.rows[slot].tokens
+        scores = model(torch.tensor([tokens]))[0].log_softmax(-1)[-len(odds[slot]) - 1 : -1]
+        found = torch.tensor([one.logprob for one in odds[slot]])
+        torch.testing.assert_close(found, scores.gather(1, torch.tensor(tokens[-len(found):])[:, None])[:, 0],
+                                   atol=1e-4, rtol=1e-4)
+        for one, row in zip(odds[slot], scores, strict=True):
+            values, ids = row.topk(3)
+            assert [token for token, _ in one.tops] == ids.tolist()
+            torch.testing.assert_close(torch.tensor([value for _, value in one.tops]), values, atol=1e-4, rtol=1e-4)
+
+
 def read_all(batch: Batch, forwards: int = 100) -> int:
     """The tokens that so many forwards, or those that are left, read."""
     counts = batch.counts

@@ -7,10 +7,12 @@ import queue
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import openai
 import pytest
+import torch
 import uvicorn
 
 from model.decode import Decoder
@@ -63,6 +65,46 @@ def test_a_stream_says_the_same_piece_by_piece(server):
     assert text == whole.choices[0].message.content
     assert events[0].choices[0].delta.role == "assistant" and events[-2].choices[0].finish_reason == "length"
     assert events[-1].usage == whole.usage and whole.usage.prompt_tokens == len("user: hello\nassistant:")
+
+
+def test_log_probabilities_stand_beside_the_tokens_of_a_completion(server, loaded):
+    ask = dict(model=NAME, prompt="hello", max_tokens=10, temperature=0)
+    (choice,) = server.client().completions.create(**ask, logprobs=3).choices
+    plain = server.client().completions.create(**ask)
+    assert plain.choices[0].text == choice.text and plain.choices[0].logprobs is None
+    odds, ids = choice.logprobs, loaded.tokenizer.encode("hello").tolist()
+    ids += [token for _, token in generate(Decoder(loaded.model, slots=1, capacity=CAPACITY), [ids], max_tokens=10)]
+    with torch.no_grad():
+        scores = loaded.model(torch.tensor([ids]))[0].log_softmax(-1)[4:-1]
+    assert odds.token_logprobs == pytest.approx(scores.max(-1).values.tolist(), abs=1e-4)
+    assert len(odds.tokens) == len(odds.text_offset) == 10 and odds.text_offset[:2] == [0, len(odds.tokens[0])]
+    for token, logprob, tops in zip(odds.tokens, odds.token_logprobs, odds.top_logprobs, strict=True):
+        assert tops[token] == logprob == max(tops.values()) and len(tops) <= 3
+    bare = server.client().completions.create(**ask, logprobs=0).choices[0].logprobs
+    assert bare.token_logprobs == pytest.approx(odds.token_logprobs, abs=1e-5) and bare.top_logprobs == [{}] * 10
+
+
+def test_log_probabilities_of_a_chat_come_with_the_text_of_their_tokens(server):
+    ask = dict(model=NAME, messages=[{"role": "user", "content": "hello"}], max_tokens=10, seed=3, temperature=0.9,
+               logprobs=True, top_logprobs=2)
+    whole = server.client().chat.completions.create(**ask).choices[0].logprobs.content
+    assert len(whole) == 10 and all(len(one.top_logprobs) == 2 for one in whole)
+    assert all(one.bytes is None if "\ufffd" in one.token else bytes(one.bytes).decode() == one.token for one in whole)
+    events = [event.choices[0] for event in server.client().chat.completions.create(**ask, stream=True)]
+    parts = [one for event in events if event.logprobs for one in event.logprobs.content]
+    assert [one.token for one in parts] == [one.token for one in whole]
+    assert [one.logprob for one in parts] == pytest.approx([one.logprob for one in whole], abs=1e-5)
+    assert all(event.delta.content or event.finish_reason for event in events if event.logprobs)
+
+
+def test_an_end_of_a_text_is_no_token_of_the_answer(server, loaded, monkeypatch):
+    ids = loaded.tokenizer.encode("hello").tolist()
+    said = [token for _, token in generate(Decoder(loaded.model, slots=1, capacity=CAPACITY), [ids], max_tokens=10)]
+    monkeypatch.setattr(server.engine, "loaded", replace(
+        loaded, tokenizer=replace(loaded.tokenizer, ends=frozenset([said[4]]))))
+    (choice,) = server.client().completions.create(model=NAME, prompt="hello", max_tokens=10, temperature=0,
+                                                   logprobs=0).choices
+    assert choice.finish_reason == "stop" and len(choice.logprobs.tokens) == said.index(said[4])
 
 
 def test_several_choices_and_stop_texts(server, loaded):

@@ -15,7 +15,7 @@ from tests.orchestrator.serving import CAPACITY, NAME
     (dict(max_tokens=65), r"max_tokens=65: must be a whole number from 1 to 64 .this server's max_tokens=64."),
     (dict(max_tokens=65, prompt="x" * 40), r"max_tokens=65: .* from 1 to 56 .context=96 less 40 of the prompt."),
     (dict(temperature=3), "temperature=3: must be a number from 0 to 2"),
-    (dict(logprobs=2), "logprobs=2: is not supported"), (dict(logprobs=0), "logprobs=0: is not supported"),
+    (dict(logprobs=21), "logprobs=21: must be a whole number from 0 to 20"),
     (dict(n=99), "n=99"), (dict(stop=[1]), "stop"), (dict(extra_body={"stop": 0}), "stop=0: must be a text or up to"),
     (dict(extra_body={"stop": {}}), "stop={}: must be a text or up to four texts"),
     (dict(extra_body={"stop": False}), "stop=false: must be"), (dict(stop=["a", ""]), "stop=.*: must be a text"),
@@ -94,7 +94,16 @@ def test_no_share_of_probability_leaves_the_likeliest_token(server):
         server.client().completions.create(**ask, temperature=0).choices)
 
 
-@pytest.mark.parametrize("something", [dict(top_logprobs=2), dict(tool_choice="required"), dict(verbosity="low"),
+@pytest.mark.parametrize("bad, said", [
+    (dict(top_logprobs=2), "top_logprobs=2: are of log probabilities; add logprobs=true, or leave it out"),
+    (dict(logprobs=True, top_logprobs=21), "top_logprobs=21: must be a whole number from 0 to 20"),
+    (dict(logprobs=3), "logprobs=3: must be true or false")], ids=str)
+def test_log_probabilities_are_asked_for_as_in_openais_chat(server, bad, said):
+    with pytest.raises(openai.BadRequestError, match=said):
+        server.client().chat.completions.create(model=NAME, messages=[{"role": "user", "content": "x"}], **bad)
+
+
+@pytest.mark.parametrize("something", [dict(tool_choice="required"), dict(verbosity="low"),
                                        dict(modalities=["text", "audio"]), dict(reasoning_effort="high")], ids=str)
 def test_what_asks_for_something_else_is_refused(server, something):
     with pytest.raises(openai.BadRequestError, match=f"{next(iter(something))}=.* is not supported"):
