@@ -217,11 +217,11 @@ def _print_train(console, data: dict) -> None:
 
 
 def _telling(plan: Plan) -> list[str]:
-    """One refusal of each kind, the commonest first."""
+    """The nearest miss of each kind, the commonest kind first."""
     lines = []
     for items in sorted(plan.kinds_refused().values(), key=lambda items: -sum(item.number for item in items))[:5]:
         number = sum(item.number for item in items)
-        lines.append(f"{number:,} layouts, such as {layout_words(items[-1].layout)}: {items[-1].reason}")
+        lines.append(f"{number:,} layouts, such as {layout_words(items[0].layout)}: {items[0].reason}")
     return lines
 
 

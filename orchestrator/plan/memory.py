@@ -26,7 +26,7 @@ from orchestrator.plan.schedule import actions, dualpipe
 from orchestrator.plan.workload import Workload, is_last, largest_block, shares, stage_layers, tables, whole_parameters
 
 GIB = 2**30
-FULL = "needs {total:.0f} GiB of {have:.0f} usable, {most:.0f} of them {component}"
+FULL = "needs {total:,.1f} GiB of {have:,.1f} usable, {most:,.1f} of them {component}"
 
 
 def memory_gib(work: Workload) -> dict[str, float]:

@@ -65,7 +65,7 @@ def to_dict(plan: Plan) -> dict:
         "dtype": request.computes_in, "stack": request.stack.name, "routing": request.routing.name,
         "assumptions": asdict(request.assumptions), "considered": plan.considered, "best": best, "candidates": priced,
         "mfu_convention": MFU_CONVENTION, "mfu_conventions": conventions,
-        "refused": [asdict(item) for items in plan.kinds_refused().values() for item in items[-MAX_REFUSED:]],
+        "refused": [asdict(item) for items in plan.kinds_refused().values() for item in items[:MAX_REFUSED]],
     }
 
 

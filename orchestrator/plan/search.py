@@ -29,7 +29,8 @@ from orchestrator.plan.workload import UNSCHEDULED, Workload, illegal
 VIRTUAL_STAGES = (2, 3, 4)
 MICROBATCH_SEQUENCES = (1, 2, 4, 8)
 MAX_PP, MIN_CONTEXT = 64, 4096
-PARTICULAR = re.compile("|".join([*SCHEDULES, r", \S+ of them \w+", r"\d[\d.,e+]*"]))
+NUMBER = r"\d[\d.,e+]*"
+PARTICULAR = re.compile("|".join([*SCHEDULES, r", \S+ of them \w+", NUMBER]))
 """What two reasons of one rule may differ in: schedules, the largest part of memory, numbers."""
 SLOWER = "slower: takes at least {seconds:.3g} s a step"
 
@@ -57,11 +58,16 @@ class Plan:
     considered: int
 
     def kinds_refused(self) -> dict[str, list[Refused]]:
-        """By the rule that refused them."""
+        """By the rule that refused them, those first that missed by least: of the smallest number in its words."""
         kinds: dict[str, list[Refused]] = {}
         for item in self.refused:
             kinds.setdefault(PARTICULAR.sub("", item.reason), []).append(item)
-        return kinds
+        return {kind: sorted(items, key=_missed_by) for kind, items in kinds.items()}
+
+
+def _missed_by(item: Refused) -> float:
+    number = re.search(NUMBER, item.reason)
+    return float(number[0].replace(",", "").rstrip(".")) if number else 0.0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -114,6 +115,11 @@ def test_every_layout_is_priced_or_refused_with_a_reason(small):
     assert best["memory_gib"]["total"] < catalogue()["h100"].memory_gib
     assert data["mfu_conventions"]["bf16 peak, causal attention"] == pytest.approx(best["mfu"]), "no MTP modules here"
     check_run(compose_config(next(row["train"] for row in data["candidates"] if row["train"])))
+    for rule, missed in (("slower", r"at least (\S+) s"), ("needs", r"needs (\S+) GiB")):  # the nearest are told first
+        reasons = [row["reason"] for row in data["refused"]], [item.reason for item in plan.refused]
+        found, everyone = ([float(re.search(missed, reason)[1].replace(",", "")) for reason in group
+                         if reason.startswith(rule)] for group in reasons)
+        assert len(found) == 40 and found == sorted(found) and found[0] == min(everyone)
 
 
 def test_nothing_that_the_search_left_out_would_have_been_faster(small):
