@@ -5,6 +5,7 @@ nowhere else, lazily; it is offline unless asked, needs no key, prints nothing a
 whatever it raises becomes one event. The environment and the command line are never recorded.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -14,11 +15,11 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TextIO
 
 from orchestrator.config import Config, WandbMode
 from orchestrator.errors import NotFit, SparingError
@@ -85,15 +86,15 @@ def open_tracker(config: Config, *, resumed_step: int = 0, row: dict | None = No
     wandb_id: of the checkpoint's state, where it has one; else that of the run directory; else a new one.
     """
     mirror = Mirror(config.run.dir, every_s=upload_every_s)
-    lines = JsonlSink(mirror, resumed_step=resumed_step)
+    failures: list[str] = []
+    lines = JsonlSink(mirror, resumed_step=resumed_step, on_failure=failures.append)
     if row is not None and row.get("step") == resumed_step == (lines.last_step or 0) + 1 > 1:
         lines.log(row)
     if config.tracker.wandb is WandbMode.off:
-        return Tracker([lines], dropped=lines.dropped)
+        return Tracker([lines], dropped=lines.dropped, failures=failures)
     earlier = mirror.fetch(WANDB_ID)
     wandb_id = wandb_id or (earlier.read_text() if earlier.exists() else "") or secrets.token_hex(4)
     earlier.write_text(wandb_id)
-    failures: list[str] = []
 
     def failed(cause: str) -> None:
         failures.append(f"notice: {cause}; all rows are in metrics.jsonl")
@@ -131,10 +132,15 @@ def append_event(run_dir: str, kind: str, **fields) -> None:
 
 
 class JsonlSink:
-    """metrics.jsonl and events.jsonl, one flushed line each, floats in full (repr) precision, never NaN: null."""
+    """metrics.jsonl and events.jsonl, one flushed line each, floats in full (repr) precision, never NaN: null.
 
-    def __init__(self, mirror: "Mirror", *, resumed_step: int = 0):
-        self.mirror = mirror
+    A disk that takes no line, full or gone, stops no training: lines are left out until it takes them again, which
+    `on_failure` is told once."""
+
+    def __init__(self, mirror: "Mirror", *, resumed_step: int = 0, on_failure: Callable[[str], None]):
+        self.mirror, self.on_failure = mirror, on_failure
+        self.torn: set[TextIO] = set()
+        """Files whose last line may not be whole."""
         self.last_step: int | None = None
         """Of the rows that stayed."""
         self.dropped = self._truncate(resumed_step)
@@ -148,13 +154,20 @@ class JsonlSink:
         self._write(self.events, _event_line(kind, fields))
 
     def finish(self, summary: dict) -> None:
-        self.metrics.close()
-        self.events.close()
+        for file in (self.metrics, self.events):
+            with contextlib.suppress(OSError):
+                file.close()
         self.mirror.close()
 
-    def _write(self, file, line: str) -> None:
-        file.write(line)
-        file.flush()
+    def _write(self, file: TextIO, line: str) -> None:
+        try:
+            file.write("\n" * (file in self.torn) + line)
+            file.flush()
+            self.torn.discard(file)
+        except OSError as error:
+            self.torn.add(file)
+            tell, self.on_failure = self.on_failure, lambda cause: None
+            tell(f"notice: {file.name}: {error.strerror}; lines are left out until it can be written")
         self.mirror.sync()
 
     def _truncate(self, resumed_step: int) -> Dropped:

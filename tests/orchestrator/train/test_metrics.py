@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -46,6 +47,27 @@ def test_a_number_that_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert json.loads(text)["train/loss"] is None and json.loads(text)["moe/tokens_per_expert"] == [[1, 2], [3, None]]
+
+
+def test_a_full_disk_costs_lines_but_not_the_run_and_is_said_once(small_disk):
+    tracker = open_tracker(config_for(small_disk))
+    filler = small_disk / "filler"
+    tracker.log(row(1))
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    for step in range(2, 9):
+        tracker.log(row(step, **{"moe/tokens_per_expert": [[step] * 3000] * 2}))
+        tracker.event("checkpoint_failed", step=step)
+    filler.unlink()
+    for step in (9, 10):
+        tracker.log(row(step))
+    tracker.finish({})
+    steps = [line["step"] for line in lines_of(small_disk)]
+    assert steps[0] == 1 and steps[-1] == 10 and sorted(set(steps)) == steps
+    (said,) = tracker.failures
+    assert said.startswith(f"notice: {small_disk}/") and "No space left on device; lines are left out until" in said
+    assert open_tracker(config_for(small_disk), resumed_step=10).dropped.rows == 0
 
 
 def test_events_carry_every_key_of_the_contract(tmp_path):
