@@ -90,8 +90,8 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, control: Control, *, placed_at: float, attempt: int,
                  replicas: Replicas | None = None, recovery: Recovery | None = None):
         self.config, self.mesh, self.control = config, mesh, control
-        self.is_lead = mesh.info.rank == 0
-        self.n_extra = 1 + config.model.n_mtp_layers
+        self.is_lead, self.n_extra = mesh.info.rank == 0, 1 + config.model.n_mtp_layers
+        control.alive(phase="data")
         self.corpus = data.prepare(config.data, model=config.model, seq_len=config.train.seq_len, n_extra=self.n_extra,
                                    on_progress=lambda done, total: control.alive(phase="data", done=done, total=total))
         control.alive(phase="start")

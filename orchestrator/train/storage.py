@@ -72,16 +72,10 @@ def exists(path: str, *, retry_s: float = RETRY_S) -> bool:
 
 def size(path: str, *, retry_s: float = RETRY_S) -> int:
     """Bytes of a file."""
-    return stamp(path, retry_s=retry_s)[0]
-
-
-def stamp(path: str, *, retry_s: float = RETRY_S) -> tuple[int, int | str]:
-    """Bytes of a file, and what changes whenever its content does: its time, or what a store says of its version."""
     if (local := local_path(path)) is not None:
         with _typed_errors(path):
-            return (found := os.stat(local)).st_size, found.st_mtime_ns
-    info = _remote(path, lambda fs, key: fs.info(key), retry_s)
-    return int(info["size"]), hashlib.sha256(repr([info.get(key) for key in _VERSIONS]).encode()).hexdigest()
+            return os.path.getsize(local)
+    return int(_remote(path, lambda fs, key: fs.info(key), retry_s)["size"])
 
 
 def free_bytes(path: str) -> int | None:
@@ -106,13 +100,18 @@ def list_dir(path: str, *, retry_s: float = RETRY_S) -> list[str]:
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for key, name in found if name.strip("/") != key.strip("/")})
 
 
-def glob(pattern: str, *, retry_s: float = RETRY_S) -> list[str]:
-    """Sorted paths of the files that match; `**` descends. URLs keep their scheme."""
+def glob(pattern: str, *, retry_s: float = RETRY_S) -> dict[str, tuple[int, int | str]]:
+    """The files that match, sorted, each with its bytes and what changes whenever its content does: its time, or what a
+    store says of its version, in the listing already, without a question for each. `**` descends. URLs keep their
+    scheme."""
     if (local := local_path(pattern)) is not None:
-        return sorted(path for path in iglob(local, recursive=True) if os.path.isfile(path))
-    names = _remote(pattern, lambda fs, key: [fs.unstrip_protocol(name) for name, info
-                                              in fs.glob(key, detail=True).items() if info["type"] == "file"], retry_s)
-    return sorted(names)
+        stats = {path: os.stat(path) for path in sorted(iglob(local, recursive=True)) if os.path.isfile(path)}
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+    found = _remote(pattern, lambda fs, key: {
+        fs.unstrip_protocol(name): info if info.get("size") is not None else fs.info(name)
+        for name, info in fs.glob(key, detail=True).items() if info["type"] == "file"}, retry_s)
+    return {name: (int(info["size"]), hashlib.sha256(repr([info.get(key) for key in _VERSIONS]).encode()).hexdigest())
+            for name, info in sorted(found.items())}
 
 
 @contextlib.contextmanager

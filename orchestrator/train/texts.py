@@ -16,17 +16,18 @@ LOOKED_AT = 1 << 13
 """Bytes of a file by which text is told from what is none."""
 
 
-def find_files(path: str, key: str = "data.path") -> list[str]:
-    """Files that `data.path` means, sorted: globs, comma separated, `stdlib`, or one folder of it: `stdlib:encodings`.
-    `key` is what an error names.
+def find_files(path: str, key: str = "data.path") -> dict[str, tuple[int, int | str]]:
+    """Files that `data.path` means, sorted, as `storage.glob` has them: globs, comma separated, `stdlib`, or one folder
+    of it: `stdlib:encodings`. `key` is what an error names.
     """
     if path.split(":")[0] == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"], path.removeprefix("stdlib").removeprefix(":"))
         if not root.is_dir():
             raise BadRequest(f"{key}={path}: the library has no folder of that name; use stdlib")
         left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-        return sorted(str(file) for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
-    found = set()
+        return {file: stamp for file, stamp in storage.glob(f"{root}/**/*.py").items()
+                if not left_out & set(Path(file).relative_to(root).parts)}
+    found = {}
     for pattern in filter(None, (part.strip() for part in path.split(","))):
         matches = storage.glob(pattern)
         if not matches and os.path.isdir(storage.local_path(pattern) or ""):
@@ -38,7 +39,7 @@ def find_files(path: str, key: str = "data.path") -> list[str]:
         found.update(matches)
     if not found:
         raise BadRequest(f"{key}={path!r}: names no file; give a glob, or stdlib")
-    return sorted(found)
+    return dict(sorted(found.items()))
 
 
 def documents(file: str, text_key: str, key: str = "data.text_key=", *, stray: set[str] | None = None) -> Iterator[str]:

@@ -25,7 +25,6 @@ import numpy as np
 
 from orchestrator.config import DataConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy
-from orchestrator.train import storage
 from orchestrator.train.processes import try_lock
 from orchestrator.train.texts import documents, find_files
 from orchestrator.train.tokenizer import Tokenizer, load_tokenizer
@@ -42,10 +41,9 @@ SPLITS = ("train", "validation")
 
 def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | None = None) -> Path:
     """The directory of this data's shards, made if it is not there. on_progress(bytes done, bytes in all)."""
-    files = find_files(config.path)
+    stamps = find_files(config.path)
     tokenizer = load_tokenizer(config.tokenizer)
     cache = Path(config.cache_dir).expanduser()
-    stamps = {file: storage.stamp(file) for file in files}
     sizes = {file: size for file, (size, _) in stamps.items()}
     target = cache / _key(stamps, tokenizer, config)
     if (target / "index.json").exists():

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch.distributed as dist
+from fsspec.implementations.memory import MemoryFileSystem
 
 from model.config import ModelConfig
 from orchestrator.cluster.preflight import check_data
@@ -361,6 +362,16 @@ def test_what_replaces_an_object_of_the_same_size_is_read(folder):
         storage.write_bytes(url, content * 40)
         corpus = prepare(config_for(folder, path=url))
         assert documents_of(corpus.sources[0]["train"])[0].startswith(content.decode())
+
+
+def test_files_of_an_object_store_are_known_by_a_listing_and_not_asked_for_one_by_one(folder, monkeypatch):
+    """Every rank of a run looks at them whenever it starts."""
+    for i in range(30):
+        storage.write_bytes(f"memory://{folder.name}/{i}.txt", f"text {i} ".encode() * 20)
+    config, asked, info = config_for(folder, path=f"memory://{folder.name}/*.txt"), [], MemoryFileSystem.info
+    built = tokens.build_index(config)
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda *words, **named: asked.append(words) or info(*words, **named))
+    assert tokens.build_index(config) == built and len(asked) < 5
 
 
 def test_stdlib_is_the_source_of_this_python_without_its_tests():

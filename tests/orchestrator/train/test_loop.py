@@ -12,7 +12,7 @@ import pytest
 from orchestrator.config import Config
 from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.parallel.rank_info import RankInfo
-from orchestrator.train import accounts, resume
+from orchestrator.train import accounts, resume, tokens
 from orchestrator.train.accounts import Accounts
 from orchestrator.train.control import Control
 from orchestrator.train.loop import run_rank
@@ -114,9 +114,16 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_continues(ranks
     assert losses(tmp_path)[6] == losses(whole)[6]
 
 
-def test_a_rank_publishes_what_the_run_is_to_be_told_of_its_data(text, tmp_path):
+def test_a_rank_publishes_what_the_run_is_to_be_told_of_its_data(text, tmp_path, monkeypatch):
+    """And that it is at its data, from the first look at its files on, which may be many and far away."""
     (tmp_path / "a.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 400)
-    control = Control()
+    control, find = Control(), tokens.find_files
+
+    def find_slowly(path: str) -> dict:
+        assert control.status()["phase"] == "data"
+        return find(path)
+
+    monkeypatch.setattr(tokens, "find_files", find_slowly)
     train(RankInfo(), make_config(text, tmp_path / "run", data__path=f"{text}/*.txt,{tmp_path}/a.txt", train__steps=1,
                                   train__validate_every=0), control)
     assert f"1 file is not UTF-8 ({tmp_path}/a.txt)" in control.status()["notices"][0]

@@ -48,7 +48,7 @@ def test_directories_list_and_vanish(root):
 def test_home_is_meant_by_a_tilde_that_no_shell_expands(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     storage.write_bytes("~/runs/x", b"1")
-    assert storage.read_bytes(f"{tmp_path}/runs/x") == b"1" and storage.glob("~/runs/*") == [f"{tmp_path}/runs/x"]
+    assert storage.read_bytes(f"{tmp_path}/runs/x") == b"1" and list(storage.glob("~/runs/*")) == [f"{tmp_path}/runs/x"]
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
