@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import ipaddress
 import os
+import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -85,11 +86,20 @@ def open_store(info: RankInfo, *, timeout_s: float) -> dist.Store | None:
     that ranks have left there which it has started before these."""
     if info.world_size == 1:
         return None
+    if info.rank == 0:
+        _allow_connections()
     store = dist.TCPStore(info.master_addr, info.master_port, info.world_size,
                           timeout=datetime.timedelta(seconds=timeout_s),
                           is_master=info.rank == 0 and not under_torchrun(), multi_tenant=True,
                           master_listen_fd=info.listen_fd if info.listen_fd >= 0 else None)
     return dist.PrefixStore(f"restart/{restarts()}", store) if under_torchrun() else store
+
+
+def _allow_connections() -> None:
+    """Two of each rank at the store's side: what a shell, systemd or Slurm allows, 1,024 files, is full with 500 ranks,
+    and the others would wait until they give up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
 
 
 def meet(store: dist.Store | None, info: RankInfo, *, timeout_s: float) -> None:

@@ -1,6 +1,7 @@
 """One rank's device and the interface that it meets the others by, without any other rank."""
 
 import os
+import resource
 import socket
 
 import pytest
@@ -38,6 +39,16 @@ def test_gloo_is_told_the_nodes_interface_where_its_name_is_loopbacks(monkeypatc
     monkeypatch.setattr(mesh, "_address_of", {"lo": "127.0.0.1", "ib1": "10.9.9.9", "eth0": "10.0.0.2"}.get)
     mesh.use_the_nodes_address(RankInfo(0, 2, local_world_size=1, master_addr=master))
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+
+
+def test_the_store_of_thousands_of_ranks_may_hold_their_connections(monkeypatch):
+    monkeypatch.setattr(mesh.dist, "TCPStore", lambda *_, **__: resource.getrlimit(resource.RLIMIT_NOFILE))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert mesh.open_store(RankInfo(0, 2048), timeout_s=5) == (min(hard, 1 << 16), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_ranks_that_torchrun_has_started_anew_do_not_read_what_those_before_wrote(monkeypatch):
