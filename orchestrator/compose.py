@@ -17,7 +17,7 @@ from functools import reduce
 from pathlib import Path
 
 from orchestrator.config import Config, conf_dir, from_dict, register, to_dict
-from orchestrator.errors import BadRequest, SparingError
+from orchestrator.errors import BadRequest, Preempted, SparingError
 from orchestrator.own_files import expanded
 from orchestrator.words import word
 
@@ -39,8 +39,7 @@ def compose_config(overrides: list[str]) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = expanded(overrides)
-    check_overrides(overrides)
+    check_overrides(overrides := expanded(overrides))
     register()
     GlobalHydra.instance().clear()
     try:
@@ -74,8 +73,7 @@ def combinations(overrides: list[str]) -> list[list[str]]:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             raise BadRequest(f"{text}: cannot be read as KEY=VALUE or KEY=VALUE,VALUE; {_first_lines(error)}") from None
-        key = text.split("=", 1)[0]
-        found.append([f"{key}={value}" for value in override.sweep_string_iterator()]
+        found.append([f"{text.split('=', 1)[0]}={value}" for value in override.sweep_string_iterator()]
                      if override.is_sweep_override() else [text])
     return [list(each) for each in product(*found)]
 
@@ -238,7 +236,7 @@ def _over_saved(config: Config, overrides: list[str]) -> Config:
     merged = to_dict(saved)
     if saved.run.dir and saved.checkpoint.dir == storage.join(saved.run.dir, "checkpoints"):
         merged["checkpoint"]["dir"] = None  # with the run, which may have been copied or renamed since
-    for key in (text.split("=", 1)[0] for text in overrides if not text.lstrip("+").startswith("hydra")):
+    for key in (text.split("=", 1)[0].lstrip("+") for text in overrides if not text.lstrip("+").startswith("hydra")):
         *parents, leaf = key.split("@")[0].replace("/", ".").split(".")
         source, target = asked, merged
         for part in parents:
@@ -300,8 +298,9 @@ def _first_lines(error: Exception) -> str:
 
 
 def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, program: str = "sparing train") -> int:
-    """Hydra's own command line (--cfg, --info, --multirun, completion): `run` is called once per job."""
+    """Hydra's own command line (--cfg, --info, --multirun, completion). `run`: once per job, until one is preempted."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -322,7 +321,8 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, prog
 
     def job(composed) -> None:
         try:
-            codes.append(run(to_config(composed)))
+            if Preempted.exit_code not in codes:
+                codes.append(run(_over_saved(to_config(composed), list(HydraConfig.get().overrides.task))))
         except SparingError as error:
             print(f"error: {error}", file=sys.stderr)
             codes.append(error.exit_code)

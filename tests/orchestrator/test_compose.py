@@ -13,7 +13,7 @@ import yaml
 
 from model.config import ModelConfig
 from orchestrator.__main__ import MODULES, VERBS, main
-from orchestrator.compose import compose_config
+from orchestrator.compose import compose_config, with_hydra_flags
 from orchestrator.config import Config, HardwareConfig, conf_dir, from_dict, to_dict
 from orchestrator.errors import INTERRUPTED, BadRequest
 from orchestrator.plan.hardware import catalogue, resolve_hardware
@@ -331,6 +331,25 @@ def test_a_users_mistake_is_the_exit_code_of_the_command_too():
 def test_hydras_own_flags_work_behind_the_verb():
     done = run("train", "experiment=tiny", "--cfg", "job")
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["layout"]["pp"] == 2 and done.stderr == ""
+
+
+def test_a_sweep_goes_on_with_each_run_by_its_own_config_and_ends_with_one_that_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, lr in (("a", 0.01), ("b", 0.02), ("c", 0.03)):
+        (tmp_path / name).mkdir()
+        saved = to_dict(compose_config([f"optim.lr={lr}", f"run.dir={tmp_path / name}"]))
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(saved))
+    found, codes = [], [0, 34]
+
+    def train(config: Config) -> int:
+        found.append((config.optim.lr, config.train.steps))
+        return codes.pop(0)
+
+    words = ["-m", f"run.dir={tmp_path}/a,{tmp_path}/b,{tmp_path}/c", "resume=auto", "train.steps=9",
+             "cluster.resources={x: 1}"]
+    assert with_hydra_flags(words, train) == 34
+    assert found == [(0.01, 9), (0.02, 9)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "runs"]
 
 
 @pytest.mark.parametrize("line, choices", [
