@@ -12,12 +12,12 @@ STYLE = """
   --c0: #0072b2; --c1: #d55e00; --c2: #8a5a9e; --c3: #009e73; --c4: #b8860b; --c5: #56b4e9;
   --c6: #cc79a7; --c7: #9aa1a9;
   --b0: #0072b2; --b1: #56b4e9; --b2: #e69f00; --b3: #f0d95c; --b4: #009e73; --b5: #d55e00;
-  --b6: #cc79a7; --b7: #c3c8ce; --b8: #8a5a9e;
+  --b6: #cc79a7; --b7: #c3c8ce; --b8: #8a5a9e; --on-b7: #1c1e21;
   --h0: #08519c; --h1: #4292c6; --h2: #9ecae1; --h3: #d6e6f2; --h4: #f1f1ef; --h5: #fde0c1; --h6: #fdae6b;
   --h7: #e6550d; --h8: #8f2d04; }
 @media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1b1e23; --ink: #e6e8eb; --soft: #99a1ab;
   --rule: #2d3239; --c0: #58aee8; --c1: #ff8c42; --c2: #c79be0; --c3: #3ccba0; --c4: #e0b84c; --c5: #9ad4f5;
-  --c6: #e7a3c6; --c7: #6d757f; --b0: #2f8fd0; --b7: #565d66;
+  --c6: #e7a3c6; --c7: #6d757f; --b0: #2f8fd0; --b7: #565d66; --on-b7: #fff;
   --h0: #8cc4f2; --h1: #4f94cd; --h2: #356a97; --h3: #2a4359; --h4: #2c2f34; --h5: #55402c; --h6: #9a6227;
   --h7: #e0812c; --h8: #ffc58a; } }
 * { box-sizing: border-box; }
@@ -51,6 +51,7 @@ path.line { fill: none; stroke-width: 1.9; stroke-linejoin: round; stroke-lineca
 path.faint { stroke-width: 1; opacity: .32; } path.dashed { stroke-dasharray: 6 4; stroke-width: 1.7; }
 path.thin { stroke-width: 1.2; opacity: .7; } circle.hit { opacity: 0; } circle.hit:hover { opacity: .45; }
 circle.dot { stroke: var(--card); stroke-width: 1; } .inbar { font-size: 13px; fill: #fff; font-weight: 600; }
+.b1 + .inbar, .b2 + .inbar, .b3 + .inbar { fill: #1c1e21; } .b7 + .inbar { fill: var(--on-b7); }
 .bar-label { font-size: 13px; color: var(--soft); margin: 8px 0 3px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 3px 16px; margin: 8px 0 0; padding: 0;
   font-size: 12.5px; color: var(--soft); }

@@ -13,6 +13,7 @@ from orchestrator.plan.cost import MFU_CONVENTION
 from orchestrator.report import write_report
 from orchestrator.report_plots import Series, format_number, line_chart, load_heatmap, nice_ticks, smoothed
 from orchestrator.report_run import expert_load, read_run, shares
+from orchestrator.report_style import STYLE
 
 LAYERS = ("layers.1", "layers.2", "layers.3", "mtp.0")
 
@@ -149,6 +150,26 @@ def test_each_of_several_runs_has_its_own_bar_and_table_of_time(write_run):
     assert len(heads) == 3 and all(head.count("<th") == 5 for head in heads)
     assert [part.index(f'bar-label">{name}<') for name in "abc"] == sorted(part.index(f'bar-label">{name}<')
                                                                            for name in "abc")
+
+
+def brightness(colour: str) -> float:
+    """Relative luminance by WCAG 2."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    return sum(weight * (part / 12.92 if part <= 0.04 else ((part + 0.055) / 1.055) ** 2.4)
+               for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def test_labels_in_a_bar_stand_out_from_it_by_day_and_by_night():
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w+)", part)) for part in STYLE.split("prefers-color-scheme: dark"))
+    rules = re.findall(r"([^{};]+) \{ fill: ([^;]+); \}", STYLE)
+    ink = {name: value for names, value in rules for name in re.findall(r"\.(b\d) \+ \.inbar", names)}
+    for colours in (light, light | dark):
+        for name in (f"b{i}" for i in range(9)):
+            on = ink.get(name, "#fff")
+            on = colours.get(on.removeprefix("var(--").removesuffix(")"), on)
+            low, high = sorted((brightness(colours[name]), brightness(on)))
+            assert (high + 0.05) / (low + 0.05) >= 3, (name, colours[name], on)
 
 
 def test_events_do_not_break_their_times_and_tell_sizes(write_run):
