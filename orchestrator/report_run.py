@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
+from orchestrator.config import Config
 from orchestrator.errors import BadRequest, NotTrustworthy
-from orchestrator.plan.cost import BUCKETS
+from orchestrator.plan.cost import BUCKETS, dense_equivalents
 from orchestrator.report_plots import format_number
 from orchestrator.train import storage
-from orchestrator.train.finish import SUMMARY, format_usd, is_dense, read_summary, since
+from orchestrator.train.finish import SUMMARY, described, format_usd, is_dense, read_summary, since
 from orchestrator.train.metrics import EVENTS, METRICS, read_lines
-from orchestrator.train.run_dir import CONFIG
+from orchestrator.train.run_dir import CONFIG, read_config
 
 LAST_STEPS = 50
+CLAIMED, ENDED = "attempt_claimed", ("run_ended", "run_failed")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,12 @@ def read_run(path: str) -> Run:
         written = read_summary(path) or {}
     except NotTrustworthy:
         note = f"{SUMMARY} is damaged: summed up from the rows"
+    if written and _goes_on(events):
+        written, note = {}, f"{SUMMARY} is of an earlier attempt: summed up from the rows"
     if not (rows or events or config or written or note):
         raise BadRequest(f"report: {path}: is not a run directory (no config.yaml, metrics.jsonl or summary.json "
                          "there); give the directory that `sparing train` printed")
-    return Run(path, _filled(written, rows, path), rows, events, config, is_finished=bool(written), note=note)
+    return Run(path, _filled(written, rows, events, path), rows, events, config, is_finished=bool(written), note=note)
 
 
 def headline_figures(summary: dict) -> list[Figure]:
@@ -134,24 +138,42 @@ def expert_load(run: Run) -> tuple[list[list[float]], list[str], int]:
     return loads, names if len(names) == len(loads) else [f"MoE {i}" for i in range(len(loads))], len(counted)
 
 
-def _filled(written: dict, rows: list[dict], path: str) -> dict:
-    """A summary with every key that the page reads; an unfinished run's from its last rows, the rest unknown."""
+def _filled(written: dict, rows: list[dict], events: list[dict], path: str) -> dict:
+    """A summary with every key that the page reads. An unfinished run's is from its config and its last rows, speed and
+    MFU over the same ones; the rest is unknown."""
     last = rows[-1] if rows else {}
     validated = next((row for row in reversed(rows) if row.get("validation/loss") is not None), {})
-    recent = [row["tokens/per_s"] for row in rows[-LAST_STEPS:] if row.get("tokens/per_s")]
     summary = {
         "status": "unfinished", "name": "", "run_dir": path, "steps": last.get("step", 0),
-        "tokens": last.get("tokens/total", 0), "attempts": None,
+        "tokens": last.get("tokens/total", 0), "attempts": sum(event.get("kind") == CLAIMED for event in events),
         "loss": {"train": last.get("train/loss"), "validation": validated.get("validation/loss")},
         "bits_per_byte": {"validation": validated.get("validation/bits_per_byte"), "bigram": None, "gzip": None},
-        "tokens_per_s": len(recent) / sum(1 / rate for rate in recent) if recent else None,
-        "mfu": last.get("perf/mfu"), "device_hours": last.get("cost/device_hours"),
+        "tokens_per_s": _mean_rate(rows, "tokens/per_s"), "mfu": _mean_rate(rows, "perf/mfu"),
+        "device_hours": last.get("cost/device_hours"),
         "usd_total": last.get("cost/usd_total"), "usd_per_million_tokens": last.get("cost/usd_per_million_tokens"),
-        "buckets_s": {}, "predicted": {}, "measured": {}, "model": {}, "layout": {}, "hardware": {},
-        "dense": {name: {"device_hours": last.get(f"cost/dense_{name}_device_hours"),
-                         "usd": last.get(f"cost/dense_{name}_usd")} for name in ("equal_total", "equal_active")},
+        "buckets_s": {}, "predicted": {}, "measured": {"model_flops_total": last.get("flops/model_total")}, "model": {},
+        "layout": {}, "hardware": {},
     }
+    twins = {"equal_total": {}, "equal_active": {}}
+    if not written and (config := _parsed(path)) is not None:
+        summary |= described(config, device=config.hardware.device, devices=config.layout.world_size,
+                             spares=config.cluster.spares)
+        twins = dense_equivalents(config.model, summary["tokens"], seq_len=config.train.seq_len, mfu=None,
+                                  peak_flops_per_s=None, usd_per_h=None, devices=1)
+    summary["dense"] = {name: twin | {"device_hours": last.get(f"cost/dense_{name}_device_hours"),
+                                      "usd": last.get(f"cost/dense_{name}_usd")} for name, twin in twins.items()}
     return summary | written
+
+
+def _mean_rate(rows: list[dict], key: str) -> float | None:
+    """Over the last steps, all of one size as a rule: the harmonic mean."""
+    recent = [row[key] for row in rows[-LAST_STEPS:] if row.get(key)]
+    return len(recent) / sum(1 / rate for rate in recent) if recent else None
+
+
+def _goes_on(events: list[dict]) -> bool:
+    """Whether an attempt has begun and not ended: what summary.json says is of one before."""
+    return [event["kind"] for event in events if event.get("kind") in (CLAIMED, *ENDED)][-1:] == [CLAIMED]
 
 
 def labelled(runs: list[Run]) -> list[Run]:
@@ -167,6 +189,13 @@ def labelled(runs: list[Run]) -> list[Run]:
 def _config(path: str) -> str:
     at = storage.join(path, CONFIG)
     return storage.read_bytes(at).decode(errors="replace") if storage.exists(at) else ""
+
+
+def _parsed(path: str) -> Config | None:
+    try:
+        return read_config(storage.join(path, CONFIG))
+    except BadRequest:
+        return None
 
 
 def _price_note(hardware: dict) -> str:

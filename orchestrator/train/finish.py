@@ -112,22 +112,29 @@ def summarise(config: Config, result: dict, *, placed_at: float, released_at: fl
         "measured": _measured(config, result, devices=devices, flops=flops) | {
             "charged_s": ledger.charged_s(released_at), "wall_s": released_at - placed_at,
             "steps_usd": None if bill["usd_total"] is None else bill["usd_total"] * (bill["goodput"] or 0.0)},
-        "model": {"name": config.model.name, "parameters": count.parameters(config.model).total,
-                  "active_parameters": dense["equal_active"]["parameters"]},
-        "layout": {"pp": config.layout.pp, "dp": config.layout.dp, "ep": config.layout.ep,
-                   "schedule": config.layout.schedule.name, "microbatches": config.layout.microbatches},
-        "hardware": {key: getattr(config.hardware, key)
-                     for key in ("name", "usd_per_h", "market", "source", "date")}
-        | {"device": device, "devices": devices, "spares": spares},
+        **described(config, device=device, devices=devices, spares=spares),
         "checkpoint": result.get("checkpoint") or {"path": None, "step": None, "error": None},
         "checkpoint_interval": result.get("checkpoint_interval"),
         "attempts": attempts,
-        "name": config.run.name,
         "run_dir": config.run.dir,
         "placed_at": placed_at,
         "released_at": released_at,
         "wandb_id": result.get("wandb_id"),
     })
+
+
+def described(config: Config, *, device: str, devices: int, spares: int) -> dict:
+    """What trains on what: the keys of a summary that are known beforehand."""
+    parts = count.parameters(config.model)
+    price = {key: getattr(config.hardware, key) for key in ("name", "usd_per_h", "market", "source", "date")}
+    return {
+        "name": config.run.name,
+        "model": {"name": config.model.name, "parameters": parts.total,
+                  "active_parameters": count.active(parts, config.model).total},
+        "layout": {"pp": config.layout.pp, "dp": config.layout.dp, "ep": config.layout.ep,
+                   "schedule": config.layout.schedule.name, "microbatches": config.layout.microbatches},
+        "hardware": price | {"device": device, "devices": devices, "spares": spares},
+    }
 
 
 def _bill(ledger: Ledger, tokens: int, *, released_at: float, gpu: bool) -> dict:

@@ -88,7 +88,7 @@ def write_run(tmp_path):
         (run / "events.jsonl").write_text("".join(
             json.dumps({"time": 1e9 + 7.5 * i, "kind": kind, "rank": 0, "node": 0, "step": step, "cause": cause}) + "\n"
             for i, (kind, step, cause) in enumerate(events)))
-        (run / "config.yaml").write_text("model:\n  name: tiny\nseed: 0\nrun:\n  name: </pre><b>x</b>\n")
+        (run / "config.yaml").write_text(f"run:\n  name: {name}\nseed: 0\ntracker:\n  project: </pre><b>x</b>\n")
         if summary:
             (run / "summary.json").write_text(json.dumps(summary_of(rows, name=name, usd_per_h=usd_per_h)))
         return str(run)
@@ -247,6 +247,23 @@ def test_an_unfinished_run_still_gives_a_page(write_run, left):
             file.unlink()
     page, _ = read_page(write_report([run]))
     assert "unfinished" in page
+
+
+def test_a_run_that_goes_on_is_not_told_by_the_summary_of_an_attempt_before(write_run):
+    run = pathlib.Path(write_run(steps=60))
+    before = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(before | {"steps": 12, "usd_total": 0.001}))
+    with open(run / "events.jsonl", "a") as file:
+        for kind, status, steps in (("attempt_claimed", "unfinished", 60), ("run_failed", "completed", 12)):
+            file.write(json.dumps({"kind": kind}) + "\n")
+            file.flush()
+            found = read_run(str(run))
+            assert (found.summary["status"], found.summary["steps"]) == (status, steps)
+            if status == "unfinished":
+                page, _ = read_page(write_report([str(run)]))
+                assert "summary.json is of an earlier attempt" in page and "-, - active" not in page
+                assert found.summary["usd_total"] == found.rows[-1]["cost/usd_total"]
+                assert found.summary["mfu"] == pytest.approx(0.41) and found.summary["hardware"]["devices"] == 1
 
 
 def test_a_row_torn_by_a_crash_is_left_out(write_run):
