@@ -52,10 +52,11 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
     with contextlib.suppress(KeyError, TypeError, AttributeError, NotTrustworthy):
         check_same(config, path, state)
         step = 0 if state.get("weights_only") else state["progress"]["step"]
-        if config.resume != "auto" and step >= config.train.steps:
+        if summary := _complete(config, progress, step):
+            return summary
+        if step > config.train.steps or step == config.train.steps and config.resume != "auto":
             raise BadRequest(f"train.steps={config.train.steps}: resume={config.resume} is at step {step}, and no step "
                              f"would be left; use {step + 1} or more")
-        return _complete(config, progress, step)
     return None
 
 

@@ -89,7 +89,14 @@ def test_a_run_whose_last_save_failed_is_not_complete(run):
     summary["checkpoint"]["error"] = "no room"
     (run / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(AssertionError, match="Ray was started"):
-        main(["train", f"run.dir={run}", "resume=auto", "train.steps=5"])
+        main(["train", f"run.dir={run}", "resume=auto", "train.steps=8"])
+
+
+def test_a_run_that_a_budget_ended_beyond_the_steps_that_are_asked_for_is_not_started(run, capsys):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "budget"}))
+    assert main(["train", f"run.dir={run}", "resume=auto", "train.steps=5"]) == 2
+    assert "train.steps=5: resume=auto is at step 8, and no step would be left; use 9 or" in capsys.readouterr().err
 
 
 def test_under_torchrun_the_same_is_said_and_the_run_passes_through(run, capsys, monkeypatch):
