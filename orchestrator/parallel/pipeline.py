@@ -109,20 +109,22 @@ class Pipeline:
         return collected.total
 
     def _forward_only(self, tokens: Tensor) -> Tensor:
-        """Breadth first: a stage runs all microbatches, then the rank's next stage; sends do not wait. A stage asks for
-        all that it receives before it sends any on: NCCL does what two ranks exchange in the order in which each asks,
-        and where these differ, as with two ranks of two stages in turn, both would wait for ever."""
+        """Breadth first: a stage runs all microbatches, then the rank's next stage; sends do not wait. Where a rank has
+        several, each asks for all that it receives before it sends any on: NCCL does what two ranks exchange in the
+        order in which each asks, and where these differ, as with two ranks of two stages in turn, both would wait for
+        ever."""
         total = torch.zeros(1 + 2 * self.model.n_mtp_layers, device=tokens.device)
         sends, local = [], {}
         parts = tokens.chunk(self.layout.microbatches)
         for index, stage in zip(self.stage_ids, self.stages, strict=True):
             here = stage.is_first or (index, 0) in local
-            coming = [] if here else [self._receive(part, self._owner(index - 1)) for part in parts]
+            coming = (self._receive(part, self._owner(index - 1)) for part in parts if not here)
+            coming = coming if len(self.stages) == 1 else iter(list(coming))
             for i, part in enumerate(parts):
                 if here:
                     x = part if stage.is_first else local.pop((index, i))
                 else:
-                    x, work = coming.pop(0)
+                    x, work = next(coming)
                     work.wait()
                 out = stage(x, part)
                 if stage.is_last:
