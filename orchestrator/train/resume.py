@@ -22,6 +22,7 @@ from orchestrator.train.control import Recovery
 from orchestrator.train.drift import check_replicas
 from orchestrator.train.manifest import CorruptManifest
 from orchestrator.train.memory import free_bytes
+from orchestrator.train.metrics import plain
 from orchestrator.train.replica import COPIES, Buddies, MemoryLoader, Replicas, agree, fetch
 from orchestrator.train.shards import Loader
 from orchestrator.train.state import pieces_of, restore, share_biases
@@ -206,7 +207,8 @@ class Checkpoints:
             self.buddies.close()
 
     def _state(self, progress, extra: dict) -> dict:
-        return {"progress": asdict(progress), "config": to_dict(self.config), **extra}
+        """As JSON, which knows neither the loss of a model that has diverged nor a budget without end."""
+        return plain({"progress": asdict(progress), "config": to_dict(self.config), **extra})
 
     def report(self) -> None:
         """Tell how saves have ended since the last call."""

@@ -205,6 +205,14 @@ def test_a_full_disk_costs_the_checkpoint_but_not_the_run(text, tmp_path, small_
     assert not [path for path in small_disk.rglob("*") if path.name == "manifest.json"]
 
 
+def test_a_model_that_has_diverged_and_a_budget_without_end_are_saved_all_the_same(text, tmp_path):
+    """JSON, which a manifest is, has neither NaN nor infinity."""
+    config = make_config(text, tmp_path, train__steps=2, optim__lr=1e99, budget__max_usd=math.inf)
+    result = train(RankInfo(), config)
+    assert math.isnan(result["loss_validation"]) and result["checkpoint"]["error"] is None
+    assert checkpoint_of(tmp_path, 2)
+
+
 def test_the_budget_ends_the_run_with_a_checkpoint_before_it_is_passed(text, tmp_path, monkeypatch):
     clock = itertools.count(time.time(), 0.05)
     monkeypatch.setattr(accounts, "steady", lambda: next(clock))
