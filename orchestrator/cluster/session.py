@@ -17,6 +17,8 @@ from orchestrator.errors import NotFit, Preempted, Transient
 from orchestrator.train import processes
 
 RANK_PROGRAM = "orchestrator.train.loop"
+ECHO_S = 1.0
+"""`timeout` and batch systems send a signal twice, to a process and to its group."""
 
 
 @contextlib.contextmanager
@@ -75,17 +77,18 @@ def early_end() -> Iterator[None]:
 
 def stop_signals() -> Callable[[], str | None]:
     """A function that names the first SIGTERM, Ctrl-C or closed terminal from now on: it asks for a checkpoint and a
-    clean end. A second one ends at once. Within `early_end`, which puts the handlers back."""
-    heard: list[str] = []
+    clean end. A second one ends at once, but for its echo. Within `early_end`, which puts the handlers back."""
+    heard: list[tuple[str, float]] = []
 
     def caught(number, _frame):
-        if heard and number != signal.SIGHUP:
-            raise Transient(f"ended at once by a second {signal.Signals(number).name}; the last checkpoint stands")
-        heard.append(signal.Signals(number).name)  # no print: the signal may have come in the middle of one
+        name, now = signal.Signals(number).name, time.monotonic()
+        if heard and number != signal.SIGHUP and now - heard[0][1] > ECHO_S:
+            raise Transient(f"ended at once by a second {name}; the last checkpoint stands")
+        heard.append((name, now))  # no print: the signal may have come in the middle of one
 
     for number in processes.stop_signals():
         signal.signal(number, caught)
-    return lambda: heard[0] if heard else None
+    return lambda: heard[0][0] if heard else None
 
 
 def _start(ranks: int, **options) -> None:

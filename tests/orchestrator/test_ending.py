@@ -12,7 +12,7 @@ import pytest
 from orchestrator import __main__ as command
 from orchestrator.__main__ import main
 from orchestrator.arguments import blamed, check_folder, check_writable, write_file
-from orchestrator.errors import INTERRUPTED, UNREAD, BadRequest
+from orchestrator.errors import INTERRUPTED, UNREAD, BadRequest, Transient
 from orchestrator.train import storage
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,19 @@ ROOT = Path(__file__).parents[2]
 
 def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_echo_of_a_signal_is_no_second_one(monkeypatch):
+    from orchestrator.cluster import session
+
+    with session.early_end():
+        cause = session.stop_signals()
+        for _ in range(2):  # as `timeout` sends it
+            signal.raise_signal(signal.SIGTERM)
+        assert cause() == "SIGTERM"
+        monkeypatch.setattr(session, "ECHO_S", -1.0)
+        with pytest.raises(Transient, match="ended at once by a second SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("error, told", [
