@@ -7,6 +7,7 @@ the same of what they read (resume.py).
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Callable
 
 from model.config import ModelConfig
@@ -33,6 +34,8 @@ def look_back(config: Config, progress: Progress, *, here: bool) -> dict | None:
     """Refuse a checkpoint that the ranks would refuse, before they are started. Returns the summary of a run that is
     complete and is asked for no further step, else None. here: on the ranks' machine; elsewhere a place that cannot be
     seen is theirs to judge."""
+    if here and config.checkpoint.dir:
+        _check_writable(config.checkpoint.dir)
     try:
         found = _named(config, here=here)
     except NotFit:
@@ -178,6 +181,17 @@ def _named(config: Config, *, here: bool) -> tuple[str, Manifest] | None:
     if path is None:
         raise BadRequest(f"resume={config.resume}: no whole checkpoint there; name a checkpoint, or a run that has one")
     return path, read_manifest(path)
+
+
+def _check_writable(folder: str) -> None:
+    if (local := storage.local_path(folder)) is None:
+        return
+    try:
+        os.makedirs(local, exist_ok=True)
+        tempfile.TemporaryFile(dir=local).close()
+    except OSError as error:
+        raise NotFit(f"checkpoint.dir={folder}: cannot be written ({error.strerror}); choose another checkpoint.dir"
+                     ) from error
 
 
 def _latest(directory: str) -> tuple[str, Manifest] | None:

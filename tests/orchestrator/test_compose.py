@@ -309,6 +309,7 @@ def run(*arguments: str, env: dict | None = None) -> subprocess.CompletedProcess
     (["import", "nowhere", "out"], 2, "nowhere: is no directory"),
     (["import"], 2, "import: takes 2 arguments"),
     (["train", "launch=slurm"], 2, "launch=slurm: train runs on the machine or the cluster it is in; leave it out, or"),
+    (["train", "checkpoint.dir=/proc/c"], 3, "checkpoint.dir=/proc/c: cannot be written (No such file or directory); "),
     (["train", "--train.steps=3"], 2, "--train.steps: no such flag; write train.steps=VALUE, without dashes"),
     (["train", "--verbose"], 2, "--verbose: no such flag; there are --cfg"),
     (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
@@ -316,7 +317,7 @@ def run(*arguments: str, env: dict | None = None) -> subprocess.CompletedProcess
     (["-sc", "install=csh"], 2, "error: --shell-completion: takes install=SHELL"),
     (["train", "--config-dir=/tmp", "--cfg", "job"], 2, "--config-dir=/tmp: configs come from conf/ alone"),
 ])
-def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, code, words, capfd):
+def test_a_users_mistake_is_one_line_and_its_exit_code(arguments, code, words, capfd):
     assert main(arguments) == code
     told = capfd.readouterr().err
     assert words in told and "Traceback" not in told and len(told.splitlines()) == 1
