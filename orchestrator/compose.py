@@ -219,7 +219,7 @@ def _example(key: str, hint: object, value: object) -> str:
         hint = next(item for item in hint.__args__ if item is not types.NoneType)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return next(iter(hint.__members__))
-    return {bool: "true", int: "100", float: "0.5"}.get(hint, "'...'")
+    return {bool: "true", int: "100", float: "0.5", list[str]: f"[{value}]"}.get(hint, "'...'")
 
 
 def _over_saved(config: Config, overrides: list[str]) -> Config:

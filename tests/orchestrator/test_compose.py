@@ -310,6 +310,7 @@ def run(*arguments: str, env: dict | None = None) -> subprocess.CompletedProcess
     (["import"], 2, "import: takes 2 arguments"),
     (["train", "launch=slurm"], 2, "launch=slurm: train runs on the machine or the cluster it is in; leave it out, or"),
     (["train", "checkpoint.dir=/proc/c"], 3, "checkpoint.dir=/proc/c: cannot be written (No such file or directory); "),
+    (["train", "tracker.tags=a"], 2, "tracker.tags=a: must be a list, as in [a,b]; use tracker.tags=[a]"),
     (["train", "--train.steps=3"], 2, "--train.steps: no such flag; write train.steps=VALUE, without dashes"),
     (["train", "--verbose"], 2, "--verbose: no such flag; there are --cfg"),
     (["train", "--cfg", "job", "train.stepz=3"], 2, "unknown key"),
