@@ -7,12 +7,11 @@ from orchestrator.errors import BadRequest, NotTrustworthy
 from orchestrator.plan.cost import BUCKETS, dense_equivalents
 from orchestrator.report_plots import format_number
 from orchestrator.train import storage
-from orchestrator.train.finish import SUMMARY, described, format_usd, is_dense, read_summary, since
+from orchestrator.train.finish import SUMMARY, described, format_usd, goes_on, is_dense, read_summary, since
 from orchestrator.train.metrics import EVENTS, METRICS, read_lines
 from orchestrator.train.run_dir import CONFIG, read_config
 
 LAST_STEPS = 50
-CLAIMED, ENDED = "attempt_claimed", ("run_ended", "run_failed")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def read_run(path: str) -> Run:
         written = read_summary(path) or {}
     except NotTrustworthy:
         note = f"{SUMMARY} is damaged: summed up from the rows"
-    if written and _goes_on(events):
+    if written and goes_on(events):
         written, note = {}, f"{SUMMARY} is of an earlier attempt: summed up from the rows"
     if not (rows or events or config or written or note):
         raise BadRequest(f"report: {path}: is not a run directory (no config.yaml, metrics.jsonl or summary.json "
@@ -145,7 +144,8 @@ def _filled(written: dict, rows: list[dict], events: list[dict], path: str) -> d
     validated = next((row for row in reversed(rows) if row.get("validation/loss") is not None), {})
     summary = {
         "status": "unfinished", "name": "", "run_dir": path, "steps": last.get("step", 0),
-        "tokens": last.get("tokens/total", 0), "attempts": sum(event.get("kind") == CLAIMED for event in events),
+        "tokens": last.get("tokens/total", 0),
+        "attempts": sum(event.get("kind") == "attempt_claimed" for event in events),
         "loss": {"train": last.get("train/loss"), "validation": validated.get("validation/loss")},
         "bits_per_byte": {"validation": validated.get("validation/bits_per_byte"), "bigram": None, "gzip": None},
         "tokens_per_s": _mean_rate(rows, "tokens/per_s"), "mfu": _mean_rate(rows, "perf/mfu"),
@@ -169,11 +169,6 @@ def _mean_rate(rows: list[dict], key: str) -> float | None:
     """Over the last steps, all of one size as a rule: the harmonic mean."""
     recent = [row[key] for row in rows[-LAST_STEPS:] if row.get(key)]
     return len(recent) / sum(1 / rate for rate in recent) if recent else None
-
-
-def _goes_on(events: list[dict]) -> bool:
-    """Whether an attempt has begun and not ended: what summary.json says is of one before."""
-    return [event["kind"] for event in events if event.get("kind") in (CLAIMED, *ENDED)][-1:] == [CLAIMED]
 
 
 def labelled(runs: list[Run]) -> list[Run]:

@@ -5,7 +5,7 @@ from itertools import count, groupby
 
 from orchestrator.errors import BadRequest
 from orchestrator.train import storage
-from orchestrator.train.finish import format_usd, headline, read_kept, read_summary
+from orchestrator.train.finish import format_usd, goes_on, headline, read_kept, read_summary
 from orchestrator.train.metrics import EVENTS, read_lines
 from orchestrator.train.run_dir import CONFIG, STATUS
 
@@ -27,7 +27,9 @@ def show_status(run_dir: str) -> None:
     console.width = console.width if console.is_terminal else WIDTH
     status, summary = read_kept(run_dir, STATUS), read_summary(run_dir)
     if status is None:
-        console.print("no ranks have been placed by Ray" if summary is None else "\n".join(headline(summary)))
+        live = summary is None or goes_on(read_lines(run_dir, EVENTS))
+        console.print("no ranks have been placed by Ray; `sparing report` shows the steps of one under torchrun" if live
+                      else "\n".join(headline(summary)))
         return
     ended = summary is not None and summary["released_at"] >= status["time"]
     lead = status["ranks"][0]

@@ -82,6 +82,12 @@ def earlier_end(run_dir: str) -> dict | None:
     return None
 
 
+def goes_on(events: list[dict]) -> bool:
+    """Whether an attempt has begun and not ended: what summary.json says is of one before. events: of events.jsonl."""
+    kinds = [event["kind"] for event in events if event.get("kind") in ("attempt_claimed", "run_ended", "run_failed")]
+    return kinds[-1:] == ["attempt_claimed"]
+
+
 def summarise(config: Config, result: dict, *, placed_at: float, released_at: float, devices: int,
               attempts: int, spares: int = 0) -> dict:
     """The summary as data. `result` is the loop's; its ledger goes on to be charged until `released_at`."""

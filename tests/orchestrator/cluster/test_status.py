@@ -6,6 +6,7 @@ import time
 import pytest
 
 from orchestrator.__main__ import main
+from orchestrator.cluster import status
 from orchestrator.cluster.status import show_status
 
 
@@ -39,6 +40,17 @@ def test_a_run_that_waits_for_a_place_says_for_which_ranks_and_how_long(tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(": waiting, step 3 of 9, attempt 1")
     assert lines[1] == "waits for a place for rank 0 (died), 60 s at most"
+
+
+def test_a_torchrun_run_that_goes_on_is_not_told_by_an_earlier_summary(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "summary.json").write_text("{}")
+    monkeypatch.setattr(status, "headline", lambda summary: ["completed: 9 steps"])
+    for kind, said in (("run_ended", "completed: 9 steps"), ("attempt_claimed", "no ranks have been placed by Ray; ")):
+        with open(tmp_path / "events.jsonl", "a") as file:
+            file.write(json.dumps({"kind": kind}) + "\n")
+        show_status(str(tmp_path))
+        assert capsys.readouterr().out.startswith(said)
 
 
 def test_status_says_what_every_run_on_the_data_is_told(tmp_path, capsys):
