@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -97,6 +98,15 @@ def test_a_bad_override_is_explained(overrides, message):
 def test_what_the_documents_name_is_no_secret_and_no_unknown_key():
     config = compose_config(["data.text_key=body", "data.tokenizer=byte", "cluster.resources={rack1: 1}"])
     assert config.data.text_key == "body" and config.cluster.resources == {"rack1": 1.0}
+
+
+def test_an_experiment_of_ones_own_is_taken_whole(tmp_path, monkeypatch):
+    shutil.copytree(conf_dir(), tmp_path / "conf")
+    monkeypatch.setattr("orchestrator.compose.conf_dir", lambda: tmp_path / "conf")
+    mine = tmp_path / "conf" / "experiment" / "mine.yaml"
+    mine.write_text("# @package _global_\ndefaults: [override /model: mini]\nrun: {name: mine}\ntrain: {steps: 7}\n")
+    config = compose_config(["experiment=mine", "train.batch_size=8"])
+    assert (config.run.name, config.model.name, config.train.steps, config.train.batch_size) == ("mine", "mini", 7, 8)
 
 
 def test_a_group_may_be_asked_for_as_hydras_manual_has_it(tmp_path):
