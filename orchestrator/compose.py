@@ -38,6 +38,7 @@ def compose_config(overrides: list[str]) -> Config:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     check_overrides(overrides := expanded(overrides))
     register()
@@ -45,7 +46,7 @@ def compose_config(overrides: list[str]) -> Config:
     try:
         with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION_BASE):
             config = to_config(compose("config", overrides=_opened(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
             one = several[1].replace("=", '="', 1) + '"'
             raise BadRequest(f"{several[1]}: names several values; give one (train and plan take -m, for each), "
@@ -291,8 +292,7 @@ def _same_leaf(name: str) -> str:
 def _first_lines(error: Exception) -> str:
     """Hydra's own words without its search path."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause) not in lines[0]:
+    if (cause := error.__cause__) is not None and str(cause) not in lines[0]:
         lines.insert(1, str(cause).splitlines()[0])
     return "; ".join(lines[:3])
 
@@ -303,6 +303,7 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, prog
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     for flag in filter(FOREIGN.match, arguments):
         raise BadRequest(f"{flag}: configs come from conf/ alone, because one could make Hydra run code; give "
@@ -331,7 +332,7 @@ def with_hydra_flags(arguments: list[str], run: Callable[[Config], int], *, prog
     before, sys.argv = sys.argv, [program, *_opened(arguments)]
     try:
         hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(conf_dir()), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise BadRequest(_first_lines(error)) from error
     except SystemExit as stop:
         return 2 if stop.code else 0

@@ -100,13 +100,16 @@ def test_what_the_documents_name_is_no_secret_and_no_unknown_key():
     assert config.data.text_key == "body" and config.cluster.resources == {"rack1": 1.0}
 
 
-def test_an_experiment_of_ones_own_is_taken_whole(tmp_path, monkeypatch):
+def test_an_experiment_of_ones_own_is_taken_whole_and_a_slip_in_it_is_said(tmp_path, monkeypatch):
     shutil.copytree(conf_dir(), tmp_path / "conf")
     monkeypatch.setattr("orchestrator.compose.conf_dir", lambda: tmp_path / "conf")
     mine = tmp_path / "conf" / "experiment" / "mine.yaml"
     mine.write_text("# @package _global_\ndefaults: [override /model: mini]\nrun: {name: mine}\ntrain: {steps: 7}\n")
     config = compose_config(["experiment=mine", "train.batch_size=8"])
     assert (config.run.name, config.model.name, config.train.steps, config.train.batch_size) == ("mine", "mini", 7, 8)
+    mine.write_text("train: [7\n")
+    with pytest.raises(BadRequest, match=r"while parsing a flow sequence; .*mine\.yaml., line 1"):
+        compose_config(["experiment=mine"])
 
 
 def test_a_group_may_be_asked_for_as_hydras_manual_has_it(tmp_path):
