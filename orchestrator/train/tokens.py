@@ -60,6 +60,7 @@ def build_index(config: DataConfig, on_progress: Callable[[int, int], None] | No
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
             try:
                 _build(sizes, tokenizer, config, temporary, on_progress)
+                temporary.chmod(cache.stat().st_mode & 0o777)  # whoever shares the cache reads it, too
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(temporary, target)
             except OSError as error:

@@ -343,6 +343,7 @@ def test_a_column_that_is_not_there_or_no_text_is_named(tmp_path):
 
 def test_only_a_change_builds_anew(folder):
     place = tokens.build_index(config_for(folder))
+    assert place.stat().st_mode == place.parent.stat().st_mode, "who may read the cache may read what is in it"
     assert tokens.build_index(config_for(folder)) == place
     assert tokens.build_index(config_for(folder, validation_fraction=0.3)) != place
     (folder / "000.txt").write_text("something else")
