@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.config import Config, OnSpike, Schedule
 from orchestrator.errors import NotTrustworthy
+from orchestrator.parallel.pipeline import Pipeline
 from orchestrator.parallel.rank_info import RankInfo
 from orchestrator.train import data, loop
 from orchestrator.train.control import Control
@@ -132,3 +133,14 @@ def test_too_many_bad_steps_end_the_run_as_not_trustworthy(text, tmp_path):
     with pytest.raises(NotTrustworthy, match="2 steps in a row"):
         train_with_bad_steps(RankInfo(), config, [2, 3, 4, 5])
     assert max(rows(tmp_path)) == 3
+
+
+def test_a_validation_that_is_not_finite_keeps_no_checkpoint_from_being_saved(text, tmp_path, monkeypatch):
+    original = Pipeline.validate
+    monkeypatch.setattr(Pipeline, "validate", lambda self, part: original(self, part) * math.nan)
+    result = train(RankInfo(), make_config(text, tmp_path))
+    assert result["checkpoint"]["step"] == 6 and result["checkpoint"]["error"] is None
+    assert [event["step"] for event in events(tmp_path, "checkpoint_saved")] == [2, 4, 6]
+    assert rows(tmp_path)[6]["validation/loss"] is None
+    again = train(RankInfo(), make_config(text, tmp_path, resume="auto", train__steps=7, train__validate_every=0))
+    assert again["steps"] == 7 and again["checkpoint"]["step"] == 7
