@@ -205,7 +205,8 @@ def _check_numbers(config: Config) -> None:
             weights, f"must be a positive number for each of the {parts} parts of data.path={config.data.path}",
             f"use data.weights=[{','.join(['1'] * parts)}], or leave it out")
     budget = config.budget.max_usd
-    require(budget is None or budget > 0, "budget.max_usd", budget, "must be positive", "give dollars, or leave it out")
+    require(budget is None or 0 < budget < math.inf, "budget.max_usd", budget, "must be positive and finite",
+            "give dollars, or leave it out")
     check_hardware(config.hardware)
     price = config.hardware.usd_per_h
     require(budget is None or price is not None or config.hardware.name == "auto", "budget.max_usd", budget,

@@ -178,6 +178,7 @@ RULES = {
     "recompute and split backward": ([*FOUR, "layout.schedule=zbv", "layout.microbatches=4", "layout.recompute=full"],
                                      "layout.recompute=full: does not go with the split backward"),
     "sequence too long": ([*FOUR, "train.seq_len=4096"], r"train\.seq_len=4096: must not exceed model\.max_seq_len"),
+    "a budget without end": ([*FOUR, "budget.max_usd=inf"], r"budget\.max_usd=inf: must be positive and finite"),
     "a budget without a price": ([*FOUR, "hardware=cpu", "hardware.usd_per_h=null", "budget.max_usd=1"],
                                  "needs a price.*set hardware.usd_per_h"),
     "another word than auto": ([*FOUR, "checkpoint.every=often"], "every=often: must be auto or a number of"),
