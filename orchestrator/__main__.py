@@ -176,7 +176,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from orchestrator.compose import check_overrides, compose_config, with_hydra_flags
+    from orchestrator.compose import compose_config, with_hydra_flags
+    from orchestrator.overrides import check_overrides
     from orchestrator.own_files import expanded
 
     arguments = expanded(arguments)

@@ -13,7 +13,8 @@ OVERRIDING = ("train", "plan", "prepare", "launch", "compare")
 def complete(arguments: list[str], verbs: list[str]) -> int:
     """What Hydra's script for a shell asks for (`query=bash`, the line so far in COMP_LINE), or the script itself
     (`install=bash`, to be evaluated)."""
-    from orchestrator.compose import all_keys, with_hydra_flags
+    from orchestrator.compose import with_hydra_flags
+    from orchestrator.overrides import all_keys
 
     command, _, shell = arguments[0].partition("=") if len(arguments) == 1 else ("", "", "")
     if command not in ("install", "uninstall", "query") or shell not in ("bash", "fish", "zsh"):

@@ -13,7 +13,8 @@ import pytest
 
 from orchestrator.__main__ import HELP, MODULES, VERBS
 from orchestrator.arguments import options, positional, taken
-from orchestrator.compose import FLAGS, check_overrides, compose_config
+from orchestrator.compose import FLAGS, compose_config
+from orchestrator.overrides import check_overrides
 from orchestrator.plan.layout import check_run
 from orchestrator.show_plan import split_words
 from orchestrator.words import plain

@@ -102,7 +102,8 @@ def test_what_the_documents_name_is_no_secret_and_no_unknown_key():
 
 def test_an_experiment_of_ones_own_is_taken_whole_and_a_slip_in_it_is_said(tmp_path, monkeypatch):
     shutil.copytree(conf_dir(), tmp_path / "conf")
-    monkeypatch.setattr("orchestrator.compose.conf_dir", lambda: tmp_path / "conf")
+    for module in ("compose", "overrides"):
+        monkeypatch.setattr(f"orchestrator.{module}.conf_dir", lambda: tmp_path / "conf")
     mine = tmp_path / "conf" / "experiment" / "mine.yaml"
     mine.write_text("# @package _global_\ndefaults: [override /model: mini]\nrun: {name: mine}\ntrain: {steps: 7}\n")
     config = compose_config(["experiment=mine", "train.batch_size=8"])

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted(str(path.relative_to(ROOT)) for package in ("model", "orchestrator")
                for path in (ROOT / package).rglob("*.py"))
-HYDRA_FILES = {"orchestrator/compose.py", "orchestrator/config.py", "orchestrator/own_files.py"}
+HYDRA_FILES = {f"orchestrator/{name}.py" for name in ("compose", "config", "overrides", "own_files")}
 TORCHLESS = ["model.config", "model.count", "orchestrator.config", "orchestrator.errors", "orchestrator.compose",
              "orchestrator.plan.layout", "orchestrator.plan.cost", "orchestrator.plan.hardware",
              "orchestrator.train.storage", "orchestrator.train.data", "orchestrator.train.finish",
