@@ -27,6 +27,7 @@ def ray_session(config: Config, kind: ClusterKind) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what Ray says of a lost process is no picture in a log
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if ray.is_initialized():
         yield

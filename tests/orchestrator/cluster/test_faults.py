@@ -141,12 +141,14 @@ FAULTS = [(1, 8, "killed"), (1, 13, "holds-the-GIL"), (1, 14, "frozen"), (0, 17,
 STEP_TIMEOUT_S = 20
 
 
-def test_lost_ranks_are_replaced_one_after_another_and_the_losses_are_those_of_a_clean_run(text, clean, tmp_path):
+def test_lost_ranks_are_replaced_one_after_another_and_the_losses_are_those_of_a_clean_run(
+        text, clean, tmp_path, capfd):
     for fault in FAULTS:
         fail_at(tmp_path, *fault)
     assert main(["train", *overrides(text, tmp_path, *LONG, "cluster.spares=1",
                                      f"cluster.step_timeout_s={STEP_TIMEOUT_S}")]) == 0
     assert not list(tmp_path.glob("fault-*")) and losses(tmp_path) == clean
+    assert "\x1b" not in capfd.readouterr().out, "a log has no colours, Ray's words on a lost process neither"
     replaced, decisions = events(tmp_path, "rank_replaced"), events(tmp_path, "decision")
     resumed, recovered = events(tmp_path, "resumed"), events(tmp_path, "recovered")
     assert len(decisions) == len(recovered) == len(resumed) == len(FAULTS)
