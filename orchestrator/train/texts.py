@@ -1,8 +1,10 @@
 """Files of text, JSON lines and Parquet into documents: which files are meant, and what is no text.
 
-Bytes that are not UTF-8 are read all the same, as U+FFFD, and whoever reads is told in which files (`not_utf8`).
+Bytes that are not UTF-8 are read all the same, as U+FFFD, and whoever reads is told in which files (`not_utf8`). The
+mark that some systems put before UTF-8 is no text.
 """
 
+import codecs
 import json
 import os
 import sysconfig
@@ -53,7 +55,7 @@ def documents(file: str, text_key: str, key: str = "data.text_key=", *, stray: s
     elif file.endswith(".parquet"):
         yield from _parquet_texts(file, text_key, key)
     else:
-        raw = storage.read_bytes(file)
+        raw = storage.read_bytes(file).removeprefix(codecs.BOM_UTF8)
         if b"\0" in raw[:LOOKED_AT]:
             raise BadRequest(f"{file}: is no text, it holds zero bytes; unpack what is compressed, convert other "
                              "encodings to UTF-8, or leave it out")
@@ -96,11 +98,13 @@ def _text(value: object, where: str, field: str, names: list[str]) -> str:
 
 def _lines(file: str) -> Iterator[bytes]:
     """Ended by b"\\n" alone: JSON may hold any other end of a line inside a text."""
-    rest = b""
+    rest, is_first = b"", True
     for chunk in storage.read_chunks(file):
         *whole, rest = (rest + chunk).split(b"\n")
+        if whole and is_first:
+            whole[0], is_first = whole[0].removeprefix(codecs.BOM_UTF8), False
         yield from whole
-    yield rest
+    yield rest.removeprefix(codecs.BOM_UTF8) if is_first else rest
 
 
 def _parquet_texts(file: str, text_key: str, key: str) -> Iterator[str]:

@@ -297,6 +297,14 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.parametrize("name, content", [
+    ("a.txt", b"one"), ("a.jsonl", b'{"text": "one"}'), ("b.jsonl", b'\n{"text": "one"}\n{"text": "\xef\xbb\xbftwo"}')])
+def test_the_mark_before_utf8_is_no_text(name, content, tmp_path):
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / name).write_bytes(mark + content)
+        assert [*texts.documents(str(tmp_path / name), "text")] == ["one", "\ufefftwo"][: 1 + content.count(b"two")]
+
+
 @pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, message):
     if content or "." in name.replace("*.", ""):
