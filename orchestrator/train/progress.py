@@ -1,10 +1,12 @@
 """What a person sees while a run goes on: one moving line on a terminal, plain lines in a log."""
 
 import contextlib
+import select
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 from orchestrator.train.finish import format_usd
 
@@ -38,8 +40,11 @@ class Progress:
                 self.bar.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays. A terminal that is closed, a pipe without a reader or a full disk costs no run."""
+        """A line that stays. A terminal that is closed, a pipe without a reader or a full disk costs no run, nor does a
+        reader that has stopped reading, as `less` does: ranks would give up a controller that waits for it."""
         with contextlib.suppress(OSError):
+            if not _takes_more(sys.stdout):
+                return
             if self.bar is not None:
                 self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
             else:
@@ -94,6 +99,13 @@ class Progress:
         if (kind, fresh) == self.said or (self.said and kind == self.said[0] and now - self.said_at < LINE_EVERY_S):
             return False
         self.said_at, self.said = now, (kind, fresh)
+        return True
+
+
+def _takes_more(stream: TextIO) -> bool:
+    try:
+        return bool(select.select([], [stream], [], 0)[1])
+    except ValueError:  # no file
         return True
 
 

@@ -1,5 +1,6 @@
 """The fault matrix against the real controller and policy, with dummy ranks (dummy.py): milliseconds each, no Ray."""
 
+import contextlib
 import json
 import os
 import re
@@ -168,6 +169,22 @@ def test_a_run_that_nobody_reads_of_any_more_goes_on(tmp_path):
     config = config_of(tmp_path)
     ranks = Dummy(config, FailAt(1, 15, "killed"), nodes=3)
     end = Controller(config, 1, Progress(unread), clock=lambda: ranks.now).run(lambda: ranks)
+    assert end["status"] == "completed" and decisions(ranks) == ["replace"]
+
+
+def test_a_run_whose_reader_has_stopped_reading_goes_on(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)  # as a shell makes it: to print would wait for ever
+    config = config_of(tmp_path)
+    ranks = Dummy(config, FailAt(1, 15, "killed"), nodes=3)
+    with open(reader, "rb"), open(writer, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        progress = Progress(lambda line: pytest.fail("would wait"))
+        end = Controller(config, 1, progress, clock=lambda: ranks.now).run(lambda: ranks)
     assert end["status"] == "completed" and decisions(ranks) == ["replace"]
 
 
