@@ -99,7 +99,9 @@ def _allow_connections() -> None:
     """Two of each rank at the store's side: what a shell, systemd or Slurm allows, 1,024 files, is full with 500 ranks,
     and the others would wait until they give up."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
+    most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def meet(store: dist.Store | None, info: RankInfo, *, timeout_s: float) -> None:
