@@ -242,6 +242,7 @@ def test_sigterm_while_the_head_is_waited_for_is_a_preemption(tmp_path, monkeypa
 
 def test_a_closed_terminal_asks_for_a_checkpoint_as_often_as_it_is_told_and_not_under_nohup(monkeypatch):
     before = signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr(session, "ECHO_S", 0.0)
     with session.early_end():
         cause = session.stop_signals()
         for _ in range(2):  # by the shell and by the kernel
