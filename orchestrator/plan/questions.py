@@ -91,9 +91,11 @@ def front(offers: list[Offer]) -> list[Offer]:
 
 
 def chosen(offers: list[Offer], objective: str) -> Offer | None:
-    """The fastest, or the cheapest of `comparable` ones."""
-    able = [each for each in offers if each.best] if objective == "time" else comparable(offers)
-    return min(able, key=lambda each: each.days if objective == "time" else (each.usd, each.days), default=None)
+    """The fastest, of equally fast ones the cheapest; or the cheapest of `comparable` ones, then the fastest."""
+    if objective == "dollars":
+        return min(comparable(offers), key=lambda each: (each.usd, each.days), default=None)
+    able = [each for each in offers if each.best]
+    return min(able, key=lambda each: (each.days, inf if each.usd is None else each.usd), default=None)
 
 
 def sizes(request: Request) -> Iterator[Request]:

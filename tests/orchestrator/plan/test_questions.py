@@ -143,6 +143,13 @@ def test_a_batch_that_was_asked_for_stays_even_where_it_is_the_usual_one():
     assert (resized(usual, 16).batch_size, resized(asked, 16).batch_size) == (128, 64)
 
 
+def test_of_equally_fast_offers_the_cheapest_is_chosen(request_):
+    """As one's own contract for a device of the catalogue is, wherever it stands among them."""
+    dear, ours, unknown = (offer(dataclasses.replace(request_, hardware=dataclasses.replace(
+        request_.hardware, usd_per_h=price))) for price in (2.99, 1.9, None))
+    assert chosen([dear, ours], "time") is ours and chosen([unknown, dear], "time") is dear
+
+
 def test_a_price_that_nobody_offers_is_not_the_cheapest(request_):
     """DeepSeek's $2 for an H800 is an assumption of its report."""
     cheap = dataclasses.replace(catalogue()["h800"], usd_per_h=0.01)
