@@ -34,7 +34,7 @@ def expanded(overrides: list[str]) -> list[str]:
 def is_own(group: str, option: str) -> bool:
     """Whether it is a file, not the name of an option, nor several."""
     if group == "model" and not (conf_dir() / "model" / f"{option}.yaml").is_file():
-        return option.endswith((".yaml", ".yml", ".json")) or Path(option).exists()
+        return option.endswith((".yaml", ".yml", ".json")) or Path(option).expanduser().exists()
     return option.endswith((".yaml", ".yml")) and (conf_dir() / group).is_dir()
 
 
@@ -57,7 +57,7 @@ def _read(group: str, file: str) -> dict:
     from yaml import YAMLError
 
     try:
-        values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        values = OmegaConf.to_container(OmegaConf.load(Path(file).expanduser()), resolve=False)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         why = " ".join(str(error).split())
         raise BadRequest(f"{group}={file}: cannot be read as YAML ({why}); write it as those of conf/{group}") from None
@@ -95,7 +95,8 @@ def _from_hf(file: str) -> ModelConfig:
     """Its shape, named after its folder; a released checkpoint's own quantisation does not matter to a run."""
     from model.hf_config import config_from_hf
 
-    path = Path(file, "config.json") if Path(file).is_dir() else Path(file)
+    path = Path(file).expanduser()
+    path = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):

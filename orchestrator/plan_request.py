@@ -48,8 +48,9 @@ def compose_plan(overrides: list[str]) -> tuple[Config, dict[str, str]]:
 
 def _keys_of(experiment: str) -> set[str]:
     """Groups and keys that it sets."""
-    file = experiment if is_own("experiment", experiment) else conf_dir() / "experiment" / f"{experiment}.yaml"
-    return {word.split("=", 1)[0] for word in words_of("experiment", str(file))} if Path(file).exists() else set()
+    file = Path(experiment if is_own("experiment", experiment) else conf_dir() / "experiment" / f"{experiment}.yaml")
+    is_there = file.expanduser().exists()
+    return {word.split("=", 1)[0] for word in words_of("experiment", str(file))} if is_there else set()
 
 
 def read_request(options: dict[str, str], config: Config, given: dict[str, str], *, sized: bool = True) -> Request:

@@ -20,6 +20,7 @@ from orchestrator.errors import INTERRUPTED, BadRequest
 from orchestrator.plan.hardware import catalogue, resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.plan_questions import settle
+from orchestrator.plan_request import compose_plan
 from orchestrator.show_plan import split_words
 from orchestrator.train.run_dir import named
 from orchestrator.words import plain
@@ -256,6 +257,18 @@ def test_a_file_of_the_users_own_is_an_option(words, text, same, tmp_path):
     if "model=FILE" in words:  # of the schema, not of what the experiment chose
         like = dataclasses.replace(like, model=ModelConfig(name="own", dim=128, n_layers=3))
     assert config == like
+
+
+def test_a_users_own_file_is_found_in_the_home_folder_as_every_path_is(tmp_path, monkeypatch):
+    """Which not every shell fills in for `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("train: {batch_size: 48}\n")
+    (tmp_path / "config.json").write_text("[]")
+    config, given = compose_plan(["experiment=~/own.yaml"])
+    assert config.train.batch_size == 48 and "train.batch_size" in given
+    for word in ("model=~", "model=~/config.json"):
+        with pytest.raises(BadRequest, match=f"{word}: holds no JSON object"):
+            compose_config([word])
 
 
 @pytest.mark.parametrize("word, text, message", [
