@@ -61,7 +61,7 @@ def _read(group: str, file: str) -> dict:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         why = " ".join(str(error).split())
         raise BadRequest(f"{group}={file}: cannot be read as YAML ({why}); write it as those of conf/{group}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not values:
         raise BadRequest(f"{group}={file}: holds no keys; write it as those of conf/{group}, KEY: VALUE")
     return values
 
@@ -71,13 +71,18 @@ def _choices(group: str, file: str, defaults: list) -> Iterator[str]:
     for each in defaults if isinstance(defaults, list) else [defaults]:
         if each == "_self_" or each == f"base_{group}":
             continue
+        form = "`- override /model: mini`" if group in WHOLE else f"the name of an option of {group}"
         if isinstance(each, str) and group not in WHOLE:
-            yield f"{group}={each}"
+            found = {group: each}
         elif isinstance(each, dict) and group in WHOLE and all(key.startswith("override /") for key in each):
-            yield from (f"{key.removeprefix('override /')}={option}" for key, option in each.items())
+            found = {key.removeprefix("override /"): option for key, option in each.items()}
         else:
-            form = "`- override /model: mini`" if group in WHOLE else f"the name of an option of {group}"
             raise BadRequest(f"{group}={file}: defaults has {each}; write {form}")
+        for key, option in found.items():
+            if is_own(key, str(option)):
+                raise BadRequest(f"{group}={file}: defaults has {option}, and a file builds on shipped options alone; "
+                                 f"write {form}, and give files on the command line")
+            yield f"{key}={option}"
 
 
 def _words(kind: type, values: dict, path: str) -> Iterator[str]:
