@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.choices import ClusterKind, LaunchKind
 from orchestrator.config import Config, conf_dir
+from orchestrator.config_cluster import LaunchConfig
 from orchestrator.errors import BadRequest
 
 HELP = """\
@@ -101,7 +102,7 @@ def fill(config: Config, arguments: list[str], *, stamp: str, python: str, cwd: 
     """The manifest for this run; `BadRequest` for what a launcher cannot do."""
     launch = config.launch
     _check(config)
-    _check_words(arguments, launch.kind)
+    _check_words(arguments, launch)
     run = f"sparing-{re.sub('[^a-z0-9]+', '-', config.run.name.lower())[:20].strip('-')}"
     name = f"{run}-{stamp}"
     nodes, ranks_per_node = _nodes(config)
@@ -161,11 +162,14 @@ def _check(config: Config) -> None:
             raise BadRequest(f"{key}={value:g}: must be at least {low:g}; use {key}={24 if low else 3}")
 
 
-def _check_words(arguments: list[str], kind: LaunchKind) -> None:
-    """Refuse what this launcher would leave out of its manifest."""
+def _check_words(arguments: list[str], launch: LaunchConfig) -> None:
+    """Refuse what this launcher would leave out of its manifest; a default, which a file of one's own has of each key,
+    asks for nothing."""
+    kind, defaults = launch.kind, LaunchConfig()
     for word in arguments:
-        users = USED_BY.get(word.split("=", 1)[0], (kind,))
-        if kind not in users:
+        key = word.split("=", 1)[0]
+        users, leaf = USED_BY.get(key, (kind,)), key.removeprefix("launch.")
+        if kind not in users and getattr(launch, leaf) != getattr(defaults, leaf):
             raise BadRequest(f"{word}: is of launch={' and '.join(user.name for user in users)} alone, and "
                              f"launch={kind.name} knows nothing like it; leave it out")
         if word == "resume=none":

@@ -15,6 +15,7 @@ import yaml
 from orchestrator.compose import compose_config
 from orchestrator.errors import BadRequest
 from orchestrator.launch import HELP, Job, fill, pinned
+from orchestrator.own_files import expanded
 from orchestrator.plan.layout import check_run
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +213,17 @@ def test_a_path_means_on_the_cluster_what_it_means_here(given, meant):
 def test_a_bad_request_is_explained(arguments, message):
     with pytest.raises(BadRequest, match=message):
         filled(*arguments)
+
+
+def test_a_whole_file_of_ones_own_launches_as_the_shipped_one_that_it_copies(tmp_path):
+    """Of all keys it has a value, also of those that are other launchers'."""
+    own = tmp_path / "own.yaml"
+    own.write_text("defaults: [base_launch, _self_]\nkind: slurm\nhours: 5\n")
+    like = filled("launch=slurm", *GPUS, "launch.hours=5")
+    assert filled(*expanded([f"launch={own}", *GPUS])).manifest == like.manifest
+    own.write_text("kind: torchrun\naddress: node1:29400\nhours: 5\n")
+    with pytest.raises(BadRequest, match=r"launch\.hours=5: is of launch=slurm and kuberay alone"):
+        filled(*expanded([f"launch={own}", *GPUS]))
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated():
