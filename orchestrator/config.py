@@ -109,6 +109,11 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of the documents held out."""
 
+    @property
+    def parts(self) -> list[str]:
+        """What `path` names between its commas."""
+        return [part for part in map(str.strip, self.path.split(",")) if part]
+
 
 @dataclass
 class OptimConfig:

@@ -212,7 +212,7 @@ def _overrides(config: Config, arguments: list[str], stamp: str, cwd: Path) -> l
         return str(cwd / Path(path).expanduser()) if path and "://" not in path else path
 
     paths = {"data.path": ",".join(part if re.match(r"stdlib(:|$)", part) else here(part)
-                                   for part in map(str.strip, config.data.path.split(","))),
+                                   for part in config.data.parts),
              "data.tokenizer": "byte" if config.data.tokenizer == "byte" else here(config.data.tokenizer),
              "checkpoint.dir": here(config.checkpoint.dir or ""), "run.calibrate": here(config.run.calibrate or "")}
     kept = [word for word in arguments if not re.match(r"launch\b", word)]

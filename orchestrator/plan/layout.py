@@ -200,7 +200,7 @@ def _check_numbers(config: Config) -> None:
             f"must not exceed model.max_seq_len={config.model.max_seq_len}", "shorten it or raise model.max_seq_len")
     require(config.data.kind.name != "text" or config.data.path.strip() != "", "data.path", "''",
             "must name text for data.kind=text", "use data.path='/corpus/*.txt', or data=stdlib")
-    parts, weights = len(config.data.path.split(",")), config.data.weights
+    parts, weights = len(config.data.parts), config.data.weights
     require(not weights or len(weights) == parts and all(0 < each < math.inf for each in weights), "data.weights",
             weights, f"must be a positive number for each of the {parts} parts of data.path={config.data.path}",
             f"use data.weights=[{','.join(['1'] * parts)}], or leave it out")

@@ -96,7 +96,7 @@ def prepare(config: DataConfig, *, model: ModelConfig, seq_len: int, n_extra: in
     """Tokenise if nobody has yet, map the shards, and refuse data that this model or length cannot use."""
     if config.kind is DataKind.random:
         return Corpus("random", model.vocab_size, None, {"bigram": None, "gzip": None}, None)
-    parts = [part.strip() for part in config.path.split(",")] if config.weights else [config.path]
+    parts = config.parts if config.weights else [config.path]
     folders = [build_index(replace(config, path=part), on_progress) for part in parts]
     indexes = [read_index(folder) for folder in folders]
     vocab_size = indexes[0]["vocab_size"]

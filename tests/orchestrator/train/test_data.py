@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from orchestrator.cluster.preflight import check_data
 from orchestrator.config import Config, DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, PeerLost
-from orchestrator.plan.layout import batch_size_at
+from orchestrator.plan.layout import batch_size_at, check_run
 from orchestrator.train import data, storage, texts, tokens
 from orchestrator.train.control import Control
 from orchestrator.train.progress import Progress
@@ -125,6 +125,13 @@ def test_sources_that_are_mixed_are_tokenised_each_by_itself_once(mixed, monkeyp
     monkeypatch.setattr(tokens, "_build", None)  # would be called
     assert prepare(replace(mixed, weights=[5, 1])).weights == (5 / 6, 1 / 6)
     assert len(prepare(replace(mixed, path=mixed.path.split(", ")[0], weights=[])).sources) == 1
+
+
+def test_a_comma_too_many_makes_no_source(mixed):
+    """As without weights."""
+    found = replace(mixed, path=f" ,{mixed.path.replace(',', ' ,,')},")
+    check_run(replace(Config(), data=found))
+    assert prepare(found).digest == prepare(mixed).digest
 
 
 def test_a_source_that_is_too_small_is_named(mixed):
