@@ -52,11 +52,15 @@ def check_overrides(overrides: list[str]) -> None:
 
 
 def _check_group(override) -> None:
-    group, value = override.key_or_group.split("@")[0], override.value()
+    """Each option of a sweep, too: Hydra takes an experiment that is none for a run of defaults."""
+    group, value, is_sweep = override.key_or_group.split("@")[0], override.value(), override.is_choice_sweep()
+    if override.is_sweep_override() and not is_sweep:
+        return
     options = _options(group)
-    for name in value if isinstance(value, list) else [value]:
-        if str(name) not in options and not override.is_sweep_override():
-            own = f", or the path of a YAML file{' or a Hugging Face config.json' * (group == 'model')} of yours"
+    own = f", or the path of a YAML file{' or a Hugging Face config.json' * (group == 'model')} of yours"
+    own = ", and in a sweep no files" if is_sweep else own
+    for name in override.sweep_string_iterator() if is_sweep else value if isinstance(value, list) else [value]:
+        if str(name) not in options:
             raise BadRequest(f"{group}={'null' if name is None else name}: no such option{_near(str(name), options)}; "
                              f"options are {', '.join(options)}{own}")
 

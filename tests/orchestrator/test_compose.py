@@ -17,6 +17,7 @@ from orchestrator.__main__ import MODULES, VERBS, main
 from orchestrator.compose import compose_config, with_hydra_flags
 from orchestrator.config import Config, HardwareConfig, conf_dir, from_dict, to_dict
 from orchestrator.errors import INTERRUPTED, BadRequest
+from orchestrator.overrides import check_overrides
 from orchestrator.plan.hardware import catalogue, resolve_hardware
 from orchestrator.plan.layout import check_run
 from orchestrator.plan_questions import settle
@@ -365,6 +366,18 @@ def test_a_users_mistake_is_the_exit_code_of_the_command_too():
 def test_hydras_own_flags_work_behind_the_verb():
     done = run("train", "experiment=tiny", "--cfg", "job")
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["layout"]["pp"] == 2 and done.stderr == ""
+
+
+@pytest.mark.parametrize("word, message", [
+    ("experiment=tiny,tin", r"experiment=tin: no such option; did you mean tiny\?"),
+    ("experiment=own.yaml,tiny", r"experiment=own\.yaml: no such option; .*tiny, and in a sweep no files"),
+    ("model=tiny,minii", r"model=minii: no such option; did you mean mini\?"),
+])
+def test_a_sweep_over_what_is_no_option_runs_nothing(word, message):
+    """An experiment that is none was a run of defaults."""
+    with pytest.raises(BadRequest, match=message):
+        check_overrides([word])
+    check_overrides([word.replace(word.split("=")[1], "tiny,mini")])
 
 
 def test_a_sweep_goes_on_with_each_run_by_its_own_config_and_ends_with_one_that_is_told_to(tmp_path, monkeypatch):
