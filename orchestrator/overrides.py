@@ -81,7 +81,8 @@ def _check_key(override, shown: str) -> None:
         walked.append(part)
         hint = hints[part]
     if dataclasses.is_dataclass(hint):
-        raise BadRequest(f"{shown}: {key} is a group with options {', '.join(_options(key))} and keys "
+        options = "options {} and ".format(", ".join(_options(key))) if key in groups() else ""
+        raise BadRequest(f"{shown}: {key} is a group with {options}keys "
                          f"{', '.join(f.name for f in dataclasses.fields(hint))}; set one of these")
     if override.is_sweep_override():
         return
