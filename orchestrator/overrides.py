@@ -18,7 +18,6 @@ PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 SECRET = re.compile(r"key|token(?!izer|s)|secret|password|credential", re.IGNORECASE)
 
 
-
 def check_overrides(overrides: list[str]) -> None:
     """`BadRequest` for an override that no schema, group or type admits."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
