@@ -32,7 +32,8 @@ def compose_config(overrides: list[str]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    check_overrides(overrides := expanded(overrides))
+    overrides = expanded(overrides)
+    check_overrides(overrides)
     register()
     GlobalHydra.instance().clear()
     try:
@@ -66,7 +67,8 @@ def combinations(overrides: list[str]) -> list[list[str]]:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             raise BadRequest(f"{text}: cannot be read as KEY=VALUE or KEY=VALUE,VALUE; {_first_lines(error)}") from None
-        found.append([f"{text.split('=', 1)[0]}={value}" for value in override.sweep_string_iterator()]
+        key = text.split("=", 1)[0]
+        found.append([f"{key}={value}" for value in override.sweep_string_iterator()]
                      if override.is_sweep_override() else [text])
     return [list(each) for each in product(*found)]
 
@@ -83,7 +85,8 @@ def to_config(composed) -> Config:
     plain = OmegaConf.to_object(composed)
     if isinstance(plain, Config):
         return plain
-    return from_dict(Config, to_dict({key: value for key, value in plain.items() if key != "hydra"}))
+    plain.pop("hydra", None)
+    return from_dict(Config, to_dict(plain))
 
 
 def _refuse_resolvers(node: object, path: str = "") -> None:

@@ -91,6 +91,11 @@ class LayoutConfig:
         return self.pp * self.dp
 
 
+def parts_of(path: str) -> list[str]:
+    """Globs between commas."""
+    return [part for part in map(str.strip, path.split(",")) if part]
+
+
 @dataclass
 class DataConfig:
     kind: DataKind = DataKind.text
@@ -112,7 +117,7 @@ class DataConfig:
     @property
     def parts(self) -> list[str]:
         """What `path` names between its commas."""
-        return [part for part in map(str.strip, self.path.split(",")) if part]
+        return parts_of(self.path)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrator.config import parts_of
 from orchestrator.errors import BadRequest, NotFit
 from orchestrator.train import storage
 
@@ -30,7 +31,7 @@ def find_files(path: str, key: str = "data.path") -> dict[str, tuple[int, int | 
         return {file: stamp for file, stamp in storage.glob(f"{root}/**/*.py").items()
                 if not left_out & set(Path(file).relative_to(root).parts)}
     found = {}
-    for pattern in filter(None, (part.strip() for part in path.split(","))):
+    for pattern in parts_of(path):
         matches = storage.glob(pattern)
         if not matches and os.path.isdir(storage.local_path(pattern) or ""):
             raise BadRequest(f"{key}={pattern}: is a folder; name its files, as in "
@@ -50,6 +51,7 @@ def documents(file: str, text_key: str, key: str = "data.text_key=", *, stray: s
     stray = set() if stray is None else stray
     if file.endswith((".jsonl", ".ndjson")):
         for number, line in enumerate(_lines(file), 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield _field(_decoded(line, file, stray), text_key, f"{file}:{number}", key)
     elif file.endswith(".parquet"):
@@ -98,13 +100,11 @@ def _text(value: object, where: str, field: str, names: list[str]) -> str:
 
 def _lines(file: str) -> Iterator[bytes]:
     """Ended by b"\\n" alone: JSON may hold any other end of a line inside a text."""
-    rest, is_first = b"", True
+    rest = b""
     for chunk in storage.read_chunks(file):
         *whole, rest = (rest + chunk).split(b"\n")
-        if whole and is_first:
-            whole[0], is_first = whole[0].removeprefix(codecs.BOM_UTF8), False
         yield from whole
-    yield rest.removeprefix(codecs.BOM_UTF8) if is_first else rest
+    yield rest
 
 
 def _parquet_texts(file: str, text_key: str, key: str) -> Iterator[str]:
