@@ -9,6 +9,7 @@ import torch
 
 from orchestrator.train import storage
 from tests.harness import write_corpus
+from tests.orchestrator.train.corpora import make_texts
 from tests.orchestrator.train.runs import make_config, run, train
 from tests.orchestrator.train.team import EXPERTS, Team, pieces_of
 
@@ -99,3 +100,10 @@ def saved(tmp_path, tensors):
     result = Team(str(tmp_path)).save(3, lambda rank, world: pieces_of(tensors, rank, world))
     assert result.ok, result.error
     return result.path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for i, text in enumerate(make_texts()):
+        (tmp_path / f"{i:03d}.txt").write_text(text)
+    return tmp_path

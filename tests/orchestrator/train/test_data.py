@@ -16,48 +16,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch.distributed as dist
-from fsspec.implementations.memory import MemoryFileSystem
 
 from model.config import ModelConfig
-from orchestrator.cluster.preflight import check_data
 from orchestrator.config import Config, DataConfig, DataKind, TrainConfig
 from orchestrator.errors import BadRequest, NotFit, NotTrustworthy, PeerLost
 from orchestrator.plan.layout import batch_size_at, check_run
-from orchestrator.train import data, storage, texts, tokens
+from orchestrator.train import data, tokens
 from orchestrator.train.control import Control
-from orchestrator.train.progress import Progress
-from orchestrator.train.tokenizer import BYTE_EOS
+from tests.orchestrator.train.corpora import config_for, documents_of, make_texts, prepare
 
 ROOT = Path(__file__).parents[3]
-EOS = BYTE_EOS
-
-
-def make_texts(number: int = 40) -> list[str]:
-    words = random.Random(0)
-    return ["".join(words.choice("abc de\n\u00e9") for _ in range(words.randrange(50, 400))) for _ in range(number)]
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    for i, text in enumerate(make_texts()):
-        (tmp_path / f"{i:03d}.txt").write_text(text)
-    return tmp_path
-
-
-def config_for(folder: Path, pattern: str = "*.txt", **changes) -> DataConfig:
-    return DataConfig(**{"path": f"{folder}/{pattern}", "cache_dir": str(folder / "cache"), "validation_fraction": 0.2}
-                      | changes)
-
-
-def prepare(config: DataConfig, seq_len: int = 16, model: ModelConfig | None = None) -> data.Corpus:
-    return data.prepare(config, model=model or ModelConfig(), seq_len=seq_len, n_extra=2)
-
-
-def documents_of(stream: data.TokenStream) -> list[str]:
-    ids = stream.read(0, stream.num_tokens)
-    assert ids[-1] == EOS
-    parts = np.split(ids, np.flatnonzero(ids == EOS))[:-1]
-    return [bytes(part[part != EOS].astype(np.uint8)).decode() for part in parts]
 
 
 def test_a_step_sees_the_same_samples_under_every_data_parallel_degree(folder):
@@ -206,21 +174,6 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found_by_what_reads_there_and_by_n
         file.write_bytes(before)
 
 
-def test_the_same_texts_in_three_formats_make_the_same_documents(folder):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    texts = make_texts()
-    (folder / "all.jsonl").write_text("".join(json.dumps({"body": text, "n": 1}) + "\n\n" for text in texts))
-    parquet.write_table(pyarrow.table({"body": texts, "n": range(len(texts))}), folder / "all.parquet")
-    plain = prepare(config_for(folder))
-    for pattern in ("all.jsonl", "all.parquet"):
-        other = prepare(config_for(folder, pattern, text_key="body"))
-        assert other.baselines["bigram"] == plain.baselines["bigram"]
-        for split in tokens.SPLITS:
-            assert sorted(documents_of(other.sources[0][split])) == sorted(documents_of(plain.sources[0][split]))
-
-
 @pytest.mark.parametrize("number, fraction", [(1, 0.2), (2, 0.2), (3, 0.2), (40, 0.2), (3, 0.0), (3, 0.999)])
 def test_the_splits_are_disjoint_and_whole_however_few_the_documents(tmp_path, number, fraction):
     texts = make_texts(number)
@@ -288,72 +241,9 @@ def test_a_hugging_face_tokenizer_is_taken(folder):
         prepare(config_for(folder, tokenizer=str(folder / "broken.json")))
 
 
-BAD_FILES = {
-    "nothing matches": ("no*.txt", "", r"matches no file; give"),
-    "only empty files": ("empty.txt", "", r"has too little text"),
-    "a torn line": ("torn.jsonl", '{"text": "a"}\n{"text": ', r"torn\.jsonl:2: is not JSON"),
-    "no such field": ("field.jsonl", '{"body": "a"}\n', r"field\.jsonl:1: has no text under data\.text_key=text.*body"),
-    "no text in it": ("none.jsonl", '{"text": null, "body": "a"}\n',
-                      r"none\.jsonl:1: holds None under data\.text_key=text, which is no text; name .*'body'"),
-    "no object": ("list.jsonl", "[1]\n", r"list\.jsonl:1: has no text"),
-    "no Parquet": ("bad.parquet", "PAR1 but no", r"bad\.parquet: is not readable Parquet"),
-    "a folder": ("", "", r"is a folder; name its files, as in '.*\*\*/\*\.txt'"),
-    "what is no text": ("a.txt.gz", "\x1f\x8b\x08\0", r"a\.txt\.gz: is no text, it holds zero bytes; unpack what"),
-    "another encoding": ("utf16.txt", "a\0b\0", r"utf16\.txt: is no text"),
-    "too short": ("short.txt", "ab", r"train\.seq_len=16: the train split of .* has only"),
-}
-
-
-@pytest.mark.parametrize("name, content", [
-    ("a.txt", b"one"), ("a.jsonl", b'{"text": "one"}'), ("b.jsonl", b'\n{"text": "one"}\n{"text": "\xef\xbb\xbftwo"}')])
-def test_the_mark_before_utf8_is_no_text(name, content, tmp_path):
-    for mark in (b"", b"\xef\xbb\xbf"):
-        (tmp_path / name).write_bytes(mark + content)
-        assert [*texts.documents(str(tmp_path / name), "text")] == ["one", "\ufefftwo"][: 1 + content.count(b"two")]
-
-
-@pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, message):
-    if content or "." in name.replace("*.", ""):
-        (tmp_path / name).write_text(content)
-    with pytest.raises(BadRequest, match=message):
-        prepare(config_for(tmp_path, name))
-
-
-def test_bytes_that_are_not_utf8_are_read_and_every_run_on_them_is_told(folder):
-    assert prepare(config_for(folder)).notice is None
-    (folder / "050.txt").write_bytes("na\u00efve caf\u00e9 ".encode("latin-1") * 20)
-    (folder / "060.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "plain"}\n')
-    config = config_for(folder, path=f"{folder}/*.txt,{folder}/*.jsonl")
-    corpus = prepare(config)
-    assert corpus.notice == (f"warning: data.path={config.path}: 2 files are not UTF-8 ({folder}/050.txt, ...): stray "
-                             "bytes are read as U+FFFD; convert to UTF-8 (iconv), or leave out")
-    found = documents_of(corpus.sources[0]["train"]) + documents_of(corpus.sources[0]["validation"])
-    assert "na\ufffdve caf\ufffd " * 20 in found and "caf\ufffd" in found and len(found) == 43
-    said = []
-    for _ in range(2):  # the second from the cache
-        progress = Progress(said.append)
-        check_data(Config(data=config, train=TrainConfig(seq_len=16)), progress, here=True)
-        progress.show({"phase": "step", "notices": [corpus.notice]})
-    assert [line for line in said if "warning" in line] == [corpus.notice] * 2
-    assert "1 file is not UTF-8 (a)" in texts.not_utf8("file=a", 1, "a")
-
-
 def test_a_cache_that_cannot_be_is_named(folder):
     with pytest.raises(NotFit, match=r"000\.txt/x: cannot be made or written \(Not a directory\); choose another"):
         prepare(config_for(folder, cache_dir=str(folder / "000.txt" / "x")))
-
-
-def test_a_column_that_is_not_there_or_no_text_is_named(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(BadRequest, match=r"has no column data\.text_key=text; its columns are \['body'\]"):
-        prepare(config_for(tmp_path, "a.parquet"))
-    parquet.write_table(pyarrow.table({"body": ["x"], "text": [5]}), tmp_path / "b.parquet")
-    with pytest.raises(BadRequest, match=r"b\.parquet: holds 5 under data\.text_key=text, which is no text; name"):
-        prepare(config_for(tmp_path, "b.parquet"))
 
 
 def test_only_a_change_builds_anew(folder):
@@ -365,57 +255,11 @@ def test_only_a_change_builds_anew(folder):
     assert tokens.build_index(config_for(folder)) != place
 
 
-def test_any_fsspec_place_and_several_globs_will_do(folder):
-    storage.write_bytes(f"memory://{folder.name}/a.txt", b"in memory " * 20)
-    corpus = prepare(config_for(folder, path=f"{folder}/00*.txt, memory://{folder.name}/*.txt"))
-    found = documents_of(corpus.sources[0]["train"]) + documents_of(corpus.sources[0]["validation"])
-    assert len(found) == 11 and "in memory " * 20 in found
-
-
-def test_what_replaces_an_object_of_the_same_size_is_read(folder):
-    url = f"memory://{folder.name}/a.txt"
-    for content in (b"first  ", b"second "):
-        storage.write_bytes(url, content * 40)
-        corpus = prepare(config_for(folder, path=url))
-        assert documents_of(corpus.sources[0]["train"])[0].startswith(content.decode())
-
-
-def test_files_of_an_object_store_are_known_by_a_listing_and_not_asked_for_one_by_one(folder, monkeypatch):
-    """Every rank of a run looks at them whenever it starts."""
-    for i in range(30):
-        storage.write_bytes(f"memory://{folder.name}/{i}.txt", f"text {i} ".encode() * 20)
-    config, asked, info = config_for(folder, path=f"memory://{folder.name}/*.txt"), [], MemoryFileSystem.info
-    built = tokens.build_index(config)
-    monkeypatch.setattr(MemoryFileSystem, "info", lambda *words, **named: asked.append(words) or info(*words, **named))
-    assert tokens.build_index(config) == built and len(asked) < 5
-
-
-def test_stdlib_is_the_source_of_this_python_without_its_tests():
-    files = texts.find_files("stdlib")
-    assert len(files) > 300 and any(file.endswith("/argparse.py") for file in files)
-    assert not any("/test/" in file or "site-packages" in file for file in files)
-
-
 def test_random_tokens_need_no_files_and_depend_on_seed_and_index_alone():
     corpus = prepare(DataConfig(kind=DataKind.random))
     rows = data.batch(corpus, seed=1, first_sample=4, num=4, seq_len=16, n_extra=2)
     assert (data.batch(corpus, seed=1, first_sample=6, num=1, seq_len=16, n_extra=2)[0] == rows[2]).all()
     assert rows.shape == (4, 18) and rows.max() < 264
-
-
-def test_one_folder_of_the_library_is_a_corpus_too():
-    found = texts.find_files("stdlib:encodings")
-    assert set(found) < set(texts.find_files("stdlib")) and any(file.endswith("cp1252.py") for file in found)
-    with pytest.raises(BadRequest, match="data.path=stdlib:nothing: the library has no folder of that name"):
-        texts.find_files("stdlib:nothing")
-
-
-@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\r"])
-def test_json_lines_end_in_a_newline_and_nothing_else(tmp_path, end):
-    text = f"one{end}text"
-    lines = [json.dumps({"text": text}, ensure_ascii=end == "\r"), '{"text": "b"}']
-    (tmp_path / "t.jsonl").write_bytes("\r\n".join(lines).encode())
-    assert list(texts.documents(str(tmp_path / "t.jsonl"), "text")) == [text, "b"]
 
 
 def test_who_waits_for_anothers_tokens_says_so_and_can_leave(tmp_path):
@@ -452,14 +296,6 @@ def test_a_place_without_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.raises(NotFit, match="data.cache_dir=.*takes no locks"), tokens._locked(tmp_path, "key", lambda: None):
         pass
-
-
-def test_tokenising_a_large_file_is_progress_on_the_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "TELL_CHARACTERS", 100)
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x" * 60}) + "\n" for _ in range(20)))
-    told, size = [], (tmp_path / "t.jsonl").stat().st_size
-    list(tokens._read({str(tmp_path / "t.jsonl"): size}, "text", lambda done, total: told.append((done, total))))
-    assert len(told) > 5 and [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (size, size)
 
 
 def test_another_nodes_data_must_be_the_same(folder):
